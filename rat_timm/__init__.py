@@ -1,0 +1,11 @@
+"""Resolution-aware vision backbones for timm; importing this package registers them.
+
+Spacing is physical, in array-axis order (z, y, x). Masks are True where valid.
+"""
+
+from .grid import Grid
+from .models import RatConfig, ResolutionAwareTransformer
+
+__version__ = "0.1.0"
+
+__all__ = ["Grid", "RatConfig", "ResolutionAwareTransformer", "__version__"]

@@ -1,0 +1,282 @@
+"""Where tokens are: regular grids in physical space, and the tokens that stand on them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
+"""A physical quantity: one number, one value per axis, or ``[batch, axes]``; always in array-axis order (z, y, x)."""
+
+
+class Positions(NamedTuple):
+    """Where tokens are as seen by one layer, in that layer's unit of length.
+
+    Attributes:
+        offset: Displacement from the layer's centre, float32 ``[1 or B, ..., axes]``. Zero means "not rotated".
+        spacing: Distance between neighbours on the token's own grid, float32, broadcastable to ``offset``.
+    """
+
+    offset: Tensor
+    spacing: Tensor
+
+
+class Grid(NamedTuple):
+    """A regular grid of pixel or token centres: the one carrier of geometry.
+
+    Attributes:
+        shape: Number of places along each axis, in array-axis order (z, y, x).
+        spacing: Physical distance between neighbours, ``[1 or B, axes]``: one row for the batch or one per sample.
+        origin: Physical position of the first place's centre (as in NIfTI and OME-NGFF), ``[1 or B, axes]``.
+    """
+
+    shape: tuple[int, ...]
+    spacing: Tensor
+    origin: Tensor
+
+    @classmethod
+    def create(
+        cls,
+        shape: Sequence[int],
+        spacing: Scalars = 1.0,
+        origin: Scalars | None = None,
+        batch_size: int = 1,
+        device: torch.device | None = None,
+    ) -> "Grid":
+        """Builds a grid from what a user says about an image.
+
+        Args:
+            shape: Number of pixels along each axis.
+            spacing: Physical size of a pixel: a number, one value per axis, or ``[B, axes]``.
+            origin: Physical position of the first pixel's centre, in the same forms. Default: half the spacing, so that
+                images of one field of view at several resolutions share their outer corner.
+            batch_size: Number of samples, which a ``[B, axes]`` argument must match.
+            device: Where the geometry is kept.
+
+        Raises:
+            ValueError: If a value has another form, is not finite, or a spacing is not positive.
+        """
+        axes = len(shape)
+        rows = per_axis(spacing, "spacing", axes, batch_size, device)
+        _check_values(rows, "spacing", positive=True)
+        if origin is None:
+            return cls(tuple(shape), rows, rows / 2)
+        start = per_axis(origin, "origin", axes, batch_size, device)
+        _check_values(start, "origin", positive=False)
+        return cls(tuple(shape), rows, start)
+
+    def conv(self, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> "Grid":
+        """Returns the grid on which a convolution of this grid puts its results."""
+        shape = tuple(
+            (n + 2 * p - k) // s + 1 for n, k, s, p in zip(self.shape, kernel_size, stride, padding, strict=True)
+        )
+        shift = [(k - 1) / 2 - p for k, p in zip(kernel_size, padding, strict=True)]
+        spacing = self.spacing * self.spacing.new_tensor(list(stride))
+        return Grid(shape, spacing, self.origin + self.spacing * self.spacing.new_tensor(shift))
+
+    def corners(self) -> tuple[Tensor, Tensor]:
+        """Returns the outer corners of the field of view, lower and upper, each ``[1 or B, axes]``."""
+        lower = self.origin - self.spacing / 2
+        return lower, lower + self.spacing * self.spacing.new_tensor(self.shape)
+
+    def coordinates(self) -> Tensor:
+        """Returns the physical position of every centre, ``[1 or B, *shape, axes]``."""
+        ticks = [torch.arange(n, device=self.origin.device, dtype=self.origin.dtype) for n in self.shape]
+        index = torch.stack(torch.meshgrid(*ticks, indexing="ij"), dim=-1)  # [*shape, axes]
+        return self._rows(self.origin) + index * self._rows(self.spacing)
+
+    def positions(self, center: Tensor, unit: Sequence[float]) -> Positions:
+        """Returns the centres as displacements from ``center`` ``[1 or B, axes]``, divided by ``unit`` per axis."""
+        scale = self.spacing.new_tensor(list(unit))
+        offset = (self.coordinates() - self._rows(center)) / scale
+        return Positions(offset.float(), (self._rows(self.spacing) / scale).float())
+
+    def _rows(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *(1 for _ in self.shape), len(self.shape))  # [1 or B, 1.., axes]
+
+
+class Tokens(NamedTuple):
+    """One level of a pyramid: features, where they are, and which of them are real.
+
+    Attributes:
+        x: Features, ``[B, *grid.shape, C]``.
+        grid: The places they stand at.
+        mask: ``[B, *grid.shape]``, bool, True = valid; None if all are.
+    """
+
+    x: Tensor
+    grid: Grid
+    mask: Tensor | None = None
+
+    def filled(self) -> Tensor:
+        """Returns the features with zeros at the invalid places."""
+        if self.mask is None:
+            return self.x
+        return torch.where(self.mask.unsqueeze(-1), self.x, 0.0)
+
+
+class Pyramid(NamedTuple):
+    """What travels through the model: levels that share blocks, and prefix tokens that have no place.
+
+    Attributes:
+        levels: One entry per image of the pyramid.
+        prefix: ``[B, P, C]``, or None before the first stage with global attention.
+        single: Whether the user gave one image and not a list.
+    """
+
+    levels: list[Tokens]
+    prefix: Tensor | None = None
+    single: bool = True
+
+    @property
+    def features(self) -> list[Tensor]:
+        """The levels' features, channels last, zero where invalid."""
+        return [tokens.filled() for tokens in self.levels]
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        """The levels' masks, True = valid."""
+        return [tokens.mask for tokens in self.levels]
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """``[B, *grid, C]`` -> ``[B, C, *grid]``."""
+    return x.movedim(-1, 1)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``[B, C, *grid]`` -> ``[B, *grid, C]``."""
+    return x.movedim(1, -1)
+
+
+def field_center(grids: Sequence[Grid]) -> Tensor:
+    """Returns the centre of the box around the fields of view of all ``grids``, ``[1 or B, axes]``.
+
+    It moves with the grids and does not depend on their order.
+    """
+    lower, upper = zip(*(grid.corners() for grid in grids), strict=True)
+    low, high = lower[0], upper[0]
+    for other_low, other_high in zip(lower[1:], upper[1:], strict=True):
+        low, high = torch.minimum(low, other_low), torch.maximum(high, other_high)
+    return (low + high) / 2
+
+
+def pyramid_grids(
+    shapes: Sequence[Sequence[int]],
+    spacing: Any = None,
+    origin: Any = None,
+    *,
+    reference: Sequence[float],
+    batch_size: int = 1,
+    device: torch.device | None = None,
+) -> list[Grid]:
+    """Builds the grids of a pyramid's levels.
+
+    Args:
+        shapes: The levels' sizes in pixels.
+        spacing: None (level 0 has the reference spacing), one entry (level 0's), or a list with one entry per level; an
+            entry is a number, one value per axis, or a ``[B, axes]`` tensor. Where it is not given, a level's spacing
+            follows from level 0 by the ratio of their sizes.
+        origin: Likewise; where it is not given, levels share the outer corner of their field of view, level 0's at zero.
+        reference: The model's reference spacing, per axis.
+        batch_size: Number of samples.
+        device: Where the geometry is kept.
+
+    Raises:
+        ValueError: If an argument has another form; the message names the level.
+    """
+    axes = len(shapes[0])
+    spacings = _per_level(spacing, "spacing", len(shapes), axes)
+    origins = _per_level(origin, "origin", len(shapes), axes)
+    grids: list[Grid] = []
+    for level, shape in enumerate(shapes):
+        try:
+            size, start = spacings[level], origins[level]
+            if level == 0:
+                grids.append(Grid.create(shape, reference if size is None else size, start, batch_size, device))
+            else:
+                grids.append(_lower_level(grids[0], shape, size, start, batch_size, device))
+        except ValueError as error:
+            raise ValueError(f"level {level}: {error}" if len(shapes) > 1 else str(error)) from None
+    return grids
+
+
+def _lower_level(
+    base: Grid,
+    shape: Sequence[int],
+    spacing: Scalars | None,
+    origin: Scalars | None,
+    batch_size: int,
+    device: torch.device | None,
+) -> Grid:
+    """Builds another level's grid; what is not given follows from level 0's field of view."""
+    if spacing is None and origin is not None:
+        raise ValueError("origin without spacing: a field of view that starts elsewhere need not have level 0's extent")
+    if spacing is None:
+        spacing = base.spacing * base.spacing.new_tensor([a / b for a, b in zip(base.shape, shape, strict=True)])
+    grid = Grid.create(shape, spacing, origin, batch_size, device)
+    if origin is None:
+        grid = grid._replace(origin=base.corners()[0] + grid.spacing / 2)
+    return grid
+
+
+def per_axis(
+    value: Scalars, name: str, axes: int, batch_size: int = 1, device: torch.device | None = None
+) -> Tensor:
+    """Reads a number, one value per axis, or ``[B, axes]`` into a ``[1 or B, axes]`` tensor.
+
+    float64, so that positions stay exact however far the origin is; float32 where a device has no float64 (MPS).
+    """
+    dtype = torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
+    try:
+        rows = torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be numbers, got {value!r}") from error
+    if rows.ndim == 0:
+        return rows.expand(1, axes)
+    allowed = [(axes,), (1, axes), (batch_size, axes)]
+    if tuple(rows.shape) not in allowed:
+        raise ValueError(
+            f"{name} must be a number, {axes} values (one per axis, in array order), "
+            f"or have shape [{batch_size}, {axes}] (one row per sample), got shape {list(rows.shape)}"
+        )
+    return rows.reshape(-1, axes)
+
+
+def _check_values(rows: Tensor, name: str, positive: bool) -> None:
+    if torch.compiler.is_compiling() or rows.is_meta:
+        return  # a traced tensor has no values yet
+    valid = torch.isfinite(rows) & (rows > 0) if positive else torch.isfinite(rows)
+    if not bool(valid.all()):
+        kind = "positive and finite" if positive else "finite"
+        raise ValueError(f"{name} must be {kind}, got {rows.tolist()}")
+
+
+def _per_level(value: Any, name: str, levels: int, axes: int) -> list:
+    """Spreads an argument over the levels, None where a level's value is to be derived."""
+    derived = [None] * (levels - 1)
+    if not isinstance(value, (list, tuple)):
+        return [value, *derived]
+    numbers = all(isinstance(entry, (int, float)) for entry in value)
+    if levels == 1:
+        return [value[0] if len(value) == 1 and not numbers else value]
+    if numbers and len(value) == axes:
+        if axes == levels:
+            raise ValueError(
+                f"{name} {value!r} may mean {axes} axes or {levels} levels: "
+                f"give [{tuple(value)!r}] for level 0, or one tuple per level"
+            )
+        return [value, *derived]
+    if len(value) not in (1, levels):
+        raise ValueError(f"{name} must have one entry per level ({levels}) or one for level 0, got {len(value)}")
+    return [*value, *derived][:levels]
+
+
+def axis_values(value: Any, name: str, axes: int) -> tuple[float, ...]:
+    """Reads a constructor's number or per-axis sequence of positive numbers."""
+    values = (value,) * axes if isinstance(value, (int, float)) else tuple(value)
+    if len(values) != axes or not all(isinstance(v, (int, float)) and math.isfinite(v) and v > 0 for v in values):
+        raise ValueError(f"{name} must be a positive number or {axes} of them (one per axis), got {value!r}")
+    return values

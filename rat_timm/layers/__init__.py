@@ -1,0 +1,27 @@
+"""The layers of RAT, for 2D and 3D alike; tokens are channels-last, ``[B, *grid, C]``."""
+
+from .attention import Attention, Block
+from .grouping import (
+    DenseSpatialGroupingAttention,
+    SparseSpatialGroupingAttention,
+    SpatialGroupingAttention,
+    grouping_attention,
+    local_grouping_attention,
+)
+from .neighborhood import neighborhood_attention
+from .rose import RotarySpatialEmbedding, Rotation
+from .stem import Stem
+
+__all__ = [
+    "Attention",
+    "Block",
+    "DenseSpatialGroupingAttention",
+    "RotarySpatialEmbedding",
+    "Rotation",
+    "SparseSpatialGroupingAttention",
+    "SpatialGroupingAttention",
+    "Stem",
+    "grouping_attention",
+    "local_grouping_attention",
+    "neighborhood_attention",
+]

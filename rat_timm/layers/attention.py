@@ -1,0 +1,117 @@
+"""The transformer block: pre-norm, attention inside a neighbourhood or over all tokens of all levels."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from ..grid import Positions
+from .masking import masked_attention
+from .neighborhood import neighborhood_attention
+from .rose import RotarySpatialEmbedding
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with queries and keys rotated by position.
+
+    Args:
+        dim: Width.
+        num_heads: Number of heads.
+        rose: The rotary embedding, made for ``dim`` and ``num_heads``.
+        kernel_size: Neighbourhood per axis for tokens on a grid; None: every token attends to every token.
+        qkv_bias: Whether queries, keys and values have a bias.
+        attn_drop: Dropout of attention weights.
+        proj_drop: Dropout of the output.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        rose: RotarySpatialEmbedding,
+        kernel_size: Sequence[int] | None = None,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.rose = rose
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, positions: Positions, mask: Tensor | None = None) -> Tensor:
+        """Attends.
+
+        Args:
+            x: ``[B, *grid, C]``, or ``[B, N, C]`` without a neighbourhood.
+            positions: Where the tokens are, ``[1 or B, *grid, axes]`` or ``[1 or B, N, axes]``.
+            mask: ``[B, *grid]`` or ``[B, N]``, bool, True = valid: others are not attended to.
+        """
+        query_key, value = self._project(x)
+        rotation = self.rose.rotation(positions, query_key.dtype)
+        if rotation is not None:
+            query_key = rotation.broadcast()(query_key)
+        query, key = query_key.unbind(-3)
+        dropout_p = self.attn_drop if self.training else 0.0
+        if self.kernel_size is not None:
+            out = neighborhood_attention(query, key, value, self.kernel_size, mask, dropout_p)
+        else:
+            allowed = None if mask is None else mask[:, None, None, :]
+            query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, heads, N, d]
+            out = masked_attention(query, key, value, allowed, dropout_p).transpose(1, 2)
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns queries and keys ``[B, ..., 2, heads, d]``, and values ``[B, ..., heads, d]``."""
+        query_key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=-3)
+        return query_key, value.squeeze(-3)
+
+    def extra_repr(self) -> str:
+        """Describes the module in a printed model."""
+        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}"
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; masked tokens pass through it and influence no other.
+
+    Args:
+        attn: The attention.
+        dim: Width.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+        proj_drop: Dropout in the MLP.
+        drop_path: Stochastic depth rate.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        attn: Attention,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, positions: Positions, mask: Tensor | None = None) -> Tensor:
+        """See `Attention.forward`."""
+        x = x + self.drop_path1(self.attn(self.norm1(x), positions, mask))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))

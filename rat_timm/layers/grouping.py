@@ -1,0 +1,310 @@
+"""Spatial Grouping Attention: downsampling in which each token chooses its group (arXiv 2505.16993).
+
+Per head, with groups g_m and tokens x_n, ``iters`` times:
+
+    A[m, n]  = softmax over n of  temp * <R q(g_m), R k(x_n)>
+    Ah[m, n] = A[m, n] / (sum over m' of A[m', n] + eps)        a token's soft assignment to groups
+    g_m     += LayerNorm(sum over n of Ah[m, n] v_n);   g_m += LayerNorm(MLP(g_m))
+
+Parameters and their names are those of the package ``spatial-grouping-attention``.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import spatial_grouping_attention as upstream
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from ..grid import Tokens, axis_values, channels_first, channels_last, field_center
+from . import tiling
+from .masking import masked_softmax, pool_mask
+from .neighborhood import check_mask
+from .rose import RotarySpatialEmbedding, check_heads
+
+_CHUNK_ELEMENTS = 1 << 24  # logits that dense grouping holds at a time
+
+
+def grouping_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, chunk_size: int | None = None
+) -> Tensor:
+    """Dense grouping: every group takes from every token, each token shares itself out among the groups.
+
+    The M x N matrix is made in chunks of groups and, where it does not fit one chunk, made again in the backward pass.
+
+    Args:
+        query: Groups, ``[B, heads, M, d]``, scaled already: logits are plain dot products.
+        key: Tokens, ``[B, heads, N, d]``.
+        value: Tokens, ``[B, heads, N, d]``.
+        mask: ``[B, N]``, bool, True = valid token. Masked keys and values may hold anything, NaN included.
+        chunk_size: Number of groups handled at a time; None chooses by memory.
+
+    Returns:
+        ``sum over n of Ah[m, n] v_n``, ``[B, heads, M, d]``; zeros if no token is valid.
+
+    Raises:
+        ValueError: If shapes or the mask's dtype do not fit.
+    """
+    batch, heads, tokens = _check_dense(query, key, value, mask)
+    allowed = None
+    if mask is not None:
+        allowed = mask[:, None, None, :]  # [B, 1, 1, N]
+        key, value = (torch.where(allowed.mT, x, 0.0) for x in (key, value))
+    chunk_size = chunk_size or max(1, _CHUNK_ELEMENTS // (batch * heads * tokens))
+    if chunk_size >= query.shape[2]:
+        weights = _group_weights(query, key, allowed)
+        return _combine(weights, _column_sum(weights), value)
+    chunks = query.split(chunk_size, dim=2)
+    total = checkpoint(_chunk_column_sum, chunks[0], key, allowed)
+    for chunk in chunks[1:]:
+        total = total + checkpoint(_chunk_column_sum, chunk, key, allowed)
+    return torch.cat([checkpoint(_chunk_output, chunk, key, value, allowed, total) for chunk in chunks], dim=2)
+
+
+def _group_weights(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
+    return masked_softmax(query @ key.mT, allowed)  # [B, heads, M, N]
+
+
+def _column_sum(weights: Tensor) -> Tensor:
+    return weights.sum(dim=-2, keepdim=True)
+
+
+def _combine(weights: Tensor, total: Tensor, value: Tensor) -> Tensor:
+    assignment = weights / (total + torch.finfo(weights.dtype).eps)
+    return assignment.to(value.dtype) @ value
+
+
+def _chunk_column_sum(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
+    return _column_sum(_group_weights(query, key, allowed))
+
+
+def _chunk_output(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, total: Tensor) -> Tensor:
+    return _combine(_group_weights(query, key, allowed), total, value)
+
+
+def local_grouping_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stride: int | Sequence[int],
+    window: int | Sequence[int] = 3,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Sparse grouping: a group takes from the tokens of the stride cells around its own.
+
+    Group m and token n interact if the cell ``n // stride`` lies in the window of cells centred on m; at a border the
+    window is cut off. With a window that covers the grid this is `grouping_attention`.
+
+    Args:
+        query: Groups, ``[B, *coarse, heads, d]`` with ``coarse = ceil(fine / stride)``, scaled already.
+        key: Tokens, ``[B, *fine, heads, d]``.
+        value: Tokens, ``[B, *fine, heads, d]``.
+        stride: Size of a cell in tokens, one number or one per axis.
+        window: Size of the window in cells, odd, one number or one per axis.
+        mask: ``[B, *fine]``, bool, True = valid token. Masked keys and values may hold anything, NaN included.
+
+    Returns:
+        ``sum over n of Ah[m, n] v_n``, ``[B, *coarse, heads, d]``; zero for a group whose window has no valid token.
+
+    Raises:
+        ValueError: If shapes, stride, window or the mask's dtype do not fit.
+    """
+    steps, cells = _check_local(query, key, value, stride, window, mask)
+    coarse, fine = query.shape[1:-2], key.shape[1:-2]
+    tiles = [_axis_tiles(m, n, s, w, query.device) for m, n, s, w in zip(coarse, fine, steps, cells, strict=True)]
+    groups, tokens = [axis.queries for axis in tiles], [axis.keys for axis in tiles]
+    allowed = tiling.allowed_pairs(tiles)[:, None, None]  # [tiles, 1, 1, groups, tokens]
+    if mask is not None:
+        valid = mask[..., None, None]
+        key, value = torch.where(valid, key, 0.0), torch.where(valid, value, 0.0)
+        allowed = allowed & tiling.gather_mask(mask, tokens)[:, :, None, None]
+    weights = masked_softmax(tiling.gather(query, groups) @ tiling.gather(key, tokens).mT, allowed)
+    counted = tiling.allowed_pairs([tiling.AxisTiles(*axis[:2], axis.first()[..., None]) for axis in tiles])
+    total = _column_sum(weights * counted[:, None, None])  # [tiles, B, heads, 1, tokens], of this tile's groups
+    total = tiling.scatter_add(total.mT, tokens, fine)  # [B, *fine, heads, 1], of all groups
+    out = _combine(weights, tiling.gather(total, tokens).mT, tiling.gather(value, tokens))
+    return tiling.untile(out, groups, coarse)
+
+
+def _axis_tiles(groups: int, tokens: int, stride: int, window: int, device: torch.device) -> tiling.AxisTiles:
+    reach = window // 2
+    queries = tiling.query_tiles(groups, stride + reach + 1, device)
+    keys = tiling.key_tiles((queries[:, 0] - reach) * stride, (queries.shape[1] + 2 * reach) * stride, tokens)
+    distance = keys[:, None, :] // stride - queries[:, :, None]  # [T, b, w], in cells
+    return tiling.AxisTiles(queries, keys, distance.abs() <= reach)
+
+
+def _check_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[int, int, int]:
+    same = key.shape == value.shape and query.ndim == key.ndim == 4
+    if not same or query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            "query must be [B, heads, M, d] and key, value [B, heads, N, d], "
+            f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+    batch, heads, tokens = key.shape[:3]
+    check_mask(mask, (batch, tokens))
+    return batch, heads, tokens
+
+
+def _check_local(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stride: int | Sequence[int],
+    window: int | Sequence[int],
+    mask: Tensor | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    axes = key.ndim - 3
+    if axes < 1 or query.ndim != key.ndim or key.shape != value.shape:
+        raise ValueError(
+            "query must be [B, *coarse, heads, d] and key, value [B, *fine, heads, d], "
+            f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+    steps = (stride,) * axes if isinstance(stride, int) else tuple(stride)
+    cells = (window,) * axes if isinstance(window, int) else tuple(window)
+    if len(steps) != axes or min(steps) < 1:
+        raise ValueError(f"stride must be a positive number or {axes} of them, got {stride!r}")
+    if len(cells) != axes or any(w < 1 or w % 2 == 0 for w in cells):
+        raise ValueError(f"window must be an odd positive number or {axes} of them, got {window!r}")
+    coarse = tuple(math.ceil(n / s) for n, s in zip(key.shape[1:-2], steps, strict=True))
+    if tuple(query.shape) != (key.shape[0], *coarse, *key.shape[-2:]):
+        raise ValueError(
+            f"query must be {[key.shape[0], *coarse, *key.shape[-2:]]} (coarse = ceil(fine / stride)), "
+            f"got {list(query.shape)}"
+        )
+    check_mask(mask, key.shape[:-2])
+    return steps, cells
+
+
+class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
+    """Groups the tokens of a grid onto the coarser grid of a strided convolution.
+
+    Keywords as in the upstream class. What differs: heads are separate; keys and values are computed once; positions
+    are physical (see `RotarySpatialEmbedding`); masked tokens take no part, so there is no ``mask_embedding``; ``temp``
+    starts at ``head_dim ** -0.5``; tokens and their grid come and go as `Tokens`.
+
+    Args:
+        feature_dims: Width.
+        spatial_dims: Number of axes.
+        kernel_size: Size of the strided convolution that starts the groups, odd, one number or one per axis.
+        num_heads: Number of heads.
+        stride: Its stride, one number or one per axis. Default: half the kernel.
+        unit: Physical length of one unit of the rotary coordinate, one number or one per axis: the fine side's spacing
+            where the input of the network has the reference spacing.
+        device: Where parameters are made.
+        dtype: Their type.
+        **kwargs: ``iters, mlp_ratio, mlp_dropout, mlp_bias, mlp_activation, qkv_bias, base_theta, learnable_rose,
+            init_jitter_std, rotary_ratio, frequency_scaling, learnable_rose_scaling, rose_initial_scaling``, as
+            upstream, but with coherent coordinates by default (scaling "identity", not learnable).
+
+    Raises:
+        ValueError: If heads do not divide the width, or a kernel size is even.
+    """
+
+    def __init__(
+        self,
+        feature_dims: int = 128,
+        spatial_dims: int = 2,
+        kernel_size: int | Sequence[int] = 7,
+        num_heads: int = 16,
+        stride: int | Sequence[int] | None = None,
+        *,
+        unit: float | Sequence[float] = 1.0,
+        learnable_rose_scaling: bool = False,
+        rose_initial_scaling: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ) -> None:
+        check_heads(feature_dims, num_heads)
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            super().__init__(
+                feature_dims,
+                spatial_dims,
+                kernel_size,
+                num_heads,
+                stride,
+                learnable_rose_scaling=learnable_rose_scaling,
+                rose_initial_scaling=rose_initial_scaling,
+                **kwargs,
+            )
+            self.rose = RotarySpatialEmbedding(
+                feature_dims,
+                num_heads,
+                spatial_dims,
+                base_theta=self.base_theta,
+                learnable=self.learnable_rose,
+                init_jitter_std=kwargs.get("init_jitter_std", 0.02),
+                frequency_scaling=self.frequency_scaling,
+                rotary_ratio=self.rotary_ratio,
+                learnable_scale=learnable_rose_scaling,
+                initial_scaling=rose_initial_scaling,
+            )
+        if any(k % 2 == 0 for k in self.kernel_size):
+            raise ValueError(f"kernel_size must be odd, got {kernel_size!r}")
+        del self.mask_embedding
+        nn.init.constant_(self.temp, (feature_dims // num_heads) ** -0.5)
+        self.padding = tuple((k - 1) // 2 for k in self.kernel_size)
+        self.unit = axis_values(unit, "unit", spatial_dims)
+        self.to(dtype=dtype)
+
+    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Takes values into groups: ``query [B, *coarse, heads, d]``, the others ``[B, *fine, heads, d]``."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
+        """Groups ``tokens`` ``[B, *fine, C]`` into ``[B, *coarse, C]``, ``coarse = ceil(fine / stride)``."""
+        x, grid, mask = tokens.filled(), tokens.grid, tokens.mask
+        coarse = grid.conv(self.kernel_size, self.stride, self.padding)
+        center = field_center([grid])
+        key, value = self._split_heads(self.kv(x), 2)
+        key = self.temp.to(key.dtype) * self.rose(key, grid.positions(center, self.unit))
+        groups = self.norm1(channels_last(self.strider(channels_first(x))))
+        positions = coarse.positions(center, self.unit)
+        rotation = self.rose.rotation(positions, key.dtype)
+        for _ in range(self.iters):
+            (query,) = self._split_heads(self.q(groups), 1)
+            query = query if rotation is None else rotation(query)
+            groups = groups + self.norm2(self.attn(query, key, value, mask).flatten(-2))
+            groups = groups + self.norm3(self.mlp(groups))
+        return Tokens(groups, coarse, None if mask is None else pool_mask(mask, self.stride))
+
+    def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)  # parts of [B, *grid, heads, d]
+
+    def extra_repr(self) -> str:
+        """Describes the module in a printed model."""
+        return f"{self.feature_dims}, num_heads={self.num_heads}, stride={self.stride}, iters={self.iters}"
+
+    __repr__ = nn.Module.__repr__
+
+
+class DenseSpatialGroupingAttention(SpatialGroupingAttention):
+    """Spatial grouping attention between all groups and all tokens."""
+
+    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        """See the base class."""
+        coarse = query.shape[1:-2]
+        query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # [B, heads, N, d]
+        out = grouping_attention(query, key, value, None if mask is None else mask.flatten(1))
+        return out.transpose(1, 2).unflatten(1, coarse)
+
+
+class SparseSpatialGroupingAttention(SpatialGroupingAttention):
+    """Spatial grouping attention between groups and the tokens around them.
+
+    Args:
+        *args: As in the base class.
+        neighborhood_kernel: Window in stride cells, odd, one number or one per axis.
+        **kwargs: As in the base class.
+    """
+
+    def __init__(self, *args, neighborhood_kernel: int | Sequence[int] = 3, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.neighborhood_kernel = neighborhood_kernel
+
+    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        """See the base class."""
+        return local_grouping_attention(query, key, value, self.stride, self.neighborhood_kernel, mask)

@@ -1,0 +1,121 @@
+"""The head: pooling over all valid tokens of all levels, then a classifier."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import channels_first
+
+POOLS = ("avg", "token", "")
+
+
+class Head(nn.Module):
+    """Pools features and classifies them.
+
+    Args:
+        in_features: Width.
+        num_classes: Number of classes; 0 leaves the features as they are.
+        pool_type: "avg" over the valid tokens of all levels, "token" for the first prefix token, "" for none.
+        drop_rate: Dropout before the classifier.
+        device: Where parameters are made.
+        dtype: Their type.
+
+    Raises:
+        ValueError: If the pooling is unknown.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        pool_type: str = "avg",
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type, device, dtype)
+
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Makes a new classifier; ``pool_type`` None keeps the pooling."""
+        if pool_type is not None:
+            if pool_type not in POOLS:
+                raise ValueError(f"global_pool must be one of {POOLS}, got {pool_type!r}")
+            self.pool_type = pool_type
+        linear = nn.Linear(self.in_features, num_classes, device=device, dtype=dtype) if num_classes > 0 else None
+        self.fc = nn.Identity() if linear is None else linear
+        if linear is not None:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.train(self.training)
+
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        prefix: Tensor | None = None,
+        single: bool = False,
+        pre_logits: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Classifies.
+
+        Args:
+            features: One ``[B, *grid, C]`` per level, zero where invalid.
+            masks: One ``[B, *grid]`` or None per level, True = valid.
+            prefix: ``[B, P, C]``, for "token".
+            single: Whether to return the only level's map rather than a list of one, without pooling.
+            pre_logits: Whether to stop before the classifier.
+
+        Returns:
+            ``[B, classes]``; without pooling one ``[B, classes, *grid]`` per level.
+
+        Raises:
+            ValueError: If a token is to be pooled and there is none.
+        """
+        if self.pool_type == "":
+            maps = [channels_first(self._classify(x, pre_logits)) for x in features]
+            return maps[0] if single else maps
+        if self.pool_type == "token":
+            if prefix is None:
+                raise ValueError("global_pool 'token' needs prefix tokens (reg_tokens), and forward_head their values")
+            return self._classify(prefix[:, 0], pre_logits)
+        return self._classify(average(features, masks), pre_logits)
+
+    def _classify(self, x: Tensor, pre_logits: bool) -> Tensor:
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+    def extra_repr(self) -> str:
+        """Describes the module in a printed model."""
+        return f"pool_type={self.pool_type!r}"
+
+
+def average(features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+    """Returns the mean over the valid places of all levels, ``[B, C]``; zeros for a sample without any.
+
+    Args:
+        features: One ``[B, *grid, C]`` per level, zero where invalid.
+        masks: One ``[B, *grid]`` or None per level, True = valid.
+    """
+    if len(features) == 1 and masks[0] is None:
+        return features[0].flatten(1, -2).mean(dim=1)
+    total = functools.reduce(torch.add, [x.flatten(1, -2).float().sum(dim=1) for x in features])
+    count = functools.reduce(torch.add, [_count(x, mask) for x, mask in zip(features, masks, strict=True)])
+    return (total / count.clamp(min=1).unsqueeze(-1)).to(features[0].dtype)
+
+
+def _count(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.full((1,), math.prod(x.shape[1:-1]), device=x.device)
+    return mask.flatten(1).sum(dim=1)  # [B]

@@ -1,0 +1,53 @@
+"""Operations that honour a validity mask, True = valid, exactly: what is masked has no weight, not a small one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def masked_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Softmax over the last axis of ``logits``, at least in float32; rows without an allowed entry are zero.
+
+    Args:
+        logits: ``[..., M, N]``.
+        allowed: Bool, broadcastable to ``logits``; None allows all.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if allowed is None:
+        return logits.softmax(dim=-1)
+    # the smallest number instead of -inf: its exponential is just as zero, and a row of them has no NaN
+    filled = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+    return filled.softmax(dim=-1).masked_fill(~allowed, 0.0)
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention; a query without an allowed key gives zeros.
+
+    Args:
+        query: ``[B, heads, M, d]``.
+        key: ``[B, heads, N, d]``.
+        value: ``[B, heads, N, d]``; finite also where it is not allowed.
+        allowed: Bool, broadcastable to ``[B, heads, M, N]``; None allows all.
+        dropout_p: Probability of dropping an attention weight.
+    """
+    if allowed is None:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p)
+    reached = allowed.any(dim=-1, keepdim=True)  # [B, heads, M, 1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | ~reached, dropout_p=dropout_p)
+    return torch.where(reached, out, 0.0)
+
+
+def pool_mask(mask: Tensor, stride: Sequence[int]) -> Tensor:
+    """Returns the mask of the coarse grid: a cell is valid if any place under it is.
+
+    Args:
+        mask: ``[B, *grid]``, bool, True = valid.
+        stride: Cell size per axis; the last cell of an axis may be cut off.
+    """
+    pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(stride)]
+    size = tuple(stride)
+    return pool(mask.float().unsqueeze(1), kernel_size=size, stride=size, ceil_mode=True).squeeze(1) > 0

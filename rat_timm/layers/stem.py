@@ -1,0 +1,91 @@
+"""The stem: overlapping convolutions that turn pixels into the first tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..grid import Pyramid, Tokens, channels_first, channels_last
+from .masking import pool_mask
+
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class Stem(nn.Module):
+    """Convolutions with a norm after each and GELU between; a single convolution stands alone.
+
+    Args:
+        in_chans: Number of image channels.
+        embed_dim: Width of the tokens; earlier convolutions have half of it.
+        spatial_dims: Number of axes.
+        kernel_size: Kernel size of each convolution, odd.
+        stride: Total stride per axis, shared out among the convolutions from the first on.
+        device: Where parameters are made.
+        dtype: Their type.
+
+    Raises:
+        ValueError: If a kernel is even or the stride is more than the kernels can cover.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        spatial_dims: int = 2,
+        kernel_size: Sequence[int] = (3, 3),
+        stride: Sequence[int] = (4, 4),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.stride = tuple(stride)
+        strides = share_stride(self.stride, kernel_size)
+        widths = [in_chans, *[embed_dim // 2] * (len(kernel_size) - 1), embed_dim]
+        conv = _CONVS[spatial_dims]
+        self.convs = nn.ModuleList(
+            conv(a, b, k, s, padding=k // 2, **dd)
+            for a, b, k, s in zip(widths, widths[1:], kernel_size, strides, strict=False)
+        )
+        norms = widths[1:] if len(kernel_size) > 1 else []
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6, **dd) for width in norms)
+
+    def forward(self, pyramid: Pyramid) -> Pyramid:
+        """Turns images ``[B, *size, in_chans]`` into tokens ``[B, *grid, embed_dim]``, ``grid = ceil(size / stride)``."""
+        return pyramid._replace(levels=[self._embed(image) for image in pyramid.levels])
+
+    def _embed(self, tokens: Tokens) -> Tokens:
+        for index, conv in enumerate(self.convs):
+            x = channels_last(conv(channels_first(tokens.filled())))
+            if self.norms:
+                x = self.norms[index](x)
+            if index < len(self.convs) - 1:
+                x = F.gelu(x)
+            mask = None if tokens.mask is None else pool_mask(tokens.mask, conv.stride)
+            tokens = Tokens(x, tokens.grid.conv(conv.kernel_size, conv.stride, conv.padding), mask)
+        return tokens
+
+
+def share_stride(stride: Sequence[int], kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
+    """Splits the total stride of each axis into one stride per convolution, none larger than its kernel allows."""
+    if any(k < 1 or k % 2 == 0 for k in kernel_size):
+        raise ValueError(f"stem_kernel_size must be odd, got {tuple(kernel_size)}")
+    axes = [_share_axis(total, kernel_size) for total in stride]
+    if None in axes:
+        raise ValueError(
+            f"stem_stride {tuple(stride)} is not a product of {len(kernel_size)} strides "
+            f"that kernels {tuple(kernel_size)} cover without gaps"
+        )
+    return list(zip(*axes, strict=True))  # type: ignore[arg-type]
+
+
+def _share_axis(total: int, kernel_size: Sequence[int]) -> tuple[int, ...] | None:
+    if not kernel_size:
+        return () if total == 1 else None
+    for step in range(min(total, kernel_size[0]), 0, -1):
+        if total % step == 0:
+            rest = _share_axis(total // step, kernel_size[1:])
+            if rest is not None:
+                return step, *rest
+    return None

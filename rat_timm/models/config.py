@@ -1,0 +1,266 @@
+"""What a RAT is, as data: `RatConfig` says it, `StageConfig` is one stage of it worked out."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..grid import axis_values
+from ..layers.rose import check_heads
+from ..layers.stem import share_stride
+
+HEAD_DIM = 32
+SGA_ATTENTION_TYPES = ("dense", "sparse")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: optionally a grouping of the previous stage's tokens, then blocks.
+
+    Attributes:
+        dim_in: Width of the tokens that come in, at which grouping works.
+        dim: Width of the blocks.
+        depth: Number of blocks.
+        num_heads: Heads of a block.
+        mlp_ratio: Hidden width of a block's MLP over ``dim``.
+        attn_kernel_size: Neighbourhood per axis; None for global attention.
+        reg_tokens: Number of prefix tokens that join at this stage.
+        total_stride: Pixels per token, per axis.
+        unit: Physical length of one rotary unit in the blocks, per axis.
+        sga_attention_type: How tokens are grouped at the start: "dense", "sparse", or None for not at all.
+        sga_num_heads: Heads of the grouping.
+        sga_unit: Physical length of one rotary unit in the grouping (the fine side's), per axis.
+    """
+
+    dim_in: int
+    dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    attn_kernel_size: tuple[int, ...] | None
+    reg_tokens: int
+    total_stride: tuple[int, ...]
+    unit: tuple[float, ...]
+    sga_attention_type: str | None
+    sga_num_heads: int
+    sga_unit: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RatConfig:
+    """A RAT architecture. Everything per stage is one value for all stages or a sequence with one per stage.
+
+    Attributes:
+        spatial_dims: Number of axes: 2 for images, 3 for volumes.
+        spacing: Reference spacing: the pixel size, per axis in array order (z, y, x), at which neighbouring tokens are
+            one rotary unit apart, and which an image has whose spacing is not given.
+        embed_dim: Width of stage 1, which doubles from stage to stage; or one width per stage.
+        depths: Blocks per stage.
+        num_heads: Heads per stage. Default: width / 32.
+        mlp_ratio: Hidden width of the blocks' MLPs over their width.
+        attn_kernel_size: Neighbourhood of the blocks' attention per stage, 0 for global attention. Default: 7 in 2D and
+            5 otherwise, global in the last stage.
+        qkv_bias: Whether queries, keys and values have a bias.
+        reg_tokens: Prefix tokens, which take part in global attention only.
+        leading_tokens: Another name for ``reg_tokens``.
+        stem_kernel_size: Kernel of each convolution of the stem.
+        stem_stride: Total stride of the stem, one number or one per axis.
+        kernel_size: Kernel of the strided convolution that starts a grouping, one number or one per axis.
+        stride: Its stride, one number or one per axis.
+        sga_attention_type: "dense" or "sparse" for all groupings, or one per grouping. Default: sparse, the last dense.
+        neighborhood_kernel: Window of sparse grouping, in stride cells.
+        sga_mlp_ratio: Hidden width of a grouping's MLP over its width.
+        iters: Iterations of a grouping.
+        group_first: Whether stage 1 opens with a grouping too.
+        learnable_rose: Whether rotary frequencies are parameters.
+        rotary_ratio: Share of the heads that are rotated.
+        base_theta: Ratio of the largest to the smallest rotary frequency.
+        frequency_scaling: How it depends on ``spatial_dims``: "none", "linear", "sqrt", "adaptive".
+        init_jitter_std: Log-normal jitter of learnable frequencies at initialisation.
+        learnable_rose_scaling: Whether spacings are scaled by learnable ``scale_a..d``.
+        rose_initial_scaling: Their start: "identity", "log", "rope"; None without scaling.
+        final_norm: Whether a LayerNorm follows the last stage.
+
+    Raises:
+        ValueError: On construction, if a value is out of range or has another number of entries than there are stages.
+    """
+
+    spatial_dims: int = 2
+    spacing: float | Sequence[float] = 1.0
+    embed_dim: int | Sequence[int] = 64
+    depths: Sequence[int] = (3, 4, 18, 5)
+    num_heads: int | Sequence[int] | None = None
+    mlp_ratio: float | Sequence[float] = 2.0
+    attn_kernel_size: int | Sequence[int] | None = None
+    qkv_bias: bool = True
+    reg_tokens: int = 0
+    leading_tokens: int = 0
+    stem_kernel_size: Sequence[int] = (3, 3)
+    stem_stride: int | Sequence[int] = 4
+    kernel_size: int | Sequence[int] = 3
+    stride: int | Sequence[int] = 2
+    sga_attention_type: str | Sequence[str] | None = None
+    neighborhood_kernel: int | Sequence[int] = 3
+    sga_mlp_ratio: float = 1.0
+    iters: int = 3
+    group_first: bool = False
+    learnable_rose: bool = True
+    rotary_ratio: float = 1.0
+    base_theta: float = 100.0
+    frequency_scaling: str = "none"
+    init_jitter_std: float = 0.02
+    learnable_rose_scaling: bool = False
+    rose_initial_scaling: str | None = None
+    final_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.spatial_dims not in (1, 2, 3):
+            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {self.spatial_dims!r}")
+        if self.reg_tokens and self.leading_tokens:
+            raise ValueError("reg_tokens and leading_tokens are two names for one thing: give one of them")
+        if self.iters < 1:
+            raise ValueError(f"iters must be at least 1, got {self.iters!r}")
+        self.stages()
+
+    @property
+    def rose(self) -> dict[str, Any]:
+        """The keywords of `RotarySpatialEmbedding` that do not depend on the stage."""
+        return {
+            "base_theta": self.base_theta,
+            "learnable": self.learnable_rose,
+            "init_jitter_std": self.init_jitter_std,
+            "frequency_scaling": self.frequency_scaling,
+            "rotary_ratio": self.rotary_ratio,
+            "learnable_scale": self.learnable_rose_scaling,
+            "initial_scaling": self.rose_initial_scaling,
+        }
+
+    @property
+    def reference(self) -> tuple[float, ...]:
+        """The reference spacing per axis."""
+        return axis_values(self.spacing, "spacing", self.spatial_dims)
+
+    @property
+    def stem_strides(self) -> tuple[int, ...]:
+        """The stem's total stride per axis."""
+        return integers(self.stem_stride, "stem_stride", self.spatial_dims)
+
+    def stages(self) -> tuple[StageConfig, ...]:
+        """Works out the stages, checking everything on the way."""
+        share_stride(self.stem_strides, self.stem_kernel_size)
+        depths = self._per_stage(self.depths, "depths", int, len(self.depths))
+        count = len(depths)
+        dims = self._dims(count)
+        heads = [max(1, d // HEAD_DIM) for d in dims]
+        if self.num_heads is not None:
+            heads = self._per_stage(self.num_heads, "num_heads", int, count)
+        for dim, head in zip(dims, heads, strict=True):
+            check_heads(dim, head)
+        ratios = self._per_stage(self.mlp_ratio, "mlp_ratio", float, count)
+        kernels = self._attention_kernels(count)
+        groupings = self._groupings(count)
+        steps = integers(self.stride, "stride", self.spatial_dims)
+        first_global = next((i for i, kernel in enumerate(kernels) if kernel is None), None)
+        prefix = self.reg_tokens or self.leading_tokens
+        if prefix and first_global is None:
+            raise ValueError(f"reg_tokens {prefix} need a stage with global attention (attn_kernel_size 0)")
+        stride = self.stem_strides
+        stages = []
+        for i in range(count):
+            fine = stride
+            if groupings[i]:
+                stride = tuple(a * b for a, b in zip(stride, steps, strict=True))
+            stages.append(
+                StageConfig(
+                    dim_in=dims[max(i - 1, 0)],
+                    dim=dims[i],
+                    depth=depths[i],
+                    num_heads=heads[i],
+                    mlp_ratio=ratios[i],
+                    attn_kernel_size=kernels[i],
+                    reg_tokens=prefix if i == first_global else 0,
+                    total_stride=stride,
+                    unit=self._unit(stride),
+                    sga_attention_type=groupings[i],
+                    sga_num_heads=heads[max(i - 1, 0)],
+                    sga_unit=self._unit(fine),
+                )
+            )
+        return tuple(stages)
+
+    def _unit(self, stride: Sequence[int]) -> tuple[float, ...]:
+        return tuple(a * b for a, b in zip(self.reference, stride, strict=True))
+
+    def _per_stage(self, value: Any, name: str, kind: type, count: int) -> list:
+        values = [value] * count if isinstance(value, (int, float)) else list(value)
+        if not values or len(values) != count:
+            raise ValueError(f"{name} must have one entry per stage ({count}), got {value!r}")
+        if not all(isinstance(v, (int, kind)) and v > 0 for v in values):
+            raise ValueError(f"{name} must be positive ({kind.__name__}), got {value!r}")
+        return values
+
+    def _dims(self, count: int) -> list[int]:
+        if isinstance(self.embed_dim, int):
+            return self._per_stage([self.embed_dim * 2**i for i in range(count)], "embed_dim", int, count)
+        return self._per_stage(self.embed_dim, "embed_dim", int, count)
+
+    def _attention_kernels(self, count: int) -> list[tuple[int, ...] | None]:
+        sizes = self.attn_kernel_size
+        if sizes is None:
+            sizes = [7 if self.spatial_dims == 2 else 5] * (count - 1) + [0]
+        sizes = [sizes] * count if isinstance(sizes, int) else list(sizes)
+        if len(sizes) != count or not all(isinstance(k, int) and k >= 0 for k in sizes):
+            raise ValueError(
+                f"attn_kernel_size must be a number or one per stage ({count}), 0 for global attention, "
+                f"got {self.attn_kernel_size!r}"
+            )
+        return [(k,) * self.spatial_dims if k else None for k in sizes]
+
+    def _groupings(self, count: int) -> list[str | None]:
+        needed = count - 1 + self.group_first
+        kinds = self.sga_attention_type
+        if kinds is None:
+            kinds = ["sparse"] * (needed - 1) + ["dense"] * min(needed, 1)
+        kinds = [kinds] * needed if isinstance(kinds, str) else list(kinds)
+        if len(kinds) != needed or not set(kinds) <= set(SGA_ATTENTION_TYPES):
+            raise ValueError(
+                f"sga_attention_type must be one of {SGA_ATTENTION_TYPES} or one of them per grouping ({needed}), "
+                f"got {self.sga_attention_type!r}"
+            )
+        return kinds if self.group_first else [None, *kinds]
+
+    def replace(self, **changes: Any) -> "RatConfig":
+        """Returns a copy with some values changed; an unknown name is a ``TypeError``."""
+        return dataclasses.replace(self, **changes)
+
+
+def integers(value: Any, name: str, axes: int) -> tuple[int, ...]:
+    """Reads a whole number or one per axis."""
+    values = axis_values(value, name, axes)
+    if not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name} must be whole, got {value!r}")
+    return tuple(math.trunc(v) for v in values)
+
+
+CLASSIC = RatConfig(
+    embed_dim=(128,) * 4,
+    depths=(1,) * 4,
+    num_heads=16,
+    mlp_ratio=4.0,
+    attn_kernel_size=0,
+    stem_kernel_size=(7,),
+    stem_stride=1,
+    kernel_size=7,
+    stride=3,
+    sga_attention_type="dense",
+    sga_mlp_ratio=4.0,
+    group_first=True,
+    rotary_ratio=0.5,
+    base_theta=1e4,
+    frequency_scaling="sqrt",
+    learnable_rose_scaling=True,
+    rose_initial_scaling="identity",
+    final_norm=False,
+)
+"""The network of the package ``resolution-aware-transformer``, with its defaults."""

@@ -1,0 +1,427 @@
+"""The Resolution Aware Transformer: a hierarchical backbone for images and volumes that knows physical coordinates.
+
+Follows the seed packages ``resolution-aware-transformer``, ``spatial-grouping-attention`` (arXiv 2505.16993) and
+``rotary-spatial-embeddings`` (arXiv 2403.13298), with the layout and budgets of NAT (arXiv 2204.07143).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, get_device_dtype, register_notrace_module, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..grid import Pyramid, channels_first, channels_last
+from ..layers.head import Head
+from ..layers.stem import Stem
+from .config import CLASSIC, RatConfig, integers
+from .convert import convert_upstream
+from .features import RatFeatures
+from .inputs import read_images
+from .stage import PyramidNorm, Stage
+
+__all__ = ["RatConfig", "ResolutionAwareTransformer"]
+
+
+# geometry and masks steer these modules, so symbolic tracing has to take each as a whole
+for _module in (Stem, Stage, PyramidNorm, Head):
+    register_notrace_module(_module)
+
+
+class ResolutionAwareTransformer(nn.Module):
+    """Hierarchical RAT.
+
+    Args:
+        cfg: The architecture.
+        in_chans: Number of image channels.
+        num_classes: Number of classes; 0 for pooled features.
+        global_pool: "avg" over valid tokens, "token" for the first of ``reg_tokens``, "" for maps.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout after projections and in MLPs.
+        attn_drop_rate: Dropout of attention weights.
+        drop_path_rate: Stochastic depth rate of the last block.
+        device: Where parameters are made.
+        dtype: Their type.
+        **overrides: Any field of `RatConfig`, to change ``cfg``.
+
+    Raises:
+        ValueError: If a value is out of range.
+        TypeError: If an override is not a field of `RatConfig`.
+    """
+
+    def __init__(
+        self,
+        cfg: RatConfig | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.cfg = dataclasses.replace(cfg or RatConfig(), **overrides)
+        stages = self.cfg.stages()
+        if global_pool == "token" and not any(stage.reg_tokens for stage in stages):
+            raise ValueError("global_pool 'token' needs reg_tokens > 0")
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = stages[-1].dim
+
+        self.stem = Stem(
+            in_chans, stages[0].dim_in, self.cfg.spatial_dims, self.cfg.stem_kernel_size, self.cfg.stem_strides, **dd
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, [stage.depth for stage in stages], stagewise=True)
+        self.stages = nn.ModuleList(
+            Stage(self.cfg, stage, rate, proj_drop_rate, attn_drop_rate, **dd)
+            for stage, rate in zip(stages, rates, strict=True)
+        )
+        self.norm = PyramidNorm(self.num_features, **dd) if self.cfg.final_norm else nn.Identity()
+        self.head = Head(self.num_features, num_classes, global_pool, drop_rate, **dd)
+        self.feature_info = [
+            {
+                "num_chs": stage.dim,
+                "reduction": max(stage.total_stride),
+                "module": f"stages.{i}",
+                "stride": stage.total_stride,
+                "spacing": stage.unit,
+            }
+            for i, stage in enumerate(stages)
+        ]
+        self.apply(_init_weights)
+
+    def forward(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Any:
+        """Classifies images, or returns pooled features where there are no classes.
+
+        Args:
+            x: Image ``[B, C, *size]`` of any size, or a pyramid: a list of images of one scene.
+            spacing: Physical pixel size in array-axis order (z, y, x): a number, one value per axis, ``[B, axes]`` per
+                sample, or a list with one of these per level. Default: the reference spacing for the first level; for
+                the others what gives them the same field of view.
+            mask: ``[B, *size]``, True = valid, or one per level. What is masked influences nothing.
+            origin: Physical position of the first pixel's centre, in the forms of ``spacing``. Default: levels share
+                the outer corner of their field of view.
+
+        Returns:
+            ``[B, num_classes]``; without pooling ``[B, channels, *grid]``, or a list of them for a list.
+
+        Raises:
+            ValueError: If an argument does not fit the model or another argument.
+        """
+        pyramid = read_images(x, spacing, mask, origin, *self._image_limits)
+        pyramid = self.stem(pyramid)
+        for stage in self.stages:
+            pyramid = stage(pyramid)
+        pyramid = self.norm(pyramid)
+        return self.head(pyramid.features, pyramid.masks, pyramid.prefix, pyramid.single)
+
+    def forward_features(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Any:
+        """Returns the last stage's map, ``[B, C, *grid]``, or a list of maps for a list; see `forward`."""
+        features, _ = self.forward_intermediates(x, indices=1, spacing=spacing, mask=mask, origin=origin)
+        return features
+
+    def forward_head(self, x: Any, pre_logits: bool = False, mask: Any = None, prefix: Tensor | None = None) -> Any:
+        """Pools and classifies what `forward_features` returned.
+
+        Args:
+            x: Map ``[B, C, *grid]``, or a list of maps.
+            pre_logits: Whether to stop before the classifier.
+            mask: ``[B, *grid]``, bool, True = valid, or one per map: which places to pool over.
+            prefix: ``[B, P, C]``, for ``global_pool="token"``.
+        """
+        single = isinstance(x, Tensor)
+        features = [channels_last(level) for level in ([x] if single else x)]
+        masks = mask if isinstance(mask, (list, tuple)) else [mask] * len(features)
+        return self.head(features, masks, prefix, single, pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: Any,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        spacing: Any = None,
+        mask: Any = None,
+        origin: Any = None,
+    ) -> Any:
+        """Returns the maps of several stages.
+
+        Args:
+            x: See `forward`.
+            indices: The stages: None for all, the last n for a number, or a sequence.
+            norm: Whether the last stage's map is taken after the final norm.
+            stop_early: Whether to stop at the last stage asked for.
+            output_fmt: "NCHW" for channels first, "NHWC" for channels last, in 3D too.
+            intermediates_only: Whether to leave out the final features.
+            spacing: See `forward`.
+            mask: See `forward`. Masked places of maps are zero.
+            origin: See `forward`.
+
+        Returns:
+            The final features (as `forward_features`) and the list of maps, or the list alone. For a pyramid each map
+            is a list, one per level.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        take_indices, last = feature_take_indices(len(self.stages), indices)
+        pyramid = self.stem(read_images(x, spacing, mask, origin, *self._image_limits))
+        intermediates = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            pyramid = stage(pyramid)
+            if i in take_indices:
+                final = norm and i == len(self.stages) - 1
+                intermediates.append(_maps(self.norm(pyramid) if final else pyramid, output_fmt))
+        if intermediates_only:
+            return intermediates
+        return _maps(self.norm(pyramid), "NCHW"), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages after the last one asked for, and with them norm and head; returns the stages' indices."""
+        take_indices, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def get_classifier(self) -> nn.Module:
+        """Returns the classifier, `nn.Identity` if there are no classes."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Makes a new classifier where the old one was; ``global_pool`` None keeps the pooling."""
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.num_classes = num_classes
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Chooses whether blocks are computed again in the backward pass instead of being kept."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def set_input_size(self, img_size: int | Sequence[int] | None = None) -> None:
+        """Checks that images of a size can be taken. Nothing depends on it: every forward takes any size."""
+        if img_size is not None:
+            size = integers(img_size, "img_size", self.cfg.spatial_dims)
+            if any(n < least for n, least in zip(size, self.cfg.stem_strides, strict=True)):
+                raise ValueError(f"img_size must be at least {self.cfg.stem_strides} (the stem's stride), got {size}")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns how parameters are grouped into layers, for layer-wise learning rates."""
+        if coarse:
+            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
+        blocks = [
+            (r"^stages\.(\d+)\.(?:downsample|reg_tokens)", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """Returns the names of parameters that weight decay would harm: geometry, temperatures and tokens."""
+        kept = ("freqs", "temp", "reg_tokens", "scale_a", "scale_b", "scale_c", "scale_d")
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in kept}
+
+    @property
+    def _image_limits(self) -> tuple[tuple[float, ...], int, tuple[int, ...]]:
+        return self.cfg.reference, self.in_chans, self.cfg.stem_strides
+
+
+def _maps(pyramid: Pyramid, output_fmt: str) -> Any:
+    maps = [channels_first(x) if output_fmt == "NCHW" else x for x in pyramid.features]
+    return maps[0] if pyramid.single else maps
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
+    """Turns a checkpoint into a state dict of ``model``: our own, or an upstream `ResolutionAwareTransformer`'s."""
+    return convert_upstream(state_dict, model.cfg) if "init_proj.weight" in state_dict else state_dict
+
+
+model_cfgs = {
+    "rat_tiny": RatConfig(embed_dim=64, mlp_ratio=3.0),
+    "rat_small": RatConfig(embed_dim=96),
+    "rat_base": RatConfig(embed_dim=128),
+    "rat_large": RatConfig(embed_dim=192),
+    "rat_huge": RatConfig(embed_dim=320, depths=(3, 4, 24, 5)),
+    "rat_tiny_3d": RatConfig(3, embed_dim=32, depths=(3, 4, 6, 5), mlp_ratio=3.0),
+    "rat_small_3d": RatConfig(3, embed_dim=64, depths=(3, 4, 6, 5), mlp_ratio=3.0),
+    "rat_base_3d": RatConfig(3, embed_dim=96),
+    "rat_large_3d": RatConfig(3, embed_dim=128),
+    "rat_huge_3d": RatConfig(3, embed_dim=256),
+    "rat_classic": CLASSIC,
+    "rat_classic_3d": CLASSIC.replace(spatial_dims=3),
+    "test_rat": RatConfig(embed_dim=(32, 64, 64, 128), depths=(1, 1, 1, 1)),
+    "test_rat_3d": RatConfig(3, embed_dim=(32, 32, 64, 96), depths=(1, 1, 1, 1)),
+}
+
+
+
+
+def _cfg(input_size: tuple[int, ...] = (3, 224, 224), stride: int = 32, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": input_size,
+        "pool_size": tuple(math.ceil(n / stride) for n in input_size[1:]),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.convs.0",
+        "classifier": "head.fc",
+        "license": "bsd-3-clause",
+        **kwargs,
+    }
+
+
+def _cfg_3d(input_size: tuple[int, ...] = (1, 96, 96, 96), **kwargs: Any) -> dict[str, Any]:
+    return _cfg(input_size, num_classes=0, crop_pct=1.0, mean=(0.0,), std=(1.0,), **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "rat_tiny.untrained": _cfg(),
+        "rat_small.untrained": _cfg(),
+        "rat_base.untrained": _cfg(),
+        "rat_large.untrained": _cfg(),
+        "rat_huge.untrained": _cfg(),
+        "rat_tiny_3d.untrained": _cfg_3d(),
+        "rat_small_3d.untrained": _cfg_3d(),
+        "rat_base_3d.untrained": _cfg_3d(),
+        "rat_large_3d.untrained": _cfg_3d(),
+        "rat_huge_3d.untrained": _cfg_3d(),
+        # dense grouping of single pixels: its cost grows with the square of their number
+        "rat_classic.untrained": _cfg((3, 64, 64), stride=81),
+        "rat_classic_3d.untrained": _cfg_3d((1, 16, 16, 16), stride=81),
+        "test_rat.untrained": _cfg((3, 96, 96)),
+        "test_rat_3d.untrained": _cfg_3d((1, 48, 48, 48)),
+    }
+)
+
+
+def _create_rat(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
+    model = build_model_with_cfg(
+        ResolutionAwareTransformer,
+        variant,
+        pretrained,
+        # timm asserts that an input size has three numbers; a volume has four
+        pretrained_cfg=dataclasses.replace(cfg, input_size=cfg.input_size[:3]),
+        model_cfg=model_cfgs[variant],
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": RatFeatures},
+        **kwargs,
+    )
+    model.pretrained_cfg["input_size"] = cfg.input_size
+    if isinstance(model, RatFeatures):
+        model.model.pretrained_cfg["input_size"] = cfg.input_size
+    return model
+
+
+@register_model
+def rat_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Tiny, 27.7 M parameters."""
+    return _create_rat("rat_tiny", pretrained, **kwargs)
+
+
+@register_model
+def rat_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Small, 50.3 M parameters."""
+    return _create_rat("rat_small", pretrained, **kwargs)
+
+
+@register_model
+def rat_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Base, 89.0 M parameters."""
+    return _create_rat("rat_base", pretrained, **kwargs)
+
+
+@register_model
+def rat_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Large, 199 M parameters."""
+    return _create_rat("rat_large", pretrained, **kwargs)
+
+
+@register_model
+def rat_huge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Huge, 630 M parameters."""
+    return _create_rat("rat_huge", pretrained, **kwargs)
+
+
+@register_model
+def rat_tiny_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Tiny for volumes, 5.2 M parameters."""
+    return _create_rat("rat_tiny_3d", pretrained, **kwargs)
+
+
+@register_model
+def rat_small_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Small for volumes, 20.9 M parameters."""
+    return _create_rat("rat_small_3d", pretrained, **kwargs)
+
+
+@register_model
+def rat_base_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Base for volumes, 53.1 M parameters."""
+    return _create_rat("rat_base_3d", pretrained, **kwargs)
+
+
+@register_model
+def rat_large_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Large for volumes, 94.3 M parameters."""
+    return _create_rat("rat_large_3d", pretrained, **kwargs)
+
+
+@register_model
+def rat_huge_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Huge for volumes, 377 M parameters."""
+    return _create_rat("rat_huge_3d", pretrained, **kwargs)
+
+
+@register_model
+def rat_classic(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The seed package's network, 4.75 M parameters; loads its state dicts."""
+    return _create_rat("rat_classic", pretrained, **kwargs)
+
+
+@register_model
+def rat_classic_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The seed package's network for volumes."""
+    return _create_rat("rat_classic_3d", pretrained, **kwargs)
+
+
+@register_model
+def test_rat(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """For tests."""
+    return _create_rat("test_rat", pretrained, **kwargs)
+
+
+@register_model
+def test_rat_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """For tests, volumes."""
+    return _create_rat("test_rat_3d", pretrained, **kwargs)

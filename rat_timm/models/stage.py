@@ -1,0 +1,196 @@
+"""One stage of the hierarchical model: group the tokens onto a coarser grid, then attend."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from ..grid import Positions, Pyramid, Tokens, field_center
+from ..layers.attention import Attention, Block
+from ..layers.grouping import DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
+from ..layers.rose import RotarySpatialEmbedding
+from .config import RatConfig, StageConfig
+
+
+class Downsample(nn.Module):
+    """Spatial grouping attention at the width of the finer stage, then a projection to the coarser stage's.
+
+    Args:
+        cfg: The model.
+        stage: The coarser stage.
+        proj_drop: Dropout in the grouping's MLP.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        cfg: RatConfig,
+        stage: StageConfig,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        sparse = {"neighborhood_kernel": cfg.neighborhood_kernel} if stage.sga_attention_type == "sparse" else {}
+        grouping = SparseSpatialGroupingAttention if sparse else DenseSpatialGroupingAttention
+        self.sga = grouping(
+            stage.dim_in,
+            cfg.spatial_dims,
+            cfg.kernel_size,
+            stage.sga_num_heads,
+            cfg.stride,
+            unit=stage.sga_unit,
+            iters=cfg.iters,
+            mlp_ratio=cfg.sga_mlp_ratio,
+            mlp_dropout=proj_drop,
+            qkv_bias=cfg.qkv_bias,
+            base_theta=cfg.base_theta,
+            learnable_rose=cfg.learnable_rose,
+            init_jitter_std=cfg.init_jitter_std,
+            rotary_ratio=cfg.rotary_ratio,
+            frequency_scaling=cfg.frequency_scaling,
+            learnable_rose_scaling=cfg.learnable_rose_scaling,
+            rose_initial_scaling=cfg.rose_initial_scaling,
+            **sparse,
+            **dd,
+        )
+        same = stage.dim_in == stage.dim
+        self.proj = nn.Identity() if same else nn.Linear(stage.dim_in, stage.dim, **dd)
+
+    def forward(self, pyramid: Pyramid) -> Pyramid:
+        """Groups each level by itself; prefix tokens are only projected."""
+        levels = [self.sga(tokens) for tokens in pyramid.levels]
+        levels = [tokens._replace(x=self.proj(tokens.x)) for tokens in levels]
+        prefix = None if pyramid.prefix is None else self.proj(pyramid.prefix)
+        return Pyramid(levels, prefix, pyramid.single)
+
+
+class Stage(nn.Module):
+    """Downsampling and blocks; the blocks of a global stage see all tokens of all levels and the prefix together.
+
+    Args:
+        cfg: The model.
+        stage: This stage.
+        drop_path: Stochastic depth rate of each block.
+        proj_drop: Dropout after projections.
+        attn_drop: Dropout of attention weights.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        cfg: RatConfig,
+        stage: StageConfig,
+        drop_path: Sequence[float],
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.unit = stage.unit
+        self.is_global = stage.attn_kernel_size is None
+        self.grad_checkpointing = False
+        self.downsample = Downsample(cfg, stage, proj_drop, **dd) if stage.sga_attention_type else nn.Identity()
+        self.reg_tokens = None
+        if stage.reg_tokens:
+            self.reg_tokens = nn.Parameter(torch.empty(1, stage.reg_tokens, stage.dim, **dd))
+            trunc_normal_(self.reg_tokens, std=0.02)
+
+        def attention() -> Attention:
+            rose = RotarySpatialEmbedding(stage.dim, stage.num_heads, cfg.spatial_dims, **cfg.rose).to(**dd)
+            return Attention(
+                stage.dim, stage.num_heads, rose, stage.attn_kernel_size, cfg.qkv_bias, attn_drop, proj_drop, **dd
+            )
+
+        self.blocks = nn.ModuleList(
+            Block(attention(), stage.dim, stage.mlp_ratio, proj_drop, rate, **dd) for rate in drop_path
+        )
+
+    def forward(self, pyramid: Pyramid) -> Pyramid:
+        """Takes the pyramid one stage further."""
+        pyramid = self.downsample(pyramid)
+        if self.reg_tokens is not None:
+            batch_size = pyramid.levels[0].x.shape[0]
+            pyramid = pyramid._replace(prefix=self.reg_tokens.expand(batch_size, -1, -1))
+        return self._attend_together(pyramid) if self.is_global else self._attend_apart(pyramid)
+
+    def _attend_apart(self, pyramid: Pyramid) -> Pyramid:
+        levels = []
+        for x, grid, mask in pyramid.levels:
+            positions = grid.positions(field_center([grid]), self.unit)
+            levels.append(Tokens(self._run_blocks(x, positions, mask), grid, mask))
+        return pyramid._replace(levels=levels)
+
+    def _attend_together(self, pyramid: Pyramid) -> Pyramid:
+        x, positions, mask = _to_sequence(pyramid, self.unit)
+        x = self._run_blocks(x, positions, mask)
+        return _from_sequence(x, pyramid)
+
+    def _run_blocks(self, x: Tensor, positions: Positions, mask: Tensor | None) -> Tensor:
+        for block in self.blocks:
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, positions, mask)
+            else:
+                x = block(x, positions, mask)
+        return x
+
+
+class PyramidNorm(nn.LayerNorm):
+    """LayerNorm over the channels of all levels and of the prefix."""
+
+    def forward(self, pyramid: Pyramid) -> Pyramid:  # type: ignore[override]
+        """Normalises every token."""
+        normalize = super().forward
+        levels = [tokens._replace(x=normalize(tokens.x)) for tokens in pyramid.levels]
+        return Pyramid(levels, None if pyramid.prefix is None else normalize(pyramid.prefix), pyramid.single)
+
+
+def _to_sequence(pyramid: Pyramid, unit: Sequence[float]) -> tuple[Tensor, Positions, Tensor | None]:
+    """Lines up prefix and levels: features ``[B, N, C]``, positions ``[1 or B, N, axes]``, mask ``[B, N]`` or None.
+
+    Prefix tokens stand at the centre of the field, where the rotation is none.
+    """
+    center = field_center([tokens.grid for tokens in pyramid.levels])
+    positions = [tokens.grid.positions(center, unit) for tokens in pyramid.levels]
+    offsets = [p.offset.flatten(1, -2) for p in positions]
+    spacings = [p.spacing.expand_as(p.offset).flatten(1, -2) for p in positions]
+    features = [tokens.x.flatten(1, -2) for tokens in pyramid.levels]
+    masks = [None if tokens.mask is None else tokens.mask.flatten(1) for tokens in pyramid.levels]
+    if pyramid.prefix is not None:
+        count = pyramid.prefix.shape[1]
+        features.insert(0, pyramid.prefix)
+        offsets.insert(0, offsets[0].new_zeros(offsets[0].shape[0], count, offsets[0].shape[2]))
+        spacings.insert(0, torch.ones_like(offsets[0]))
+        masks.insert(0, None)
+    rows = max(offset.shape[0] for offset in offsets)
+    joint = Positions(*(torch.cat([t.expand(rows, -1, -1) for t in parts], dim=1) for parts in (offsets, spacings)))
+    return torch.cat(features, dim=1), joint, _join_masks(masks, features)
+
+
+def _join_masks(masks: Sequence[Tensor | None], features: Sequence[Tensor]) -> Tensor | None:
+    if all(mask is None for mask in masks):
+        return None
+    full = [
+        torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        for mask, x in zip(masks, features, strict=True)
+    ]
+    return torch.cat(full, dim=1)
+
+
+def _from_sequence(x: Tensor, pyramid: Pyramid) -> Pyramid:
+    """Undoes `_to_sequence`."""
+    sizes = [0 if pyramid.prefix is None else pyramid.prefix.shape[1]]
+    sizes += [tokens.x[0, ..., 0].numel() for tokens in pyramid.levels]
+    prefix, *parts = x.split(sizes, dim=1)
+    levels = [
+        tokens._replace(x=part.unflatten(1, tokens.grid.shape))
+        for tokens, part in zip(pyramid.levels, parts, strict=True)
+    ]
+    return Pyramid(levels, None if pyramid.prefix is None else prefix, pyramid.single)

@@ -1,0 +1,67 @@
+"""Runs timm's own model tests on RAT: the tests of the installed timm's source distribution, out of tree.
+
+    python tests/run_timm_tests.py [NAME ...] [-- PYTEST ARGUMENTS]
+
+Left out are TorchScript, which is deprecated and no target of ours, and for volumes `test_model_default_cfgs`, which
+asserts that feature maps have four dimensions (`test_timm_contract.py` checks the same for five).
+"""
+
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import timm
+
+NAMES = ("test_rat", "test_rat_3d", "rat_tiny", "rat_tiny_3d")
+LEFT_OUT = re.compile(r"torchscript|test_model_default_cfgs.*_3d")
+
+
+def fetch_tests(folder: Path) -> Path:
+    """Downloads and unpacks timm's source distribution; returns the test file, with RAT among those it looks at."""
+    requirement = f"timm=={timm.__version__}"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "timm"]
+    subprocess.run([*pip, "--dest", folder, requirement], check=True)
+    (archive,) = folder.glob("timm-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    (source,) = folder.glob("timm-*/tests/test_models.py")
+    text = source.read_text()
+    changed = text.replace("FEAT_INTER_FILTERS = [", "FEAT_INTER_FILTERS = ['rat', ")
+    if changed == text:
+        raise RuntimeError(f"{source} has no FEAT_INTER_FILTERS list: timm {timm.__version__} is not what we know")
+    # out of timm's source tree, so that the installed timm is the one that is tested
+    tests = folder / "tests"
+    tests.mkdir()
+    (tests / "conftest.py").write_text((source.parent / "conftest.py").read_text())
+    (tests / "test_models.py").write_text(changed)
+    return tests / "test_models.py"
+
+
+def select(test_file: Path, names: list[str]) -> list[str]:
+    """Returns the ids of the tests to run."""
+    command = [sys.executable, "-m", "pytest", "-p", "rat_timm", "--collect-only", "-q", "-k", "rat", test_file]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    parameters = re.compile(r"\[(?:\d+-)?(?:" + "|".join(names) + r")(?:\.\w+)?(?:-\d+)?\]$")
+    tests = [line.split("::", 1)[1] for line in listing.splitlines() if parameters.search(line)]
+    return [f"{test_file}::{test}" for test in tests if not LEFT_OUT.search(test)]
+
+
+def main() -> int:
+    """Runs the tests; returns pytest's exit status."""
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    names, extra = arguments[:split] or list(NAMES), arguments[split + 1 :]
+    with tempfile.TemporaryDirectory() as folder:
+        test_file = fetch_tests(Path(folder))
+        tests = select(test_file, names)
+        if not tests:
+            raise RuntimeError(f"timm's tests hold none for {names}")
+        command = [sys.executable, "-m", "pytest", "-p", "rat_timm", "-q", "-p", "no:cacheprovider", *extra, *tests]
+        return subprocess.run(command, check=False, cwd=folder).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
