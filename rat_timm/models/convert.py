@@ -26,7 +26,12 @@ def convert_upstream(state_dict: dict[str, Tensor], cfg: RatConfig) -> dict[str,
     Args:
         state_dict: Of `resolution_aware_transformer.ResolutionAwareTransformer`.
         cfg: Of the model that is to load it.
+
+    Raises:
+        ValueError: If the scaling is a logarithm that no checkpoint holds: it has no equal in other units.
     """
+    if not cfg.learnable_rose_scaling and cfg.rose_initial_scaling == "log":
+        raise ValueError("rose_initial_scaling 'log' converts only if it is learnable (learnable_rose_scaling)")
     renamed = {_rename(key): value for key, value in state_dict.items() if not key.endswith("mask_embedding")}
     for i, stage in enumerate(cfg.stages()):
         _rescale(renamed, f"stages.{i}.downsample.sga.rose.", stage.sga_unit)

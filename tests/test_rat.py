@@ -1,0 +1,289 @@
+import copy
+import pickle
+import shutil
+
+import pytest
+import timm
+import torch
+from rat_timm import RatConfig, ResolutionAwareTransformer
+
+NAMES = ["test_rat", "test_rat_3d"]
+IMAGE = {"test_rat": (3, 45, 70), "test_rat_3d": (1, 20, 33, 17)}
+
+
+@pytest.fixture(params=NAMES)
+def model(request):
+    return lively(timm.create_model(request.param, num_classes=7).eval())
+
+
+def lively(model):
+    """Random weights large enough that attention is far from uniform and every influence shows."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "fc" not in name:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model
+
+
+def image(model, batch=2):
+    return torch.randn(batch, *IMAGE["test_rat" if model.cfg.spatial_dims == 2 else "test_rat_3d"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("test_rat", [(224, 224), (97, 131), (33, 20), (512, 384), (32, 32), (4, 4)]),
+        ("test_rat_3d", [(96, 96, 96), (20, 64, 48), (9, 33, 17), (4, 4, 4)]),
+    ],
+)
+@torch.no_grad()
+def test_any_size(name, sizes):
+    backbone = timm.create_model(name, features_only=True).eval()
+    for size in sizes:
+        maps = backbone(torch.randn(1, backbone.in_chans, *size))
+        for features, channels, stride in zip(maps, backbone.feature_info.channels(), (4, 8, 16, 32), strict=True):
+            assert features.shape == (1, channels, *(-(-n // stride) for n in size))
+            assert torch.isfinite(features).all()
+
+
+@torch.no_grad()
+def test_spacing_changes_the_output_of_rat_tiny():
+    model = lively(timm.create_model("rat_tiny").eval())
+    x = torch.randn(1, 3, 64, 96)
+    expected = model(x)
+    assert torch.equal(model(x, spacing=1.0), expected)
+    for spacing in (2.0, (1.0, 2.0), 0.5):
+        assert (model(x, spacing=spacing) - expected).norm() / expected.norm() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["rat_tiny", "test_rat", "test_rat_3d", "rat_classic"])
+@torch.no_grad()
+def test_units_do_not_matter(name):
+    """spacing=10 built, 5 given, equals 1 built, 0.5 given."""
+    one = lively(timm.create_model(name, num_classes=10).eval())
+    ten = timm.create_model(name, num_classes=10, spacing=10).eval()
+    if name == "rat_classic":  # its scaling parameters are in units of the reference spacing
+        assert one.cfg.learnable_rose_scaling
+    ten.load_state_dict(one.state_dict())
+    size = (48, 33) if one.cfg.spatial_dims == 2 else (16, 33, 20)
+    x = torch.randn(2, one.in_chans, *size)
+    torch.testing.assert_close(ten(x, spacing=5), one(x, spacing=0.5), rtol=0, atol=1e-4)
+    assert (one(x, spacing=0.5) - one(x)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_spacing_per_sample_equals_samples_one_by_one(model):
+    x = image(model, 3)
+    spacing = torch.rand(3, model.cfg.spatial_dims) + 0.5
+    both = model(x, spacing=spacing)
+    for i in range(3):
+        for given in (spacing[i], spacing[i : i + 1], tuple(spacing[i].tolist())):
+            torch.testing.assert_close(model(x[i : i + 1], spacing=given), both[i : i + 1], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_spacing_per_sample_of_rat_tiny():
+    model = lively(timm.create_model("rat_tiny").eval())
+    x, spacing = torch.randn(2, 3, 64, 50), torch.tensor([[1.0, 1.0], [0.3, 2.0]])
+    both = model(x, spacing=spacing)
+    for i in range(2):
+        torch.testing.assert_close(model(x[i : i + 1], spacing=spacing[i]), both[i : i + 1], rtol=0, atol=1e-4)
+
+
+def test_3d_of_a_2d_variant_and_anisotropic_stems():
+    model = timm.create_model("test_rat", spatial_dims=3, in_chans=1, stem_stride=(1, 4, 4), features_only=True)
+    maps = model(torch.randn(1, 1, 12, 64, 40))
+    assert [tuple(m.shape[2:]) for m in maps] == [(12, 16, 10), (6, 8, 5), (3, 4, 3), (2, 2, 2)]
+    assert model.feature_info.get("stride") == [(1, 4, 4), (2, 8, 8), (4, 16, 16), (8, 32, 32)]
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+
+
+def test_nominal_spacing_is_told():
+    model = timm.create_model("test_rat_3d", spacing=(2.2, 2.0, 2.0), features_only=True)
+    assert model.feature_info.get("spacing")[0] == pytest.approx((8.8, 8.0, 8.0))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", ("dense", "sparse", "sparse")])
+def test_attention_types(kind):
+    model = timm.create_model("test_rat", sga_attention_type=kind)
+    kinds = (kind,) * 3 if isinstance(kind, str) else kind
+    found = [type(stage.downsample.sga).__name__ for stage in model.stages[1:]]
+    assert found == [f"{k.capitalize()}SpatialGroupingAttention" for k in kinds]
+    assert model(torch.randn(1, 3, 40, 40)).shape == (1, 1000)
+
+
+def test_seed_keywords():
+    model = timm.create_model(
+        "test_rat",
+        kernel_size=5,
+        stride=2,
+        iters=2,
+        learnable_rose=False,
+        rotary_ratio=0.5,
+        mlp_ratio=1.5,
+        num_heads=(2, 2, 4, 4),
+        neighborhood_kernel=5,
+        qkv_bias=False,
+        base_theta=1e4,
+        frequency_scaling="sqrt",
+    )
+    sga = model.stages[1].downsample.sga
+    assert (sga.kernel_size, sga.iters, sga.num_heads, sga.neighborhood_kernel) == ((5, 5), 2, 2, 5)
+    assert not any("freqs" in name for name, _ in model.named_parameters())
+    model(torch.randn(1, 3, 40, 40)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"spatial_dims": 4}, "spatial_dims must be"),
+        ({"num_heads": 3}, "num_heads 3 does not divide"),
+        ({"embed_dim": 33, "num_heads": 3}, "must be even"),
+        ({"depths": (1, 1, 0, 1)}, "depths must be positive"),
+        ({"mlp_ratio": (2.0, 2.0)}, "mlp_ratio must have one entry per stage"),
+        ({"num_heads": (1, 2)}, "num_heads must have one entry per stage"),
+        ({"embed_dim": (32, 64)}, "embed_dim must have one entry per stage"),
+        ({"attn_kernel_size": (7, 7)}, "attn_kernel_size must be"),
+        ({"sga_attention_type": "fancy"}, "sga_attention_type must be one of"),
+        ({"sga_attention_type": ("dense",)}, "sga_attention_type must be one of"),
+        ({"kernel_size": 4}, "kernel_size must be odd"),
+        ({"stem_stride": 5}, "stem_stride"),
+        ({"stem_stride": (2, 2, 2)}, "stem_stride must be a positive number or 2"),
+        ({"stem_kernel_size": (4, 4)}, "stem_kernel_size must be odd"),
+        ({"spacing": 0.0}, "spacing must be a positive"),
+        ({"spacing": (1.0, 1.0, 1.0)}, "spacing must be a positive number or 2"),
+        ({"global_pool": "median"}, "global_pool must be one of"),
+        ({"global_pool": "token"}, "global_pool 'token' needs reg_tokens"),
+        ({"reg_tokens": 2, "leading_tokens": 2}, "two names"),
+        ({"reg_tokens": 2, "attn_kernel_size": 7}, "reg_tokens 2 need a stage with global attention"),
+        ({"iters": 0}, "iters must be"),
+        ({"rotary_ratio": 2.0}, "rotary_ratio must be"),
+    ],
+)
+def test_bad_constructions_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_rat", **kwargs)
+
+
+def test_unknown_keywords_are_type_errors():
+    with pytest.raises(TypeError, match="not_a_field"):
+        ResolutionAwareTransformer(RatConfig(depths=(1, 1)), not_a_field=1)
+
+
+@pytest.mark.parametrize(
+    ("x", "kwargs", "message"),
+    [
+        (torch.zeros(1, 3, 32), {}, r"x must be \[B, C, \*size\] with 2 spatial axes"),
+        (torch.zeros(1, 3, 32, 32, 32), {}, "with 2 spatial axes"),
+        (torch.zeros(1, 1, 32, 32), {}, r"x must have 3 channels \(in_chans\), got 1"),
+        (torch.zeros(1, 3, 3, 32), {}, "x must be at least"),
+        ([], {}, "x is an empty list"),
+        (torch.zeros(1, 3, 32, 32), {"spacing": 0}, "spacing must be positive"),
+        (torch.zeros(1, 3, 32, 32), {"spacing": (1, -1)}, "spacing must be positive"),
+        (torch.zeros(1, 3, 32, 32), {"spacing": float("nan")}, "spacing must be positive"),
+        (torch.zeros(1, 3, 32, 32), {"spacing": (1, 1, 1)}, "spacing must be a number, 2 values"),
+        (torch.zeros(2, 3, 32, 32), {"spacing": torch.ones(3, 2)}, "spacing must be"),
+        (torch.zeros(1, 3, 32, 32), {"mask": torch.ones(1, 32, 31)}, "mask must be"),
+        (torch.zeros(1, 3, 32, 32), {"mask": torch.full((1, 32, 32), 0.5)}, "mask must be bool"),
+        ([torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 16, 16)], {}, "level 1: x must have the batch size"),
+        ([torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 16, 16)], {}, "level 1: x must have 3 channels"),
+        ([torch.zeros(1, 3, 32, 32)] * 2, {"mask": [torch.ones(1, 32, 32)]}, "mask must have one entry per level"),
+    ],
+)
+def test_bad_inputs_are_named_before_any_work(x, kwargs, message):
+    model = timm.create_model("test_rat")
+    model.stem.register_forward_pre_hook(lambda *_: pytest.fail("work was done"))
+    for run in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=message):
+            run(x, **kwargs)
+
+
+def test_every_parameter_gets_a_gradient(model):
+    model.train()
+    model(image(model), spacing=0.7).square().sum().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not without
+
+
+def test_gradient_checkpointing_changes_nothing(model):
+    x, grads = image(model), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        grads.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters()), allow_unused=True))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def relative_error(out, expected):
+    return ((out.float() - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def test_bfloat16_and_autocast(model):
+    x = image(model)
+    expected = model(x, spacing=0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(model(x, spacing=0.7), expected) < 2e-2
+    assert relative_error(copy.deepcopy(model).bfloat16()(x.bfloat16(), spacing=0.7), expected) < 2e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_without_graph_breaks(name, backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    model = timm.create_model(name, num_classes=7).eval()
+    x = image(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        spacing = torch.rand(2, model.cfg.spatial_dims) + 0.5
+        torch.testing.assert_close(compiled(x, spacing=spacing), model(x, spacing=spacing), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_training_without_graph_breaks(name):
+    torch._dynamo.reset()
+    model = timm.create_model(name, num_classes=7)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = image(model)
+    parameters = list(model.parameters())
+    ours, expected = (torch.autograd.grad(f(x).square().sum(), parameters) for f in (compiled, model))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_export(name):
+    model = timm.create_model(name, num_classes=7).eval()
+    x = image(model)
+    axes = model.cfg.spatial_dims
+    program = torch.export.export(model, (x,), {"spacing": torch.ones(2, axes)})
+    spacing = torch.rand(2, axes) + 0.5
+    torch.testing.assert_close(program.module()(x, spacing=spacing), model(x, spacing=spacing), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_copies_give_the_same(model):
+    x = image(model)
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+
+
+def test_inference_mode_leaves_nothing_behind(model):
+    x = image(model)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+
+
+def test_leaving_the_meta_device():
+    expected = timm.create_model("test_rat", learnable_rose=False).eval()
+    model = timm.create_model("test_rat", learnable_rose=False, device="meta").to_empty(device="cpu").eval()
+    model.load_state_dict(expected.state_dict())
+    from timm.models._manipulate import reinit_non_persistent_buffers
+
+    reinit_non_persistent_buffers(model)
+    x = torch.randn(1, 3, 40, 40)
+    assert torch.equal(model(x), expected(x))
