@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -59,13 +60,10 @@ class Grid(NamedTuple):
             ValueError: If a value has another form, is not finite, or a spacing is not positive.
         """
         axes = len(shape)
-        rows = per_axis(spacing, "spacing", axes, batch_size, device)
-        _check_values(rows, "spacing", positive=True)
+        rows = per_axis(spacing, "spacing", axes, batch_size, device, positive=True)
         if origin is None:
             return cls(tuple(shape), rows, rows / 2)
-        start = per_axis(origin, "origin", axes, batch_size, device)
-        _check_values(start, "origin", positive=False)
-        return cls(tuple(shape), rows, start)
+        return cls(tuple(shape), rows, per_axis(origin, "origin", axes, batch_size, device))
 
     def conv(self, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> "Grid":
         """Returns the grid on which a convolution of this grid puts its results."""
@@ -179,7 +177,8 @@ def pyramid_grids(
         spacing: None (level 0 has the reference spacing), one entry (level 0's), or a list with one entry per level; an
             entry is a number, one value per axis, or a ``[B, axes]`` tensor. Where it is not given, a level's spacing
             follows from level 0 by the ratio of their sizes.
-        origin: Likewise; where it is not given, levels share the outer corner of their field of view, level 0's at zero.
+        origin: Likewise; where it is not given, levels share the outer corner of level 0's field of view,
+            which lies at zero by default.
         reference: The model's reference spacing, per axis.
         batch_size: Number of samples.
         device: Where the geometry is kept.
@@ -223,20 +222,30 @@ def _lower_level(
 
 
 def per_axis(
-    value: Scalars, name: str, axes: int, batch_size: int = 1, device: torch.device | None = None
+    value: Scalars,
+    name: str,
+    axes: int,
+    batch_size: int = 1,
+    device: torch.device | None = None,
+    positive: bool = False,
 ) -> Tensor:
     """Reads a number, one value per axis, or ``[B, axes]`` into a ``[1 or B, axes]`` tensor.
 
+    They must be finite, and ``positive`` where that is said; a tensor's values are not looked at while tracing.
     float64, so that positions stay exact however far the origin is; float32 where a device has no float64 (MPS).
     """
     dtype = torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
-    try:
-        rows = torch.as_tensor(value, dtype=dtype, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be numbers, got {value!r}") from error
+    values: Any = (value,) * axes if _is_number(value) else value
+    if isinstance(values, (list, tuple)) and all(_is_number(v) for v in values):
+        _check_numbers(values, name, positive)
+        # not as_tensor, for which torch.compile would make one program per value
+        rows = torch.stack([torch.full((), v, dtype=dtype, device=device) for v in values])
+    else:
+        rows = _as_rows(values, name, dtype, device)
+        _check_tensor(rows, name, positive)
+    allowed = [(axes,), (1, axes), (batch_size, axes)]
     if rows.ndim == 0:
         return rows.expand(1, axes)
-    allowed = [(axes,), (1, axes), (batch_size, axes)]
     if tuple(rows.shape) not in allowed:
         raise ValueError(
             f"{name} must be a number, {axes} values (one per axis, in array order), "
@@ -245,13 +254,33 @@ def per_axis(
     return rows.reshape(-1, axes)
 
 
-def _check_values(rows: Tensor, name: str, positive: bool) -> None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)  # Python's and NumPy's
+
+
+def _as_rows(value: Any, name: str, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be numbers, got {value!r}") from error
+
+
+def _check_numbers(values: Sequence[float], name: str, positive: bool) -> None:
+    least = 0 if positive else -math.inf
+    if not all(least < v < math.inf for v in values):
+        raise ValueError(f"{name} must be {_kind(positive)}, got {tuple(values)}")
+
+
+def _check_tensor(rows: Tensor, name: str, positive: bool) -> None:
     if torch.compiler.is_compiling() or rows.is_meta:
         return  # a traced tensor has no values yet
     valid = torch.isfinite(rows) & (rows > 0) if positive else torch.isfinite(rows)
     if not bool(valid.all()):
-        kind = "positive and finite" if positive else "finite"
-        raise ValueError(f"{name} must be {kind}, got {rows.tolist()}")
+        raise ValueError(f"{name} must be {_kind(positive)}, got {rows.tolist()}")
+
+
+def _kind(positive: bool) -> str:
+    return "positive and finite" if positive else "finite"
 
 
 def _per_level(value: Any, name: str, levels: int, axes: int) -> list:
@@ -259,9 +288,9 @@ def _per_level(value: Any, name: str, levels: int, axes: int) -> list:
     derived = [None] * (levels - 1)
     if not isinstance(value, (list, tuple)):
         return [value, *derived]
-    numbers = all(isinstance(entry, (int, float)) for entry in value)
+    numbers = all(_is_number(entry) for entry in value)
     if levels == 1:
-        return [value[0] if len(value) == 1 and not numbers else value]
+        return [value[0] if len(value) == 1 else value]
     if numbers and len(value) == axes:
         if axes == levels:
             raise ValueError(
@@ -276,7 +305,8 @@ def _per_level(value: Any, name: str, levels: int, axes: int) -> list:
 
 def axis_values(value: Any, name: str, axes: int) -> tuple[float, ...]:
     """Reads a constructor's number or per-axis sequence of positive numbers."""
-    values = (value,) * axes if isinstance(value, (int, float)) else tuple(value)
-    if len(values) != axes or not all(isinstance(v, (int, float)) and math.isfinite(v) and v > 0 for v in values):
+    values = (value,) * axes if _is_number(value) else value
+    fits = isinstance(values, (list, tuple)) and len(values) == axes and all(_is_number(v) for v in values)
+    if not fits or not all(0 < v < math.inf for v in values):
         raise ValueError(f"{name} must be a positive number or {axes} of them (one per axis), got {value!r}")
-    return values
+    return tuple(values)

@@ -59,7 +59,19 @@ def main() -> int:
         tests = select(test_file, names)
         if not tests:
             raise RuntimeError(f"timm's tests hold none for {names}")
-        command = [sys.executable, "-m", "pytest", "-p", "rat_timm", "-q", "-p", "no:cacheprovider", "--disable-warnings", *extra, *tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "rat_timm",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--disable-warnings",
+            *extra,
+            *tests,
+        ]
         return subprocess.run(command, check=False, cwd=folder).returncode
 
 

@@ -1,10 +1,11 @@
 import math
 
 import pytest
-import references
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import references
 from rat_timm.grid import Grid, Tokens
 from rat_timm.layers import (
     DenseSpatialGroupingAttention,
@@ -34,13 +35,15 @@ def flat(x):
     return x.flatten(1, -3).transpose(1, 2)  # [B, heads, N, d]
 
 
-def local_reference(query, key, value, stride, window, mask=None):
+def local_reference(query, key, value, stride, window, mask=None, group_mask=None):
     coarse, fine = query.shape[1:-2], key.shape[1:-2]
     axes = len(fine)
     allowed = references.windows(coarse, fine, as_tuple(stride, axes), as_tuple(window, axes))
     allowed = allowed.expand(query.shape[0], -1, -1)
     if mask is not None:
         allowed = allowed & mask.flatten(1)[:, None]
+    if group_mask is not None:
+        allowed = allowed & group_mask.flatten(1)[..., None]
     out = references.grouping_attention(flat(query), flat(key), flat(value), allowed)
     return out.transpose(1, 2).reshape(query.shape)
 
@@ -53,22 +56,26 @@ def assert_same(ours, expected):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["nothing", "tokens", "groups and tokens"])
 def test_dense_agrees_with_explicit_matrices(chunk_size, masked):
     tensors = [torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (7, 23, 23)]
-    mask = torch.rand(2, 23) > 0.4 if masked else None
+    mask = torch.rand(2, 23) > 0.4 if "tokens" in masked else None
+    group_mask = torch.rand(2, 7) > 0.4 if "groups" in masked else None
     allowed = torch.ones(2, 7, 23, dtype=torch.bool) if mask is None else mask[:, None].expand(-1, 7, -1)
-    ours = gradients(grouping_attention, tensors, mask, chunk_size)
+    if group_mask is not None:
+        allowed = allowed & group_mask[..., None]
+    ours = gradients(grouping_attention, tensors, mask, group_mask, chunk_size)
     assert_same(ours, gradients(references.grouping_attention, tensors, allowed))
 
 
 @pytest.mark.parametrize(("fine", "stride", "window"), GRIDS)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["nothing", "tokens", "groups and tokens"])
 def test_sparse_agrees_with_explicit_matrices(fine, stride, window, masked):
     tensors = local_inputs(fine, stride)
-    mask = torch.rand(2, *fine) > 0.4 if masked else None
-    ours = gradients(local_grouping_attention, tensors, stride, window, mask)
-    assert_same(ours, gradients(local_reference, tensors, stride, window, mask))
+    mask = torch.rand(2, *fine) > 0.4 if "tokens" in masked else None
+    group_mask = torch.rand(2, *coarse_shape(fine, stride)) > 0.4 if "groups" in masked else None
+    ours = gradients(local_grouping_attention, tensors, stride, window, mask, group_mask)
+    assert_same(ours, gradients(local_reference, tensors, stride, window, mask, group_mask))
 
 
 @settings(max_examples=30, deadline=None)
@@ -201,7 +208,20 @@ def test_the_coarse_mask_is_any_pixel_of_the_cell(grouping):
     assert out.mask.nonzero().tolist() == [[0, 2, 0]]
 
 
+@pytest.mark.parametrize("grouping", [DenseSpatialGroupingAttention, SparseSpatialGroupingAttention])
+def test_masked_cells_take_no_share(grouping):
+    """What valid groups take does not depend on how much masked padding lies beside them."""
+    layer = grouping(8, 2, 3, 2, 2, rotary_ratio=1.0)
+    x, mask = torch.randn(1, 8, 16, 8), torch.zeros(1, 8, 16, dtype=torch.bool)
+    mask[:, :, :8] = True
+    alone = layer(Tokens(x[:, :, :8], Grid.create((8, 8)), None)).x
+    padded = layer(Tokens(x, Grid.create((8, 16)), mask)).x[:, :, :4]
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
+
+
 def test_bad_constructions_are_named():
+    with pytest.raises(TypeError, match="spacing is no keyword here"):
+        DenseSpatialGroupingAttention(16, num_heads=2, spacing=2.0)
     with pytest.raises(ValueError, match="num_heads 3 does not divide feature_dims 16"):
         DenseSpatialGroupingAttention(16, 2, 3, 3)
     with pytest.raises(ValueError, match="kernel_size must be odd"):

@@ -1,6 +1,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rat_timm.layers.masking import masked_attention, masked_softmax, pool_mask
 from references import places
 

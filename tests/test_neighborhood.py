@@ -1,8 +1,9 @@
 import pytest
-import references
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import references
 from rat_timm.layers import neighborhood_attention
 
 CASES = [

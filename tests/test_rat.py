@@ -2,9 +2,11 @@ import copy
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
+
 from rat_timm import RatConfig, ResolutionAwareTransformer
 
 NAMES = ["test_rat", "test_rat_3d"]
@@ -68,6 +70,22 @@ def test_units_do_not_matter(name):
     x = torch.randn(2, one.in_chans, *size)
     torch.testing.assert_close(ten(x, spacing=5), one(x, spacing=0.5), rtol=0, atol=1e-4)
     assert (one(x, spacing=0.5) - one(x)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_numbers_of_numpy_are_numbers():
+    spacing = np.array([2.2, 2.0, 2.0], dtype=np.float32)  # what nibabel's header.get_zooms() gives
+    models = [timm.create_model("test_rat_3d", spacing=s).eval() for s in (spacing.tolist(), tuple(spacing))]
+    models[1].load_state_dict(models[0].state_dict())
+    x = image(models[0])
+    expected = models[0](x, spacing=(1.0, 2.0, 3.0))
+    for given in (np.array([1.0, 2.0, 3.0]), tuple(np.array([1.0, 2.0, 3.0])), [torch.tensor([1.0, 2.0, 3.0])]):
+        assert torch.equal(models[1](x, spacing=given), expected)
+
+
+@torch.no_grad()
+def test_an_empty_batch_passes(model):
+    assert model(image(model)[:0]).shape == (0, 7)
 
 
 @torch.no_grad()
@@ -138,7 +156,7 @@ def test_seed_keywords():
         ({"spatial_dims": 4}, "spatial_dims must be"),
         ({"num_heads": 3}, "num_heads 3 does not divide"),
         ({"embed_dim": 33, "num_heads": 3}, "must be even"),
-        ({"depths": (1, 1, 0, 1)}, "depths must be positive"),
+        ({"depths": (1, 1, 0, 1)}, "depths must be whole and above 0"),
         ({"mlp_ratio": (2.0, 2.0)}, "mlp_ratio must have one entry per stage"),
         ({"num_heads": (1, 2)}, "num_heads must have one entry per stage"),
         ({"embed_dim": (32, 64)}, "embed_dim must have one entry per stage"),
@@ -155,7 +173,21 @@ def test_seed_keywords():
         ({"global_pool": "token"}, "global_pool 'token' needs reg_tokens"),
         ({"reg_tokens": 2, "leading_tokens": 2}, "two names"),
         ({"reg_tokens": 2, "attn_kernel_size": 7}, "reg_tokens 2 need a stage with global attention"),
-        ({"iters": 0}, "iters must be"),
+        ({"iters": 0}, "iters must be whole and at least 1"),
+        ({"iters": 1.5}, "iters must be whole"),
+        ({"depths": 3}, "depths must be a list or tuple, one per stage"),
+        ({"stem_kernel_size": 3}, "stem_kernel_size must be a list or tuple, one per convolution"),
+        ({"sga_attention_type": 3}, "sga_attention_type must be a list or tuple"),
+        ({"attn_kernel_size": 7.0}, "attn_kernel_size must be a number or one per stage"),
+        ({"kernel_size": (3, 3, 3)}, "kernel_size must be a positive number or 2"),
+        ({"kernel_size": 3.5}, "kernel_size must be whole"),
+        ({"neighborhood_kernel": 2}, "neighborhood_kernel must be odd"),
+        ({"reg_tokens": -1}, "reg_tokens must be whole and at least 0"),
+        ({"sga_mlp_ratio": 0}, "sga_mlp_ratio must be above 0"),
+        ({"base_theta": -1.0}, "base_theta must be above 0"),
+        ({"drop_path_rate": 1.5}, r"drop_path_rate must be in \[0, 1\)"),
+        ({"in_chans": 0}, "in_chans must be positive"),
+        ({"num_classes": -3}, "num_classes not negative"),
         ({"rotary_ratio": 2.0}, "rotary_ratio must be"),
     ],
 )
@@ -177,6 +209,10 @@ def test_unknown_keywords_are_type_errors():
         (torch.zeros(1, 1, 32, 32), {}, r"x must have 3 channels \(in_chans\), got 1"),
         (torch.zeros(1, 3, 3, 32), {}, "x must be at least"),
         ([], {}, "x is an empty list"),
+        ([1, 2], {}, r"level 0: x must be \[B, C"),
+        (torch.tensor(1.0), {}, r"x must be \[B, C"),
+        ("image", {}, "x must be an image or a list of images, got str"),
+        (torch.zeros(1, 3, 32, 32), {"origin": (0, float("nan"))}, "origin must be finite"),
         (torch.zeros(1, 3, 32, 32), {"spacing": 0}, "spacing must be positive"),
         (torch.zeros(1, 3, 32, 32), {"spacing": (1, -1)}, "spacing must be positive"),
         (torch.zeros(1, 3, 32, 32), {"spacing": float("nan")}, "spacing must be positive"),
@@ -184,7 +220,7 @@ def test_unknown_keywords_are_type_errors():
         (torch.zeros(2, 3, 32, 32), {"spacing": torch.ones(3, 2)}, "spacing must be"),
         (torch.zeros(1, 3, 32, 32), {"mask": torch.ones(1, 32, 31)}, "mask must be"),
         (torch.zeros(1, 3, 32, 32), {"mask": torch.full((1, 32, 32), 0.5)}, "mask must be bool"),
-        ([torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 16, 16)], {}, "level 1: x must have the batch size"),
+        ([torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 16, 16)], {}, "level 1: x must have level 0's batch size"),
         ([torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 16, 16)], {}, "level 1: x must have 3 channels"),
         ([torch.zeros(1, 3, 32, 32)] * 2, {"mask": [torch.ones(1, 32, 32)]}, "mask must have one entry per level"),
     ],
@@ -238,6 +274,16 @@ def test_compile_without_graph_breaks(name, backend):
     with torch.no_grad():
         spacing = torch.rand(2, model.cfg.spatial_dims) + 0.5
         torch.testing.assert_close(compiled(x, spacing=spacing), model(x, spacing=spacing), rtol=0, atol=1e-5)
+
+
+def test_compiled_once_for_all_spacings():
+    torch._dynamo.reset()
+    model = timm.create_model("test_rat").eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = image(model)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for spacing in (0.5, 0.7, 1.3, 2.9):
+            torch.testing.assert_close(compiled(x, spacing=spacing), model(x, spacing=spacing))
 
 
 @pytest.mark.parametrize("name", NAMES)

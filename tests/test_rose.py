@@ -1,6 +1,7 @@
 import pytest
-import references
 import torch
+
+import references
 from rat_timm.grid import Grid, field_center
 from rat_timm.layers import RotarySpatialEmbedding
 
@@ -61,6 +62,14 @@ def test_any_dtype(dtype):
     out = rose(x.to(dtype), where)
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), rose(x, where), rtol=0, atol=3e-2)
+
+
+def test_phases_stay_float32_under_autocast():
+    rose, where = RotarySpatialEmbedding(16, 2, 2), positions(Grid.create((64, 64)))
+    expected = rose.rotation(where, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rotation = rose.rotation(where, torch.float32)
+    assert torch.equal(rotation.cos, expected.cos)
 
 
 def test_one_place_has_one_phase_on_every_grid():

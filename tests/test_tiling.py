@@ -1,6 +1,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rat_timm.layers import tiling
 
 lengths = st.lists(st.tuples(st.integers(1, 15), st.integers(1, 6)), min_size=1, max_size=3)
@@ -30,8 +31,7 @@ def test_scatter_add_is_gather_transposed(axes):
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_every_query_is_first_once(length, size):
     queries = tiling.query_tiles(length, size, torch.device("cpu"))
-    axis = tiling.AxisTiles(queries, queries, queries[..., None] >= 0)
-    assert sorted(queries[axis.first()].tolist()) == list(range(length))
+    assert sorted(queries[tiling.first_queries([queries])].tolist()) == list(range(length))
 
 
 def test_gather_takes_the_named_places():

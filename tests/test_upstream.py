@@ -1,16 +1,17 @@
-"""What the seed packages get wrong, each defect shown on upstream's class and its cure on ours; and what stays equal."""
+"""What the seed packages get wrong, each defect on their class and its cure on ours; and what is equal."""
 
 import pytest
 import RoSE
 import spatial_grouping_attention as upstream
 import timm
 import torch
+from resolution_aware_transformer import ResolutionAwareTransformer
+from RoSE.rose import _init_p_nd
+
 from rat_timm.grid import Grid, Tokens, field_center
 from rat_timm.layers import DenseSpatialGroupingAttention, RotarySpatialEmbedding, SparseSpatialGroupingAttention
 from rat_timm.models.convert import convert_upstream
 from rat_timm.models.rat import checkpoint_filter_fn
-from resolution_aware_transformer import ResolutionAwareTransformer
-from RoSE.rose import _init_p_nd
 
 SHAPE = (6, 6)
 

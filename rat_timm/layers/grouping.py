@@ -10,8 +10,9 @@ Parameters and their names are those of the package ``spatial-grouping-attention
 """
 
 import contextlib
-import math
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import spatial_grouping_attention as upstream
 import torch
@@ -20,15 +21,19 @@ from torch import Tensor, nn
 
 from ..grid import Tokens, axis_values, channels_first, channels_last, field_center
 from . import tiling
-from .masking import masked_softmax, pool_mask
-from .neighborhood import check_mask
+from .masking import check_mask, masked_softmax, pool_mask
 from .rose import RotarySpatialEmbedding, check_heads
 
 _CHUNK_ELEMENTS = 1 << 24  # logits that dense grouping holds at a time
 
 
 def grouping_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, chunk_size: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    group_mask: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Dense grouping: every group takes from every token, each token shares itself out among the groups.
 
@@ -39,32 +44,36 @@ def grouping_attention(
         key: Tokens, ``[B, heads, N, d]``.
         value: Tokens, ``[B, heads, N, d]``.
         mask: ``[B, N]``, bool, True = valid token. Masked keys and values may hold anything, NaN included.
+        group_mask: ``[B, M]``, bool, True = valid group. An invalid group takes nothing, so that it has no share in
+            any token.
         chunk_size: Number of groups handled at a time; None chooses by memory.
 
     Returns:
-        ``sum over n of Ah[m, n] v_n``, ``[B, heads, M, d]``; zeros if no token is valid.
+        ``sum over n of Ah[m, n] v_n``, ``[B, heads, M, d]``; zeros for an invalid group, and if no token is valid.
 
     Raises:
         ValueError: If shapes or the mask's dtype do not fit.
     """
-    batch, heads, tokens = _check_dense(query, key, value, mask)
-    allowed = None
+    _check_dense(query, key, value, mask, group_mask)
+    allowed = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, N]
+    groups = None if group_mask is None else group_mask[:, None, :, None]  # [B, 1, M, 1]
     if mask is not None:
-        allowed = mask[:, None, None, :]  # [B, 1, 1, N]
-        key, value = (torch.where(allowed.mT, x, 0.0) for x in (key, value))
-    chunk_size = chunk_size or max(1, _CHUNK_ELEMENTS // (batch * heads * tokens))
+        key, value = (torch.where(mask[:, None, :, None], x, 0.0) for x in (key, value))
+    chunk_size = chunk_size or max(1, _CHUNK_ELEMENTS // max(1, key.shape[:3].numel()))
     if chunk_size >= query.shape[2]:
-        weights = _group_weights(query, key, allowed)
+        weights = _group_weights(query, key, allowed, groups)
         return _combine(weights, _column_sum(weights), value)
     chunks = query.split(chunk_size, dim=2)
-    total = checkpoint(_chunk_column_sum, chunks[0], key, allowed)
-    for chunk in chunks[1:]:
-        total = total + checkpoint(_chunk_column_sum, chunk, key, allowed)
-    return torch.cat([checkpoint(_chunk_output, chunk, key, value, allowed, total) for chunk in chunks], dim=2)
+    masks = [None] * len(chunks) if groups is None else groups.split(chunk_size, dim=2)
+    sums = [checkpoint(_chunk_column_sum, q, key, allowed, m) for q, m in zip(chunks, masks, strict=True)]
+    total = functools.reduce(torch.add, sums)
+    outs = [checkpoint(_chunk_output, q, key, value, allowed, m, total) for q, m in zip(chunks, masks, strict=True)]
+    return torch.cat(outs, dim=2)
 
 
-def _group_weights(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
-    return masked_softmax(query @ key.mT, allowed)  # [B, heads, M, N]
+def _group_weights(query: Tensor, key: Tensor, allowed: Tensor | None, groups: Tensor | None) -> Tensor:
+    weights = masked_softmax(query @ key.mT, allowed)  # [B, heads, M, N]
+    return weights if groups is None else weights.masked_fill(~groups, 0.0)
 
 
 def _column_sum(weights: Tensor) -> Tensor:
@@ -76,12 +85,14 @@ def _combine(weights: Tensor, total: Tensor, value: Tensor) -> Tensor:
     return assignment.to(value.dtype) @ value
 
 
-def _chunk_column_sum(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
-    return _column_sum(_group_weights(query, key, allowed))
+def _chunk_column_sum(query: Tensor, key: Tensor, allowed: Tensor | None, groups: Tensor | None) -> Tensor:
+    return _column_sum(_group_weights(query, key, allowed, groups))
 
 
-def _chunk_output(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, total: Tensor) -> Tensor:
-    return _combine(_group_weights(query, key, allowed), total, value)
+def _chunk_output(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, groups: Tensor | None, total: Tensor
+) -> Tensor:
+    return _combine(_group_weights(query, key, allowed, groups), total, value)
 
 
 def local_grouping_attention(
@@ -91,6 +102,7 @@ def local_grouping_attention(
     stride: int | Sequence[int],
     window: int | Sequence[int] = 3,
     mask: Tensor | None = None,
+    group_mask: Tensor | None = None,
 ) -> Tensor:
     """Sparse grouping: a group takes from the tokens of the stride cells around its own.
 
@@ -104,14 +116,17 @@ def local_grouping_attention(
         stride: Size of a cell in tokens, one number or one per axis.
         window: Size of the window in cells, odd, one number or one per axis.
         mask: ``[B, *fine]``, bool, True = valid token. Masked keys and values may hold anything, NaN included.
+        group_mask: ``[B, *coarse]``, bool, True = valid group. An invalid group takes nothing.
 
     Returns:
-        ``sum over n of Ah[m, n] v_n``, ``[B, *coarse, heads, d]``; zero for a group whose window has no valid token.
+        ``sum over n of Ah[m, n] v_n``, ``[B, *coarse, heads, d]``; zeros for an invalid group, and for one whose
+        window has no valid token.
 
     Raises:
         ValueError: If shapes, stride, window or the mask's dtype do not fit.
     """
     steps, cells = _check_local(query, key, value, stride, window, mask)
+    check_mask(group_mask, query.shape[:-2], "group_mask")
     coarse, fine = query.shape[1:-2], key.shape[1:-2]
     tiles = [_axis_tiles(m, n, s, w, query.device) for m, n, s, w in zip(coarse, fine, steps, cells, strict=True)]
     groups, tokens = [axis.queries for axis in tiles], [axis.keys for axis in tiles]
@@ -120,9 +135,10 @@ def local_grouping_attention(
         valid = mask[..., None, None]
         key, value = torch.where(valid, key, 0.0), torch.where(valid, value, 0.0)
         allowed = allowed & tiling.gather_mask(mask, tokens)[:, :, None, None]
-    weights = masked_softmax(tiling.gather(query, groups) @ tiling.gather(key, tokens).mT, allowed)
-    counted = tiling.allowed_pairs([tiling.AxisTiles(*axis[:2], axis.first()[..., None]) for axis in tiles])
-    total = _column_sum(weights * counted[:, None, None])  # [tiles, B, heads, 1, tokens], of this tile's groups
+    valid_groups = None if group_mask is None else tiling.gather_mask(group_mask, groups)[:, :, None, :, None]
+    weights = _group_weights(tiling.gather(query, groups), tiling.gather(key, tokens), allowed, valid_groups)
+    counted = tiling.first_queries(groups)[:, None, None, :, None]
+    total = _column_sum(weights * counted)  # [tiles, B, heads, 1, tokens], of this tile's groups
     total = tiling.scatter_add(total.mT, tokens, fine)  # [B, *fine, heads, 1], of all groups
     out = _combine(weights, tiling.gather(total, tokens).mT, tiling.gather(value, tokens))
     return tiling.untile(out, groups, coarse)
@@ -136,16 +152,15 @@ def _axis_tiles(groups: int, tokens: int, stride: int, window: int, device: torc
     return tiling.AxisTiles(queries, keys, distance.abs() <= reach)
 
 
-def _check_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[int, int, int]:
+def _check_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> None:
     same = key.shape == value.shape and query.ndim == key.ndim == 4
     if not same or query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
         raise ValueError(
             "query must be [B, heads, M, d] and key, value [B, heads, N, d], "
             f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
-    batch, heads, tokens = key.shape[:3]
-    check_mask(mask, (batch, tokens))
-    return batch, heads, tokens
+    check_mask(mask, (key.shape[0], key.shape[2]))
+    check_mask(group_mask, (query.shape[0], query.shape[2]), "group_mask")
 
 
 def _check_local(
@@ -168,7 +183,7 @@ def _check_local(
         raise ValueError(f"stride must be a positive number or {axes} of them, got {stride!r}")
     if len(cells) != axes or any(w < 1 or w % 2 == 0 for w in cells):
         raise ValueError(f"window must be an odd positive number or {axes} of them, got {window!r}")
-    coarse = tuple(math.ceil(n / s) for n, s in zip(key.shape[1:-2], steps, strict=True))
+    coarse = tuple(-(-n // s) for n, s in zip(key.shape[1:-2], steps, strict=True))
     if tuple(query.shape) != (key.shape[0], *coarse, *key.shape[-2:]):
         raise ValueError(
             f"query must be {[key.shape[0], *coarse, *key.shape[-2:]]} (coarse = ceil(fine / stride)), "
@@ -216,9 +231,11 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         rose_initial_scaling: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         check_heads(feature_dims, num_heads)
+        if "spacing" in kwargs:
+            raise TypeError("spacing is no keyword here: it comes with the tokens' grid")
         with torch.device(device) if device is not None else contextlib.nullcontext():
             super().__init__(
                 feature_dims,
@@ -250,11 +267,11 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         self.unit = axis_values(unit, "unit", spatial_dims)
         self.to(dtype=dtype)
 
-    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Takes values into groups: ``query [B, *coarse, heads, d]``, the others ``[B, *fine, heads, d]``."""
+    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
+        """Takes values ``[B, *fine, heads, d]`` into groups ``[B, *coarse, heads, d]``; masks lack two axes."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
+    def forward(self, tokens: Tokens) -> Tokens:
         """Groups ``tokens`` ``[B, *fine, C]`` into ``[B, *coarse, C]``, ``coarse = ceil(fine / stride)``."""
         x, grid, mask = tokens.filled(), tokens.grid, tokens.mask
         coarse = grid.conv(self.kernel_size, self.stride, self.padding)
@@ -262,14 +279,14 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         key, value = self._split_heads(self.kv(x), 2)
         key = self.temp.to(key.dtype) * self.rose(key, grid.positions(center, self.unit))
         groups = self.norm1(channels_last(self.strider(channels_first(x))))
-        positions = coarse.positions(center, self.unit)
-        rotation = self.rose.rotation(positions, key.dtype)
+        group_mask = None if mask is None else pool_mask(mask, self.stride)
+        rotation = self.rose.rotation(coarse.positions(center, self.unit), key.dtype)
         for _ in range(self.iters):
             (query,) = self._split_heads(self.q(groups), 1)
             query = query if rotation is None else rotation(query)
-            groups = groups + self.norm2(self.attn(query, key, value, mask).flatten(-2))
+            groups = groups + self.norm2(self.attn(query, key, value, mask, group_mask).flatten(-2))
             groups = groups + self.norm3(self.mlp(groups))
-        return Tokens(groups, coarse, None if mask is None else pool_mask(mask, self.stride))
+        return Tokens(groups, coarse, group_mask)
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)  # parts of [B, *grid, heads, d]
@@ -284,11 +301,12 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
 class DenseSpatialGroupingAttention(SpatialGroupingAttention):
     """Spatial grouping attention between all groups and all tokens."""
 
-    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
         """See the base class."""
         coarse = query.shape[1:-2]
         query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # [B, heads, N, d]
-        out = grouping_attention(query, key, value, None if mask is None else mask.flatten(1))
+        mask, group_mask = (None if m is None else m.flatten(1) for m in (mask, group_mask))
+        out = grouping_attention(query, key, value, mask, group_mask)
         return out.transpose(1, 2).unflatten(1, coarse)
 
 
@@ -301,10 +319,10 @@ class SparseSpatialGroupingAttention(SpatialGroupingAttention):
         **kwargs: As in the base class.
     """
 
-    def __init__(self, *args, neighborhood_kernel: int | Sequence[int] = 3, **kwargs) -> None:
+    def __init__(self, *args: Any, neighborhood_kernel: int | Sequence[int] = 3, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.neighborhood_kernel = neighborhood_kernel
 
-    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
         """See the base class."""
-        return local_grouping_attention(query, key, value, self.stride, self.neighborhood_kernel, mask)
+        return local_grouping_attention(query, key, value, self.stride, self.neighborhood_kernel, mask, group_mask)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import channels_first
+from .masking import check_mask
 
 POOLS = ("avg", "token", "")
 
@@ -71,7 +72,7 @@ class Head(nn.Module):
         """Classifies.
 
         Args:
-            features: One ``[B, *grid, C]`` per level, zero where invalid.
+            features: One ``[B, *grid, C]`` per level.
             masks: One ``[B, *grid]`` or None per level, True = valid.
             prefix: ``[B, P, C]``, for "token".
             single: Whether to return the only level's map rather than a list of one, without pooling.
@@ -83,8 +84,11 @@ class Head(nn.Module):
         Raises:
             ValueError: If a token is to be pooled and there is none.
         """
+        for level, (x, mask) in enumerate(zip(features, masks, strict=True)):
+            check_mask(mask, x.shape[:-1], f"mask of level {level}" if len(features) > 1 else "mask")
         if self.pool_type == "":
-            maps = [channels_first(self._classify(x, pre_logits)) for x in features]
+            classified = [self._classify(x, pre_logits) for x in features]
+            maps = [channels_first(_fill(x, mask)) for x, mask in zip(classified, masks, strict=True)]
             return maps[0] if single else maps
         if self.pool_type == "token":
             if prefix is None:
@@ -105,14 +109,20 @@ def average(features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tenso
     """Returns the mean over the valid places of all levels, ``[B, C]``; zeros for a sample without any.
 
     Args:
-        features: One ``[B, *grid, C]`` per level, zero where invalid.
+        features: One ``[B, *grid, C]`` per level.
         masks: One ``[B, *grid]`` or None per level, True = valid.
     """
     if len(features) == 1 and masks[0] is None:
         return features[0].flatten(1, -2).mean(dim=1)
-    total = functools.reduce(torch.add, [x.flatten(1, -2).float().sum(dim=1) for x in features])
+    dtype = torch.promote_types(features[0].dtype, torch.float32)
+    filled = [_fill(x, mask) for x, mask in zip(features, masks, strict=True)]
+    total = functools.reduce(torch.add, [x.flatten(1, -2).sum(dim=1, dtype=dtype) for x in filled])
     count = functools.reduce(torch.add, [_count(x, mask) for x, mask in zip(features, masks, strict=True)])
     return (total / count.clamp(min=1).unsqueeze(-1)).to(features[0].dtype)
+
+
+def _fill(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
 
 
 def _count(x: Tensor, mask: Tensor | None) -> Tensor:

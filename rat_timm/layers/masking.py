@@ -41,6 +41,12 @@ def masked_attention(
     return torch.where(reached, out, 0.0)
 
 
+def check_mask(mask: Tensor | None, shape: Sequence[int], name: str = "mask") -> None:
+    """Raises ``ValueError`` unless ``mask`` is None or a bool tensor of ``shape``."""
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape)):
+        raise ValueError(f"{name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+
+
 def pool_mask(mask: Tensor, stride: Sequence[int]) -> Tensor:
     """Returns the mask of the coarse grid: a cell is valid if any place under it is.
 

@@ -4,6 +4,7 @@ NATTEN's definition (arXiv 2204.07143) and layout, in 1D, 2D and 3D.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import tiling
-from .masking import masked_attention
+from .masking import check_mask, masked_attention
 
 _WHOLE_AXIS = 2  # an axis of up to this many kernels is one tile: its keys are shared anyway
 
@@ -45,7 +46,7 @@ def neighborhood_attention(
         ValueError: If shapes, the kernel or the mask's dtype do not fit.
     """
     kernel = _check(query, key, value, kernel_size, mask)
-    if mask is None and dropout_p == 0.0 and _natten_can_run(query):
+    if mask is None and dropout_p == 0.0 and _natten_can_run(query, kernel):
         return _natten_attention(query, key, value, kernel)
     if mask is not None:
         valid = mask[..., None, None]
@@ -60,14 +61,17 @@ def _tiled_attention(
     tiles = [_axis_tiles(length, k, query.device) for length, k in zip(grid, kernel, strict=True)]
     queries, keys = [axis.queries for axis in tiles], [axis.keys for axis in tiles]
     allowed = tiling.allowed_pairs(tiles)[:, None]  # [tiles, 1, places, keys]
-    inputs = [tiling.gather(x, places) for x, places in ((query, queries), (key, keys), (value, keys))]
-    if mask is None:
-        # samples count as heads: their windows are the same, so one mask per tile serves all of them
-        out = masked_attention(*(x.flatten(1, 2) for x in inputs), allowed, dropout_p)
-    else:
+    # samples count as heads where their windows are the same, so that one mask per tile serves all of them
+    merged = 1
+    if mask is not None:
+        merged = 0
         allowed = (allowed & tiling.gather_mask(mask, keys)[:, :, None]).flatten(0, 1).unsqueeze(1)
-        out = masked_attention(*(x.flatten(0, 1) for x in inputs), allowed, dropout_p)
-    out = out.reshape(-1, batch, heads, out.shape[-2], width)
+    q, k, v = (
+        tiling.gather(x, places).flatten(merged, merged + 1)
+        for x, places in ((query, queries), (key, keys), (value, keys))
+    )
+    out = masked_attention(q, k, v, allowed, dropout_p)
+    out = out.reshape(math.prod(map(len, queries)), batch, heads, q.shape[-2], width)
     return tiling.untile(out, queries, grid)
 
 
@@ -97,12 +101,6 @@ def _check(
     return kernel
 
 
-def check_mask(mask: Tensor | None, shape: Sequence[int]) -> None:
-    """Raises ``ValueError`` unless ``mask`` is None or a bool tensor of ``shape``."""
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape)):
-        raise ValueError(f"mask must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
-
-
 @functools.cache
 def _natten() -> ModuleType | None:
     try:
@@ -118,9 +116,9 @@ def _natten() -> ModuleType | None:
     return natten
 
 
-def _natten_can_run(query: Tensor) -> bool:
-    fits = query.is_cuda and query.dtype != torch.float64 and 4 <= query.ndim <= 6 and query.shape[-1] % 8 == 0
-    return fits and _natten() is not None
+def _natten_can_run(query: Tensor, kernel: Sequence[int]) -> bool:
+    fits = query.is_cuda and query.dtype != torch.float64 and query.ndim <= 6 and query.shape[-1] % 8 == 0
+    return fits and min(kernel) > 1 and min(query.shape[1:-2]) > 1 and _natten() is not None
 
 
 def _natten_attention(query: Tensor, key: Tensor, value: Tensor, kernel: Sequence[int]) -> Tensor:

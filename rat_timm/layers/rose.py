@@ -5,6 +5,7 @@ Parameters and their names are those of the package ``rotary-spatial-embeddings`
 (arXiv 2403.13298).
 """
 
+import functools
 from typing import NamedTuple
 
 import RoSE
@@ -22,7 +23,7 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, x: Tensor) -> Tensor:
         """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass."""
         heads = self.cos.shape[-2]
         real, imaginary = x[..., :heads, :].unflatten(-1, (-1, 2)).unbind(-1)  # [B, ..., rotary heads, planes]
@@ -81,7 +82,9 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         planes = torch.arange(self.num_rotary_planes, dtype=torch.float32)
         magnitude = self.rose_theta ** (-planes / self.num_rotary_planes)
         direction = _sphere(self.num_rotary_heads * self.num_rotary_planes, self.spatial_dims)
-        return magnitude[:, None] * direction.to(magnitude.device).unflatten(0, (self.num_rotary_heads, self.num_rotary_planes))
+        return magnitude[:, None] * direction.to(magnitude.device).unflatten(
+            0, (self.num_rotary_heads, self.num_rotary_planes)
+        )
 
     def _get_scale_init_values(self, initial_scaling: str | None) -> tuple[Tensor, ...]:
         if initial_scaling not in INITIAL_SCALINGS:
@@ -89,7 +92,7 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         return super()._get_scale_init_values(initial_scaling)
 
     def init_non_persistent_buffers(self) -> None:
-        """Computes the buffers that no checkpoint holds (timm calls this after leaving the meta device)."""
+        """Computes the buffers that no checkpoint holds, after a move off the meta device."""
         if self.rotary_dim > 0 and not self.learnable:
             self.freqs.copy_(self._spread_frequencies())
         if self.initial_scaling and not self.learnable_scale:
@@ -103,10 +106,12 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         offset = positions.offset
         if self.learnable_scale or self.initial_scaling:
             offset = offset * self._scaling(positions.spacing)
-        phase = torch.einsum("...a,hpa->...hp", offset, self.freqs.float())  # [1 or B, ..., rotary heads, planes]
+        # no matrix product, whose precision autocast and TF32 lower
+        parts = [d[..., None, None] * f for d, f in zip(offset.unbind(-1), self.freqs.float().unbind(-1), strict=True)]
+        phase = functools.reduce(torch.add, parts)  # [1 or B, ..., rotary heads, planes]
         return Rotation(phase.cos().to(dtype), phase.sin().to(dtype))
 
-    def forward(self, x: Tensor, positions: Positions) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Rotates ``x`` ``[B, ..., heads, d]`` by the tokens' positions ``[1 or B, ..., axes]``."""
         rotation = self.rotation(positions, x.dtype)
         return x if rotation is None else rotation(x)

@@ -1,6 +1,7 @@
 """The stem: overlapping convolutions that turn pixels into the first tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from ..grid import Pyramid, Tokens, channels_first, channels_last
 from .masking import pool_mask
 
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Stem(nn.Module):
@@ -39,31 +40,31 @@ class Stem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.stride = tuple(stride)
-        strides = share_stride(self.stride, kernel_size)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.kernels = [(k,) * spatial_dims for k in kernel_size]
+        self.strides = share_stride(stride, kernel_size)
         widths = [in_chans, *[embed_dim // 2] * (len(kernel_size) - 1), embed_dim]
         conv = _CONVS[spatial_dims]
         self.convs = nn.ModuleList(
-            conv(a, b, k, s, padding=k // 2, **dd)
-            for a, b, k, s in zip(widths, widths[1:], kernel_size, strides, strict=False)
+            conv(a, b, kernel_size=k, stride=s, padding=k // 2, **dd)
+            for a, b, k, s in zip(widths[:-1], widths[1:], kernel_size, self.strides, strict=True)
         )
         norms = widths[1:] if len(kernel_size) > 1 else []
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6, **dd) for width in norms)
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Turns images ``[B, *size, in_chans]`` into tokens ``[B, *grid, embed_dim]``, ``grid = ceil(size / stride)``."""
+        """Turns images ``[B, *size, in_chans]`` into tokens ``[B, *ceil(size / stride), embed_dim]``."""
         return pyramid._replace(levels=[self._embed(image) for image in pyramid.levels])
 
     def _embed(self, tokens: Tokens) -> Tokens:
-        for index, conv in enumerate(self.convs):
+        for index, (conv, kernel, stride) in enumerate(zip(self.convs, self.kernels, self.strides, strict=True)):
             x = channels_last(conv(channels_first(tokens.filled())))
             if self.norms:
                 x = self.norms[index](x)
             if index < len(self.convs) - 1:
                 x = F.gelu(x)
-            mask = None if tokens.mask is None else pool_mask(tokens.mask, conv.stride)
-            tokens = Tokens(x, tokens.grid.conv(conv.kernel_size, conv.stride, conv.padding), mask)
+            grid = tokens.grid.conv(kernel, stride, [k // 2 for k in kernel])
+            tokens = Tokens(x, grid, None if tokens.mask is None else pool_mask(tokens.mask, stride))
         return tokens
 
 
@@ -71,13 +72,16 @@ def share_stride(stride: Sequence[int], kernel_size: Sequence[int]) -> list[tupl
     """Splits the total stride of each axis into one stride per convolution, none larger than its kernel allows."""
     if any(k < 1 or k % 2 == 0 for k in kernel_size):
         raise ValueError(f"stem_kernel_size must be odd, got {tuple(kernel_size)}")
-    axes = [_share_axis(total, kernel_size) for total in stride]
-    if None in axes:
-        raise ValueError(
-            f"stem_stride {tuple(stride)} is not a product of {len(kernel_size)} strides "
-            f"that kernels {tuple(kernel_size)} cover without gaps"
-        )
-    return list(zip(*axes, strict=True))  # type: ignore[arg-type]
+    axes = []
+    for total in stride:
+        shares = _share_axis(total, kernel_size)
+        if shares is None:
+            raise ValueError(
+                f"stem_stride {tuple(stride)} is not a product of {len(kernel_size)} strides "
+                f"that kernels {tuple(kernel_size)} cover without gaps"
+            )
+        axes.append(shares)
+    return list(zip(*axes, strict=True))
 
 
 def _share_axis(total: int, kernel_size: Sequence[int]) -> tuple[int, ...] | None:

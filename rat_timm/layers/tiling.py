@@ -1,6 +1,5 @@
 """Windowed attention as a few dense products: tiles of queries, each with all the keys that its windows reach."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,16 +20,11 @@ class AxisTiles(NamedTuple):
     keys: Tensor
     allowed: Tensor
 
-    def first(self) -> Tensor:
-        """Returns ``[T, b]``, bool: False where a query of an earlier tile is repeated."""
-        tiles, size = self.queries.shape
-        return self.queries >= torch.arange(tiles, device=self.queries.device)[:, None] * size
-
 
 def query_tiles(length: int, size: int, device: torch.device) -> Tensor:
     """Cuts ``length`` queries into tiles of about ``size``: their index, ``[T, b]``."""
-    tiles = math.ceil(length / size)
-    size = math.ceil(length / tiles)
+    tiles = -(-length // size)
+    size = -(-length // tiles)
     start = (torch.arange(tiles, device=device) * size).clamp(max=length - size)
     return start[:, None] + torch.arange(size, device=device)
 
@@ -78,7 +72,7 @@ def untile(x: Tensor, index: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
 
 
 def scatter_add(x: Tensor, index: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """``[tiles, B, heads, places, d]`` -> ``[B, *shape, heads, d]``, summing where tiles overlap: `gather` transposed."""
+    """``[tiles, B, heads, places, d]`` -> ``[B, *shape, heads, d]``, summing overlaps: `gather` transposed."""
     x = spread(x, index)
     for axis, (places, length) in enumerate(zip(index, shape, strict=True), start=1):
         if places.numel() != length:
@@ -88,10 +82,20 @@ def scatter_add(x: Tensor, index: Sequence[Tensor], shape: Sequence[int]) -> Ten
 
 
 def allowed_pairs(tiles: Sequence[AxisTiles]) -> Tensor:
-    """Returns ``[tiles, queries, keys]``, bool: the product of the axes' windows."""
-    pairs = tiles[0].allowed
-    for axis in tiles[1:]:
-        pairs = pairs[:, None, :, None, :, None] & axis.allowed[None, :, None, :, None, :]
+    """Returns which key lies in which query's window, ``[tiles, queries, keys]``, bool."""
+    return _product([axis.allowed for axis in tiles])
+
+
+def first_queries(index: Sequence[Tensor]) -> Tensor:
+    """Returns ``[tiles, queries]``, bool: False where a query of an earlier tile is repeated."""
+    starts = [torch.arange(len(places), device=places.device)[:, None] * places.shape[1] for places in index]
+    return _product([(places >= start)[..., None] for places, start in zip(index, starts, strict=True)])[..., 0]
+
+
+def _product(parts: Sequence[Tensor]) -> Tensor:
+    pairs = parts[0]  # [T, n, m] per axis
+    for part in parts[1:]:
+        pairs = pairs[:, None, :, None, :, None] & part[None, :, None, :, None, :]
         pairs = pairs.flatten(0, 1).flatten(1, 2).flatten(2, 3)
     return pairs
 

@@ -1,9 +1,9 @@
 """What a RAT is, as data: `RatConfig` says it, `StageConfig` is one stage of it worked out."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from ..grid import axis_values
@@ -119,9 +119,20 @@ class RatConfig:
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {self.spatial_dims!r}")
         if self.reg_tokens and self.leading_tokens:
             raise ValueError("reg_tokens and leading_tokens are two names for one thing: give one of them")
-        if self.iters < 1:
-            raise ValueError(f"iters must be at least 1, got {self.iters!r}")
+        _check_number("iters", self.iters, Integral, least=1)
+        _check_number("reg_tokens", self.prefix_tokens, Integral, least=0)
+        for name in ("base_theta", "sga_mlp_ratio"):
+            _check_number(name, getattr(self, name), Real, above=0)
+        for name in ("kernel_size", "neighborhood_kernel"):
+            if any(k % 2 == 0 for k in integers(getattr(self, name), name, self.spatial_dims)):
+                raise ValueError(f"{name} must be odd, got {getattr(self, name)!r}")
+        share_stride(self.stem_strides, _sequence(self.stem_kernel_size, "stem_kernel_size", "one per convolution"))
         self.stages()
+
+    @property
+    def prefix_tokens(self) -> int:
+        """The number of prefix tokens, under either of their names."""
+        return self.reg_tokens or self.leading_tokens
 
     @property
     def rose(self) -> dict[str, Any]:
@@ -148,23 +159,21 @@ class RatConfig:
 
     def stages(self) -> tuple[StageConfig, ...]:
         """Works out the stages, checking everything on the way."""
-        share_stride(self.stem_strides, self.stem_kernel_size)
-        depths = self._per_stage(self.depths, "depths", int, len(self.depths))
-        count = len(depths)
+        count = len(_sequence(self.depths, "depths", "one per stage"))
+        depths = self._per_stage(self.depths, "depths", Integral, count)
         dims = self._dims(count)
         heads = [max(1, d // HEAD_DIM) for d in dims]
         if self.num_heads is not None:
-            heads = self._per_stage(self.num_heads, "num_heads", int, count)
+            heads = self._per_stage(self.num_heads, "num_heads", Integral, count)
         for dim, head in zip(dims, heads, strict=True):
             check_heads(dim, head)
-        ratios = self._per_stage(self.mlp_ratio, "mlp_ratio", float, count)
+        ratios = self._per_stage(self.mlp_ratio, "mlp_ratio", Real, count)
         kernels = self._attention_kernels(count)
         groupings = self._groupings(count)
         steps = integers(self.stride, "stride", self.spatial_dims)
         first_global = next((i for i, kernel in enumerate(kernels) if kernel is None), None)
-        prefix = self.reg_tokens or self.leading_tokens
-        if prefix and first_global is None:
-            raise ValueError(f"reg_tokens {prefix} need a stage with global attention (attn_kernel_size 0)")
+        if self.prefix_tokens and first_global is None:
+            raise ValueError(f"reg_tokens {self.prefix_tokens} need a stage with global attention (attn_kernel_size 0)")
         stride = self.stem_strides
         stages = []
         for i in range(count):
@@ -179,7 +188,7 @@ class RatConfig:
                     num_heads=heads[i],
                     mlp_ratio=ratios[i],
                     attn_kernel_size=kernels[i],
-                    reg_tokens=prefix if i == first_global else 0,
+                    reg_tokens=self.prefix_tokens if i == first_global else 0,
                     total_stride=stride,
                     unit=self._unit(stride),
                     sga_attention_type=groupings[i],
@@ -193,24 +202,27 @@ class RatConfig:
         return tuple(a * b for a, b in zip(self.reference, stride, strict=True))
 
     def _per_stage(self, value: Any, name: str, kind: type, count: int) -> list:
-        values = [value] * count if isinstance(value, (int, float)) else list(value)
-        if not values or len(values) != count:
+        values = [value] * count if isinstance(value, Real) else list(_sequence(value, name, "one per stage"))
+        if len(values) != count:
             raise ValueError(f"{name} must have one entry per stage ({count}), got {value!r}")
-        if not all(isinstance(v, (int, kind)) and v > 0 for v in values):
-            raise ValueError(f"{name} must be positive ({kind.__name__}), got {value!r}")
+        for entry in values:
+            _check_number(name, entry, kind, above=0)
         return values
 
     def _dims(self, count: int) -> list[int]:
-        if isinstance(self.embed_dim, int):
-            return self._per_stage([self.embed_dim * 2**i for i in range(count)], "embed_dim", int, count)
-        return self._per_stage(self.embed_dim, "embed_dim", int, count)
+        dims: Any = self.embed_dim
+        if isinstance(dims, Integral):
+            dims = [dims * 2**i for i in range(count)]
+        return self._per_stage(dims, "embed_dim", Integral, count)
 
     def _attention_kernels(self, count: int) -> list[tuple[int, ...] | None]:
-        sizes = self.attn_kernel_size
+        sizes: Any = self.attn_kernel_size
         if sizes is None:
             sizes = [7 if self.spatial_dims == 2 else 5] * (count - 1) + [0]
-        sizes = [sizes] * count if isinstance(sizes, int) else list(sizes)
-        if len(sizes) != count or not all(isinstance(k, int) and k >= 0 for k in sizes):
+        if isinstance(sizes, Real):
+            sizes = [sizes] * count
+        sizes = _sequence(sizes, "attn_kernel_size", "one per stage")
+        if len(sizes) != count or any(not isinstance(k, Integral) or int(k) < 0 for k in sizes):
             raise ValueError(
                 f"attn_kernel_size must be a number or one per stage ({count}), 0 for global attention, "
                 f"got {self.attn_kernel_size!r}"
@@ -219,28 +231,38 @@ class RatConfig:
 
     def _groupings(self, count: int) -> list[str | None]:
         needed = count - 1 + self.group_first
-        kinds = self.sga_attention_type
+        kinds: Any = self.sga_attention_type
         if kinds is None:
             kinds = ["sparse"] * (needed - 1) + ["dense"] * min(needed, 1)
-        kinds = [kinds] * needed if isinstance(kinds, str) else list(kinds)
+        name = "sga_attention_type"
+        kinds = [kinds] * needed if isinstance(kinds, str) else list(_sequence(kinds, name, "one per grouping"))
         if len(kinds) != needed or not set(kinds) <= set(SGA_ATTENTION_TYPES):
             raise ValueError(
-                f"sga_attention_type must be one of {SGA_ATTENTION_TYPES} or one of them per grouping ({needed}), "
+                f"{name} must be one of {SGA_ATTENTION_TYPES} or one of them per grouping ({needed}), "
                 f"got {self.sga_attention_type!r}"
             )
         return kinds if self.group_first else [None, *kinds]
 
-    def replace(self, **changes: Any) -> "RatConfig":
-        """Returns a copy with some values changed; an unknown name is a ``TypeError``."""
-        return dataclasses.replace(self, **changes)
-
 
 def integers(value: Any, name: str, axes: int) -> tuple[int, ...]:
-    """Reads a whole number or one per axis."""
+    """Reads a positive whole number or one per axis."""
     values = axis_values(value, name, axes)
-    if not all(isinstance(v, int) for v in values):
+    if not all(isinstance(v, Integral) for v in values):
         raise ValueError(f"{name} must be whole, got {value!r}")
-    return tuple(math.trunc(v) for v in values)
+    return tuple(int(v) for v in values)
+
+
+def _sequence(value: Any, name: str, meaning: str) -> Sequence:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{name} must be a list or tuple, {meaning}, got {value!r}")
+    return value
+
+
+def _check_number(name: str, value: Any, kind: type, least: float = -math.inf, above: float = -math.inf) -> None:
+    valid = isinstance(value, kind)
+    if not valid or not (least <= value < math.inf and value > above):
+        bound = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
+        raise ValueError(f"{name} must be {'whole and ' if kind is Integral else ''}{bound}, got {value!r}")
 
 
 CLASSIC = RatConfig(

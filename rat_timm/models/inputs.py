@@ -38,11 +38,17 @@ def read_images(
         ValueError: If anything does not fit; the message names the argument, and the level in a pyramid.
     """
     single = isinstance(x, Tensor)
+    if not isinstance(x, (Tensor, list, tuple)):
+        raise ValueError(f"x must be an image or a list of images, got {type(x).__name__}")
     images = [x] if isinstance(x, Tensor) else list(x)
     if not images:
         raise ValueError("x is an empty list of images")
     for level, image in enumerate(images):
-        _check_image(image, _name("x", level, single), images[0].shape[0], in_chans, min_size)
+        _check_image(image, _name("x", level, single), in_chans, min_size)
+        if image.shape[0] != images[0].shape[0]:
+            raise ValueError(
+                f"level {level}: x must have level 0's batch size {images[0].shape[0]}, got {image.shape[0]}"
+            )
     sizes = [tuple(image.shape[2:]) for image in images]
     masks = _read_masks(mask, images, single)
     grids = pyramid_grids(
@@ -56,15 +62,13 @@ def _name(name: str, level: int, single: bool) -> str:
     return name if single else f"level {level}: {name}"
 
 
-def _check_image(image: Tensor, name: str, batch_size: int, in_chans: int, min_size: tuple[int, ...]) -> None:
+def _check_image(image: Tensor, name: str, in_chans: int, min_size: tuple[int, ...]) -> None:
     axes = len(min_size)
     if not isinstance(image, Tensor) or image.ndim != axes + 2:
         got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"{name} must be [B, C, *size] with {axes} spatial axes, got {got}")
     if image.shape[1] != in_chans:
         raise ValueError(f"{name} must have {in_chans} channels (in_chans), got {image.shape[1]}")
-    if image.shape[0] != batch_size:
-        raise ValueError(f"{name} must have the batch size of level 0, {batch_size}, got {image.shape[0]}")
     if any(n < least for n, least in zip(image.shape[2:], min_size, strict=True)):
         raise ValueError(f"{name} must be at least {min_size} pixels (the stem's stride), got {tuple(image.shape[2:])}")
 
@@ -95,5 +99,7 @@ def _read_mask(mask: Tensor, name: str, image: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             raise ValueError(f"{name} must be bool where the model is compiled, got {mask.dtype}")
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(f"{name} must be bool, True = valid, or hold only 0 and 1, got {mask.dtype} of other values")
+            raise ValueError(
+                f"{name} must be bool, True = valid, or hold only 0 and 1, got {mask.dtype} of other values"
+            )
     return mask.to(device=image.device, dtype=torch.bool)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..grid import Pyramid, channels_first, channels_last
 from ..layers.head import Head
+from ..layers.rose import RotarySpatialEmbedding
 from ..layers.stem import Stem
 from .config import CLASSIC, RatConfig, integers
 from .convert import convert_upstream
@@ -71,9 +72,14 @@ class ResolutionAwareTransformer(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.cfg = dataclasses.replace(cfg or RatConfig(), **overrides)
+        if in_chans < 1 or num_classes < 0:
+            raise ValueError(f"in_chans must be positive and num_classes not negative, got {in_chans}, {num_classes}")
+        rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "attn_drop_rate": attn_drop_rate}
+        for name, rate in (rates | {"drop_path_rate": drop_path_rate}).items():
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {rate}")
         stages = self.cfg.stages()
-        if global_pool == "token" and not any(stage.reg_tokens for stage in stages):
-            raise ValueError("global_pool 'token' needs reg_tokens > 0")
+        self._check_pool(global_pool)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = stages[-1].dim
@@ -81,10 +87,10 @@ class ResolutionAwareTransformer(nn.Module):
         self.stem = Stem(
             in_chans, stages[0].dim_in, self.cfg.spatial_dims, self.cfg.stem_kernel_size, self.cfg.stem_strides, **dd
         )
-        rates = calculate_drop_path_rates(drop_path_rate, [stage.depth for stage in stages], stagewise=True)
+        drop_path = calculate_drop_path_rates(drop_path_rate, [stage.depth for stage in stages], stagewise=True)
         self.stages = nn.ModuleList(
-            Stage(self.cfg, stage, rate, proj_drop_rate, attn_drop_rate, **dd)
-            for stage, rate in zip(stages, rates, strict=True)
+            Stage(self.cfg, stage, rates, proj_drop_rate, attn_drop_rate, **dd)
+            for stage, rates in zip(stages, drop_path, strict=True)
         )
         self.norm = PyramidNorm(self.num_features, **dd) if self.cfg.final_norm else nn.Identity()
         self.head = Head(self.num_features, num_classes, global_pool, drop_rate, **dd)
@@ -118,17 +124,18 @@ class ResolutionAwareTransformer(nn.Module):
         Raises:
             ValueError: If an argument does not fit the model or another argument.
         """
-        pyramid = read_images(x, spacing, mask, origin, *self._image_limits)
-        pyramid = self.stem(pyramid)
-        for stage in self.stages:
-            pyramid = stage(pyramid)
-        pyramid = self.norm(pyramid)
+        pyramid = self._encode(x, spacing, mask, origin)
         return self.head(pyramid.features, pyramid.masks, pyramid.prefix, pyramid.single)
 
     def forward_features(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Any:
         """Returns the last stage's map, ``[B, C, *grid]``, or a list of maps for a list; see `forward`."""
-        features, _ = self.forward_intermediates(x, indices=1, spacing=spacing, mask=mask, origin=origin)
-        return features
+        return _maps(self._encode(x, spacing, mask, origin), "NCHW")
+
+    def _encode(self, x: Any, spacing: Any, mask: Any, origin: Any) -> Pyramid:
+        pyramid = self.stem(read_images(x, spacing, mask, origin, *self._image_limits))
+        for stage in self.stages:
+            pyramid = stage(pyramid)
+        return self.norm(pyramid)
 
     def forward_head(self, x: Any, pre_logits: bool = False, mask: Any = None, prefix: Tensor | None = None) -> Any:
         """Pools and classifies what `forward_features` returned.
@@ -136,12 +143,17 @@ class ResolutionAwareTransformer(nn.Module):
         Args:
             x: Map ``[B, C, *grid]``, or a list of maps.
             pre_logits: Whether to stop before the classifier.
-            mask: ``[B, *grid]``, bool, True = valid, or one per map: which places to pool over.
+            mask: ``[B, *grid]``, bool, True = valid, or one per map: which places to pool over. Not the images' mask.
             prefix: ``[B, P, C]``, for ``global_pool="token"``.
+
+        Raises:
+            ValueError: If a mask does not fit its map, or a token is to be pooled and there is none.
         """
         single = isinstance(x, Tensor)
         features = [channels_last(level) for level in ([x] if single else x)]
-        masks = mask if isinstance(mask, (list, tuple)) else [mask] * len(features)
+        masks = [mask] if single else [None] * len(features) if mask is None else list(mask)
+        if len(masks) != len(features):
+            raise ValueError(f"mask must have one entry per map ({len(features)}), got {len(masks)}")
         return self.head(features, masks, prefix, single, pre_logits)
 
     def forward_intermediates(
@@ -170,22 +182,22 @@ class ResolutionAwareTransformer(nn.Module):
             origin: See `forward`.
 
         Returns:
-            The final features (as `forward_features`) and the list of maps, or the list alone. For a pyramid each map
-            is a list, one per level.
+            The final features (as `forward_features`; stopped early, those of the last stage that ran) and the list of
+            maps, or the list alone. For a pyramid each map is a list, one per level.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take_indices, last = feature_take_indices(len(self.stages), indices)
         pyramid = self.stem(read_images(x, spacing, mask, origin, *self._image_limits))
-        intermediates = []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+        stages, intermediates = self.stages[: last + 1] if stop_early else self.stages, []
+        for i, stage in enumerate(stages):
             pyramid = stage(pyramid)
             if i in take_indices:
-                final = norm and i == len(self.stages) - 1
-                intermediates.append(_maps(self.norm(pyramid) if final else pyramid, output_fmt))
+                normed = norm and i == len(self.stages) - 1
+                intermediates.append(_maps(self.norm(pyramid) if normed else pyramid, output_fmt))
         if intermediates_only:
             return intermediates
-        return _maps(self.norm(pyramid), "NCHW"), intermediates
+        return _maps(self.norm(pyramid) if len(stages) == len(self.stages) else pyramid, "NCHW"), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -208,13 +220,15 @@ class ResolutionAwareTransformer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Makes a new classifier where the old one was; ``global_pool`` None keeps the pooling."""
+        self._check_pool(global_pool)
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
         self.num_classes = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Chooses whether blocks are computed again in the backward pass instead of being kept."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None) -> None:
         """Checks that images of a size can be taken. Nothing depends on it: every forward takes any size."""
@@ -238,6 +252,16 @@ class ResolutionAwareTransformer(nn.Module):
         """Returns the names of parameters that weight decay would harm: geometry, temperatures and tokens."""
         kept = ("freqs", "temp", "reg_tokens", "scale_a", "scale_b", "scale_c", "scale_d")
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in kept}
+
+    def init_non_persistent_buffers(self) -> None:
+        """Computes the buffers that no checkpoint holds, after a move off the meta device."""
+        for module in self.modules():
+            if isinstance(module, RotarySpatialEmbedding):
+                module.init_non_persistent_buffers()
+
+    def _check_pool(self, global_pool: str | None) -> None:
+        if global_pool == "token" and not self.cfg.prefix_tokens:
+            raise ValueError("global_pool 'token' needs reg_tokens > 0")
 
     @property
     def _image_limits(self) -> tuple[tuple[float, ...], int, tuple[int, ...]]:
@@ -273,12 +297,10 @@ model_cfgs = {
     "rat_large_3d": RatConfig(3, embed_dim=128),
     "rat_huge_3d": RatConfig(3, embed_dim=256),
     "rat_classic": CLASSIC,
-    "rat_classic_3d": CLASSIC.replace(spatial_dims=3),
+    "rat_classic_3d": dataclasses.replace(CLASSIC, spatial_dims=3),
     "test_rat": RatConfig(embed_dim=(32, 64, 64, 128), depths=(1, 1, 1, 1)),
     "test_rat_3d": RatConfig(3, embed_dim=(32, 32, 64, 96), depths=(1, 1, 1, 1)),
 }
-
-
 
 
 def _cfg(input_size: tuple[int, ...] = (3, 224, 224), stride: int = 32, **kwargs: Any) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """One stage of the hierarchical model: group the tokens onto a coarser grid, then attend."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -34,9 +37,11 @@ class Downsample(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        sparse = {"neighborhood_kernel": cfg.neighborhood_kernel} if stage.sga_attention_type == "sparse" else {}
-        grouping = SparseSpatialGroupingAttention if sparse else DenseSpatialGroupingAttention
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if stage.sga_attention_type == "sparse":
+            grouping = partial(SparseSpatialGroupingAttention, neighborhood_kernel=cfg.neighborhood_kernel)
+        else:
+            grouping = partial(DenseSpatialGroupingAttention)
         self.sga = grouping(
             stage.dim_in,
             cfg.spatial_dims,
@@ -55,7 +60,6 @@ class Downsample(nn.Module):
             frequency_scaling=cfg.frequency_scaling,
             learnable_rose_scaling=cfg.learnable_rose_scaling,
             rose_initial_scaling=cfg.rose_initial_scaling,
-            **sparse,
             **dd,
         )
         same = stage.dim_in == stage.dim
@@ -93,7 +97,7 @@ class Stage(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.unit = stage.unit
         self.is_global = stage.attn_kernel_size is None
         self.grad_checkpointing = False
@@ -115,7 +119,7 @@ class Stage(nn.Module):
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
         """Takes the pyramid one stage further."""
-        pyramid = self.downsample(pyramid)
+        pyramid = self._run(self.downsample, pyramid)
         if self.reg_tokens is not None:
             batch_size = pyramid.levels[0].x.shape[0]
             pyramid = pyramid._replace(prefix=self.reg_tokens.expand(batch_size, -1, -1))
@@ -135,21 +139,21 @@ class Stage(nn.Module):
 
     def _run_blocks(self, x: Tensor, positions: Positions, mask: Tensor | None) -> Tensor:
         for block in self.blocks:
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, positions, mask)
-            else:
-                x = block(x, positions, mask)
+            x = self._run(block, x, positions, mask)
         return x
+
+    def _run(self, module: nn.Module, *inputs: Any) -> Any:
+        return checkpoint(module, *inputs) if self.grad_checkpointing else module(*inputs)
 
 
 class PyramidNorm(nn.LayerNorm):
     """LayerNorm over the channels of all levels and of the prefix."""
 
-    def forward(self, pyramid: Pyramid) -> Pyramid:  # type: ignore[override]
-        """Normalises every token."""
+    def forward(self, input: Any) -> Any:
+        """Normalises every token of a `Pyramid`."""
         normalize = super().forward
-        levels = [tokens._replace(x=normalize(tokens.x)) for tokens in pyramid.levels]
-        return Pyramid(levels, None if pyramid.prefix is None else normalize(pyramid.prefix), pyramid.single)
+        levels = [tokens._replace(x=normalize(tokens.x)) for tokens in input.levels]
+        return Pyramid(levels, None if input.prefix is None else normalize(input.prefix), input.single)
 
 
 def _to_sequence(pyramid: Pyramid, unit: Sequence[float]) -> tuple[Tensor, Positions, Tensor | None]:
@@ -187,7 +191,7 @@ def _join_masks(masks: Sequence[Tensor | None], features: Sequence[Tensor]) -> T
 def _from_sequence(x: Tensor, pyramid: Pyramid) -> Pyramid:
     """Undoes `_to_sequence`."""
     sizes = [0 if pyramid.prefix is None else pyramid.prefix.shape[1]]
-    sizes += [tokens.x[0, ..., 0].numel() for tokens in pyramid.levels]
+    sizes += [math.prod(tokens.grid.shape) for tokens in pyramid.levels]
     prefix, *parts = x.split(sizes, dim=1)
     levels = [
         tokens._replace(x=part.unflatten(1, tokens.grid.shape))
