@@ -128,6 +128,10 @@ class Pyramid(NamedTuple):
     prefix: Tensor | None = None
     single: bool = True
 
+    def unwrap(self, per_level: list) -> Any:
+        """Returns a list with one entry per level as it is, or its only entry where the user gave one image."""
+        return per_level[0] if self.single else per_level
+
     @property
     def features(self) -> list[Tensor]:
         """The levels' features, channels last, zero where invalid."""

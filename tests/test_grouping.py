@@ -193,7 +193,7 @@ def module_reference(layer, tokens):
 def test_the_module_follows_the_design(grouping, fine):
     layer = grouping(16, len(fine), 3, 4, 2, unit=2.0, rotary_ratio=1.0, mlp_ratio=1.0).double()
     tokens = Tokens(torch.randn(2, *fine, 16, dtype=torch.float64), Grid.create(fine, 1.5))
-    out = layer(tokens)
+    out, _ = layer(tokens)
     # phases are float32 by design, so that agreement ends there
     torch.testing.assert_close(out.x, module_reference(layer, tokens), rtol=0, atol=2e-6)
     assert out.grid.shape == coarse_shape(fine, 2)
@@ -204,7 +204,7 @@ def test_the_coarse_mask_is_any_pixel_of_the_cell(grouping):
     layer = grouping(8, 2, 3, 2, 2, rotary_ratio=1.0)
     mask = torch.zeros(1, 5, 6, dtype=torch.bool)
     mask[0, 4, 1] = True
-    out = layer(Tokens(torch.randn(1, 5, 6, 8), Grid.create((5, 6)), mask))
+    out, _ = layer(Tokens(torch.randn(1, 5, 6, 8), Grid.create((5, 6)), mask))
     assert out.mask.nonzero().tolist() == [[0, 2, 0]]
 
 
@@ -214,8 +214,8 @@ def test_masked_cells_take_no_share(grouping):
     layer = grouping(8, 2, 3, 2, 2, rotary_ratio=1.0)
     x, mask = torch.randn(1, 8, 16, 8), torch.zeros(1, 8, 16, dtype=torch.bool)
     mask[:, :, :8] = True
-    alone = layer(Tokens(x[:, :, :8], Grid.create((8, 8)), None)).x
-    padded = layer(Tokens(x, Grid.create((8, 16)), mask)).x[:, :, :4]
+    alone = layer(Tokens(x[:, :, :8], Grid.create((8, 8)), None))[0].x
+    padded = layer(Tokens(x, Grid.create((8, 16)), mask))[0].x[:, :, :4]
     torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
 
 

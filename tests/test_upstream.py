@@ -31,7 +31,7 @@ def run_upstream(layer, x, mask=None):
 
 
 def run_ours(layer, x, mask=None):
-    return layer(Tokens(x, Grid.create(x.shape[1:3]), mask)).x
+    return layer(Tokens(x, Grid.create(x.shape[1:3]), mask))[0].x
 
 
 def heads_are_separate(layer, run):
@@ -147,9 +147,9 @@ def test_spacing_per_sample():
     with pytest.raises((TypeError, RuntimeError)):
         theirs(torch.randn(2, 36, 16), spacing, SHAPE)
     layer, x = our_sga(), torch.randn(2, *SHAPE, 16)
-    both = layer(Tokens(x, Grid.create(SHAPE, spacing, batch_size=2))).x
+    both = layer(Tokens(x, Grid.create(SHAPE, spacing, batch_size=2)))[0].x
     for i in range(2):
-        single = layer(Tokens(x[i : i + 1], Grid.create(SHAPE, spacing[i]))).x
+        single = layer(Tokens(x[i : i + 1], Grid.create(SHAPE, spacing[i])))[0].x
         torch.testing.assert_close(both[i : i + 1], single, rtol=0, atol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_one_head_reproduces_upstream_grouping_layer_by_layer(spatial_dims, mode
     x, shape, spacing = torch.randn(2, *size, 16), size, (1.0,) * spatial_dims
     for their_layer, stage in zip(theirs.sga_layers, ours.stages, strict=True):
         out = their_layer(x.flatten(1, -2), spacing, shape)
-        tokens = stage.downsample.sga(Tokens(x, corner_grid(shape, spacing)))
+        tokens, _ = stage.downsample.sga(Tokens(x, corner_grid(shape, spacing)))
         assert tokens.grid.shape == out["out_grid_shape"]
         torch.testing.assert_close(tokens.x.flatten(1, -2), out["x_out"], rtol=0, atol=1e-5)
         x, shape, spacing = tokens.x.detach(), out["out_grid_shape"], out["out_spacing"]

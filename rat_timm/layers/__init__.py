@@ -1,5 +1,6 @@
 """The layers of RAT, for 2D and 3D alike; tokens are channels-last, ``[B, *grid, C]``."""
 
+from .assignment import Assignment, carry_up, compose, to_pixels
 from .attention import Attention, Block
 from .grouping import (
     DenseSpatialGroupingAttention,
@@ -13,6 +14,7 @@ from .rose import RotarySpatialEmbedding, Rotation
 from .stem import Stem
 
 __all__ = [
+    "Assignment",
     "Attention",
     "Block",
     "DenseSpatialGroupingAttention",
@@ -21,7 +23,10 @@ __all__ = [
     "SparseSpatialGroupingAttention",
     "SpatialGroupingAttention",
     "Stem",
+    "carry_up",
+    "compose",
     "grouping_attention",
     "local_grouping_attention",
     "neighborhood_attention",
+    "to_pixels",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..grid import Tokens, axis_values, channels_first, channels_last, field_center
 from . import tiling
+from .assignment import Assignment
 from .masking import check_mask, masked_softmax, pool_mask
 from .rose import RotarySpatialEmbedding, check_heads
 
@@ -62,7 +63,7 @@ def grouping_attention(
     chunk_size = chunk_size or max(1, _CHUNK_ELEMENTS // max(1, key.shape[:3].numel()))
     if chunk_size >= query.shape[2]:
         weights = _group_weights(query, key, allowed, groups)
-        return _combine(weights, _column_sum(weights), value)
+        return _share(weights, _column_sum(weights)).to(value.dtype) @ value
     chunks = query.split(chunk_size, dim=2)
     masks = [None] * len(chunks) if groups is None else groups.split(chunk_size, dim=2)
     sums = [checkpoint(_chunk_column_sum, q, key, allowed, m) for q, m in zip(chunks, masks, strict=True)]
@@ -80,9 +81,8 @@ def _column_sum(weights: Tensor) -> Tensor:
     return weights.sum(dim=-2, keepdim=True)
 
 
-def _combine(weights: Tensor, total: Tensor, value: Tensor) -> Tensor:
-    assignment = weights / (total + torch.finfo(weights.dtype).eps)
-    return assignment.to(value.dtype) @ value
+def _share(weights: Tensor, total: Tensor) -> Tensor:
+    return weights / (total + torch.finfo(weights.dtype).eps)
 
 
 def _chunk_column_sum(query: Tensor, key: Tensor, allowed: Tensor | None, groups: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ def _chunk_column_sum(query: Tensor, key: Tensor, allowed: Tensor | None, groups
 def _chunk_output(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, groups: Tensor | None, total: Tensor
 ) -> Tensor:
-    return _combine(_group_weights(query, key, allowed, groups), total, value)
+    return _share(_group_weights(query, key, allowed, groups), total).to(value.dtype) @ value
 
 
 def local_grouping_attention(
@@ -126,22 +126,36 @@ def local_grouping_attention(
         ValueError: If shapes, stride, window or the mask's dtype do not fit.
     """
     steps, cells = _check_local(query, key, value, stride, window, mask)
+    if mask is not None:
+        value = torch.where(mask[..., None, None], value, 0.0)
+    assignment = _assign(query, key, steps, cells, mask, group_mask)
+    out = assignment.attn_q.to(value.dtype) @ tiling.gather(value, assignment.tokens)
+    return tiling.untile(out, assignment.groups, assignment.coarse)
+
+
+def _assign(
+    query: Tensor,
+    key: Tensor,
+    stride: Sequence[int],
+    window: Sequence[int],
+    mask: Tensor | None,
+    group_mask: Tensor | None,
+) -> Assignment:
     check_mask(group_mask, query.shape[:-2], "group_mask")
-    coarse, fine = query.shape[1:-2], key.shape[1:-2]
-    tiles = [_axis_tiles(m, n, s, w, query.device) for m, n, s, w in zip(coarse, fine, steps, cells, strict=True)]
+    coarse, fine = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
+    tiles = [_axis_tiles(m, n, s, w, query.device) for m, n, s, w in zip(coarse, fine, stride, window, strict=True)]
     groups, tokens = [axis.queries for axis in tiles], [axis.keys for axis in tiles]
     allowed = tiling.allowed_pairs(tiles)[:, None, None]  # [tiles, 1, 1, groups, tokens]
     if mask is not None:
-        valid = mask[..., None, None]
-        key, value = torch.where(valid, key, 0.0), torch.where(valid, value, 0.0)
+        key = torch.where(mask[..., None, None], key, 0.0)
         allowed = allowed & tiling.gather_mask(mask, tokens)[:, :, None, None]
     valid_groups = None if group_mask is None else tiling.gather_mask(group_mask, groups)[:, :, None, :, None]
     weights = _group_weights(tiling.gather(query, groups), tiling.gather(key, tokens), allowed, valid_groups)
     counted = tiling.first_queries(groups)[:, None, None, :, None]
     total = _column_sum(weights * counted)  # [tiles, B, heads, 1, tokens], of this tile's groups
     total = tiling.scatter_add(total.mT, tokens, fine)  # [B, *fine, heads, 1], of all groups
-    out = _combine(weights, tiling.gather(total, tokens).mT, tiling.gather(value, tokens))
-    return tiling.untile(out, groups, coarse)
+    shares = _share(weights, tiling.gather(total, tokens).mT)
+    return Assignment(shares, weights, groups, tokens, coarse, fine)
 
 
 def _axis_tiles(groups: int, tokens: int, stride: int, window: int, device: torch.device) -> tiling.AxisTiles:
@@ -271,8 +285,19 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         """Takes values ``[B, *fine, heads, d]`` into groups ``[B, *coarse, heads, d]``; masks lack two axes."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Groups ``tokens`` ``[B, *fine, C]`` into ``[B, *coarse, C]``, ``coarse = ceil(fine / stride)``."""
+    def assign(self, query: Tensor, key: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Assignment:
+        """Returns the matrices behind `attn`."""
+        return _assign(query, key, self.stride, self._window(query.shape[1:-2]), mask, group_mask)
+
+    def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def forward(self, tokens: Tokens, return_assignment: bool = False) -> tuple[Tokens, Assignment | None]:
+        """Groups ``tokens`` ``[B, *fine, C]`` into ``[B, *coarse, C]``, ``coarse = ceil(fine / stride)``.
+
+        Returns:
+            The groups, and, if asked for, the matrices of the last iteration.
+        """
         x, grid, mask = tokens.filled(), tokens.grid, tokens.mask
         coarse = grid.conv(self.kernel_size, self.stride, self.padding)
         center = field_center([grid])
@@ -286,7 +311,8 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
             query = query if rotation is None else rotation(query)
             groups = groups + self.norm2(self.attn(query, key, value, mask, group_mask).flatten(-2))
             groups = groups + self.norm3(self.mlp(groups))
-        return Tokens(groups, coarse, group_mask)
+        assignment = self.assign(query, key, mask, group_mask) if return_assignment else None
+        return Tokens(groups, coarse, group_mask), assignment
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)  # parts of [B, *grid, heads, d]
@@ -309,6 +335,9 @@ class DenseSpatialGroupingAttention(SpatialGroupingAttention):
         out = grouping_attention(query, key, value, mask, group_mask)
         return out.transpose(1, 2).unflatten(1, coarse)
 
+    def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
+        return tuple(2 * n + 1 for n in coarse)
+
 
 class SparseSpatialGroupingAttention(SpatialGroupingAttention):
     """Spatial grouping attention between groups and the tokens around them.
@@ -326,3 +355,7 @@ class SparseSpatialGroupingAttention(SpatialGroupingAttention):
     def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
         """See the base class."""
         return local_grouping_attention(query, key, value, self.stride, self.neighborhood_kernel, mask, group_mask)
+
+    def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
+        window = self.neighborhood_kernel
+        return (window,) * len(coarse) if isinstance(window, int) else tuple(window)

@@ -71,7 +71,7 @@ def _tiled_attention(
         for x, places in ((query, queries), (key, keys), (value, keys))
     )
     out = masked_attention(q, k, v, allowed, dropout_p)
-    out = out.reshape(math.prod(map(len, queries)), batch, heads, q.shape[-2], width)
+    out = out.reshape(math.prod([len(places) for places in queries]), batch, heads, q.shape[-2], width)
     return tiling.untile(out, queries, grid)
 
 

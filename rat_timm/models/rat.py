@@ -134,7 +134,7 @@ class ResolutionAwareTransformer(nn.Module):
     def _encode(self, x: Any, spacing: Any, mask: Any, origin: Any) -> Pyramid:
         pyramid = self.stem(read_images(x, spacing, mask, origin, *self._image_limits))
         for stage in self.stages:
-            pyramid = stage(pyramid)
+            pyramid = stage(pyramid)[0]
         return self.norm(pyramid)
 
     def forward_head(self, x: Any, pre_logits: bool = False, mask: Any = None, prefix: Tensor | None = None) -> Any:
@@ -167,6 +167,8 @@ class ResolutionAwareTransformer(nn.Module):
         spacing: Any = None,
         mask: Any = None,
         origin: Any = None,
+        output_dict: bool = False,
+        return_assignments: bool = False,
     ) -> Any:
         """Returns the maps of several stages.
 
@@ -180,24 +182,41 @@ class ResolutionAwareTransformer(nn.Module):
             spacing: See `forward`.
             mask: See `forward`. Masked places of maps are zero.
             origin: See `forward`.
+            output_dict: Whether to return a dict: "image_features" and "prefix" (not with ``intermediates_only``),
+                "image_intermediates", and for each of these maps its `Grid` in "grids" and its mask in "masks".
+            return_assignments: Whether the dict has "assignments" too: for each grouping that ran, finest first, its
+                `Assignment`.
 
         Returns:
             The final features (as `forward_features`; stopped early, those of the last stage that ran) and the list of
-            maps, or the list alone. For a pyramid each map is a list, one per level.
+            maps, or the list alone; or a dict. For a pyramid each map, grid, mask and assignment is a list, one per
+            level.
         """
+        if return_assignments and not output_dict:
+            raise ValueError("return_assignments needs output_dict=True")
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take_indices, last = feature_take_indices(len(self.stages), indices)
         pyramid = self.stem(read_images(x, spacing, mask, origin, *self._image_limits))
-        stages, intermediates = self.stages[: last + 1] if stop_early else self.stages, []
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        taken, assignments = [], []
         for i, stage in enumerate(stages):
-            pyramid = stage(pyramid)
+            pyramid, grouped = stage(pyramid, return_assignments)
+            if grouped is not None:
+                assignments.append(pyramid.unwrap(grouped))
             if i in take_indices:
-                normed = norm and i == len(self.stages) - 1
-                intermediates.append(_maps(self.norm(pyramid) if normed else pyramid, output_fmt))
-        if intermediates_only:
-            return intermediates
-        return _maps(self.norm(pyramid) if len(stages) == len(self.stages) else pyramid, "NCHW"), intermediates
+                taken.append(self.norm(pyramid) if norm and i == len(self.stages) - 1 else pyramid)
+        maps = [_maps(level, output_fmt) for level in taken]
+        final = None if intermediates_only else self.norm(pyramid) if len(stages) == len(self.stages) else pyramid
+        if not output_dict:
+            return maps if final is None else (_maps(final, "NCHW"), maps)
+        return {
+            **({} if final is None else {"image_features": _maps(final, "NCHW"), "prefix": final.prefix}),
+            "image_intermediates": maps,
+            "grids": [level.unwrap([tokens.grid for tokens in level.levels]) for level in taken],
+            "masks": [level.unwrap(level.masks) for level in taken],
+            **({"assignments": assignments} if return_assignments else {}),
+        }
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -269,8 +288,7 @@ class ResolutionAwareTransformer(nn.Module):
 
 
 def _maps(pyramid: Pyramid, output_fmt: str) -> Any:
-    maps = [channels_first(x) if output_fmt == "NCHW" else x for x in pyramid.features]
-    return maps[0] if pyramid.single else maps
+    return pyramid.unwrap([channels_first(x) if output_fmt == "NCHW" else x for x in pyramid.features])
 
 
 def _init_weights(module: nn.Module) -> None:

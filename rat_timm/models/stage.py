@@ -11,6 +11,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from ..grid import Positions, Pyramid, Tokens, field_center
+from ..layers.assignment import Assignment
 from ..layers.attention import Attention, Block
 from ..layers.grouping import DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
 from ..layers.rose import RotarySpatialEmbedding
@@ -65,12 +66,15 @@ class Downsample(nn.Module):
         same = stage.dim_in == stage.dim
         self.proj = nn.Identity() if same else nn.Linear(stage.dim_in, stage.dim, **dd)
 
-    def forward(self, pyramid: Pyramid) -> Pyramid:
+    def forward(
+        self, pyramid: Pyramid, return_assignments: bool = False
+    ) -> tuple[Pyramid, list[Assignment | None] | None]:
         """Groups each level by itself; prefix tokens are only projected."""
-        levels = [self.sga(tokens) for tokens in pyramid.levels]
-        levels = [tokens._replace(x=self.proj(tokens.x)) for tokens in levels]
+        grouped = [self.sga(tokens, return_assignments) for tokens in pyramid.levels]
+        levels = [tokens._replace(x=self.proj(tokens.x)) for tokens, _ in grouped]
         prefix = None if pyramid.prefix is None else self.proj(pyramid.prefix)
-        return Pyramid(levels, prefix, pyramid.single)
+        assignments = [assignment for _, assignment in grouped] if return_assignments else None
+        return Pyramid(levels, prefix, pyramid.single), assignments
 
 
 class Stage(nn.Module):
@@ -101,7 +105,7 @@ class Stage(nn.Module):
         self.unit = stage.unit
         self.is_global = stage.attn_kernel_size is None
         self.grad_checkpointing = False
-        self.downsample = Downsample(cfg, stage, proj_drop, **dd) if stage.sga_attention_type else nn.Identity()
+        self.downsample = Downsample(cfg, stage, proj_drop, **dd) if stage.sga_attention_type else None
         self.reg_tokens = None
         if stage.reg_tokens:
             self.reg_tokens = nn.Parameter(torch.empty(1, stage.reg_tokens, stage.dim, **dd))
@@ -117,13 +121,17 @@ class Stage(nn.Module):
             Block(attention(), stage.dim, stage.mlp_ratio, proj_drop, rate, **dd) for rate in drop_path
         )
 
-    def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Takes the pyramid one stage further."""
-        pyramid = self._run(self.downsample, pyramid)
+    def forward(
+        self, pyramid: Pyramid, return_assignments: bool = False
+    ) -> tuple[Pyramid, list[Assignment | None] | None]:
+        """Takes the pyramid one stage further; returns, if asked, how each level's tokens were grouped."""
+        assignments = None
+        if self.downsample is not None:
+            pyramid, assignments = self._run(self.downsample, pyramid, return_assignments)
         if self.reg_tokens is not None:
             batch_size = pyramid.levels[0].x.shape[0]
             pyramid = pyramid._replace(prefix=self.reg_tokens.expand(batch_size, -1, -1))
-        return self._attend_together(pyramid) if self.is_global else self._attend_apart(pyramid)
+        return (self._attend_together(pyramid) if self.is_global else self._attend_apart(pyramid)), assignments
 
     def _attend_apart(self, pyramid: Pyramid) -> Pyramid:
         levels = []
