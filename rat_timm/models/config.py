@@ -160,6 +160,8 @@ class RatConfig:
     def stages(self) -> tuple[StageConfig, ...]:
         """Works out the stages, checking everything on the way."""
         count = len(_sequence(self.depths, "depths", "one per stage"))
+        if count == 0:
+            raise ValueError("depths must name at least one stage, got none")
         depths = self._per_stage(self.depths, "depths", Integral, count)
         dims = self._dims(count)
         heads = [max(1, d // HEAD_DIM) for d in dims]
@@ -253,7 +255,7 @@ def integers(value: Any, name: str, axes: int) -> tuple[int, ...]:
 
 
 def _sequence(value: Any, name: str, meaning: str) -> Sequence:
-    if not isinstance(value, (list, tuple)) or not value:
+    if not isinstance(value, (list, tuple)):
         raise ValueError(f"{name} must be a list or tuple, {meaning}, got {value!r}")
     return value
 

@@ -1,0 +1,28 @@
+"""Every example runs, in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *arguments):
+    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_quickstart(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    output = run("quickstart.py", tmp_path / "picture.png")
+    assert "70.4 x 64 x 64 mm" in output
+    picture = image.imread(tmp_path / "picture.png")
+    assert min(picture.shape[:2]) > 500
+    assert picture.std() > 0.1
+
+
+def test_every_example_is_run_here():
+    tested = Path(__file__).read_text()
+    assert [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in tested] == []

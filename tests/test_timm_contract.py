@@ -1,0 +1,214 @@
+"""timm's contract over every registered name, on the meta device where size matters."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.models._manipulate import group_parameters
+
+import rat_timm
+
+# with the head, 1000 classes and 3 channels in 2D; headless with 1 channel in 3D
+PARAMETERS = {
+    "rat_tiny": 27.7e6,
+    "rat_small": 50.3e6,
+    "rat_base": 89.0e6,
+    "rat_large": 199e6,
+    "rat_huge": 630e6,
+    "rat_tiny_3d": 5.2e6,
+    "rat_small_3d": 20.9e6,
+    "rat_base_3d": 53.1e6,
+    "rat_large_3d": 94.3e6,
+    "rat_huge_3d": 377e6,
+    "rat_classic": 4.75e6 + 129e3,
+}
+NAMES = [*PARAMETERS, "rat_classic_3d", "test_rat", "test_rat_3d"]
+SMALL = ["test_rat", "test_rat_3d"]
+
+
+def meta(name, **kwargs):
+    return timm.create_model(name, device="meta", **kwargs).eval()
+
+
+def meta_image(model, batch=2):
+    return torch.empty(batch, *model.pretrained_cfg["input_size"], device="meta")
+
+
+def test_all_names_are_listed():
+    assert set(NAMES) <= set(timm.list_models("*rat*"))
+    assert set(timm.list_models(module="rat")) == set(NAMES)
+
+
+@pytest.mark.parametrize(("name", "expected"), PARAMETERS.items())
+def test_parameters(name, expected):
+    assert sum(p.numel() for p in meta(name).parameters()) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_test_models_are_small(name):
+    assert sum(p.numel() for p in meta(name).parameters()) < 0.6e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_cfg(name):
+    model = meta(name)
+    cfg, x = model.pretrained_cfg, meta_image(model)
+    axes = 3 if name.endswith("_3d") else 2
+    assert len(cfg["input_size"]) == axes + 1
+    assert model.in_chans == cfg["input_size"][0]
+    assert model.num_classes == cfg["num_classes"] == (0 if axes == 3 else 1000)
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, *cfg["pool_size"])
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert model(x).shape == (2, model.num_classes or model.num_features)
+    state = model.state_dict()
+    assert f"{cfg['first_conv']}.weight" in state
+    model.reset_classifier(10)
+    assert f"{cfg['classifier']}.weight" in model.state_dict()
+    assert model(x).shape == (2, 10)
+    model.reset_classifier(0, "")
+    assert model(x).shape == features.shape
+    assert cfg["license"] == "bsd-3-clause"
+    assert {"crop_pct", "interpolation", "mean", "std"} <= set(cfg)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_only(name):
+    backbone = timm.create_model(name, features_only=True, device="meta").eval()
+    assert backbone.pretrained_cfg["input_size"] == backbone.model.pretrained_cfg["input_size"]
+    x = meta_image(backbone)
+    maps = backbone(x)
+    strides = backbone.feature_info.get("stride")
+    if not name.startswith("rat_classic"):
+        assert backbone.feature_info.reduction() == [4, 8, 16, 32]
+    assert len(maps) == 4
+    for features, channels, stride in zip(maps, backbone.feature_info.channels(), strides, strict=True):
+        assert features.shape == (2, channels, *(-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_intermediates_end_in_the_features(name):
+    model = meta(name)
+    x = meta_image(model)
+    final, maps = model.forward_intermediates(x)
+    assert final.shape == maps[-1].shape == model.forward_features(x).shape
+    last = model.forward_intermediates(x, indices=[-1], output_fmt="NHWC", intermediates_only=True)[0]
+    assert last.movedim(-1, 1).shape == final.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_keywords_raise(name):
+    with pytest.raises(TypeError):
+        meta(name, not_a_model_arg=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_is_made_where_and_as_asked(name):
+    model = meta(name, dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(t.device.type == "meta" and t.dtype == torch.bfloat16 for t in tensors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_for_layer_decay(name):
+    model = meta(name)
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(groups) == {n for n, _ in model.named_parameters()}
+    depth = sum(model.cfg.depths)
+    assert depth < len(set(groups.values())) <= 2 * depth + 3
+    assert groups["stem.convs.0.weight"] == min(groups.values())
+    assert groups["stages.0.blocks.0.attn.qkv.weight"] < groups["stages.3.blocks.0.attn.qkv.weight"]
+
+
+def test_geometry_is_not_decayed():
+    model = meta("test_rat", reg_tokens=2)
+    names = {n for n, _ in model.named_parameters()}
+    kept = model.no_weight_decay()
+    assert kept < names
+    assert "stages.3.reg_tokens" in kept
+    assert "stages.1.downsample.sga.temp" in kept
+    assert "stages.0.blocks.0.attn.rose.freqs" in kept
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_stopping_early_changes_nothing(name):
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])
+    final, maps = model.forward_intermediates(x, norm=True)
+    torch.testing.assert_close(final, maps[-1], rtol=0, atol=0)
+    torch.testing.assert_close(final, model.forward_features(x), rtol=0, atol=0)
+    for i in range(4):
+        last, (early,) = model.forward_intermediates(x, indices=[i], stop_early=True, norm=True)
+        torch.testing.assert_close(early, maps[i], rtol=0, atol=0)
+        torch.testing.assert_close(last, maps[i], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pruned_models_end_at_the_last_map(name):
+    model = timm.create_model(name, reg_tokens=2).eval()
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert len(model.stages) == 2
+    torch.testing.assert_close(model.forward_features(x), expected[1])
+    model.reset_classifier(5, "avg")
+    assert model(x).shape == (1, 5)
+
+
+def test_reset_keeps_pooling_device_dtype_and_frozen_state():
+    model = timm.create_model("test_rat", reg_tokens=1, global_pool="token", dtype=torch.float64).eval()
+    model.requires_grad_(False)
+    model.reset_classifier(0)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.reset_classifier(3)
+    assert model.head.pool_type == "token"
+    assert model.get_classifier().weight.dtype == torch.float64
+    assert not any(module.training for module in model.modules())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert model(x).dtype == torch.float64
+    with pytest.raises(ValueError, match="global_pool must be one of"):
+        model.reset_classifier(3, "median")
+    with pytest.raises(ValueError, match="'token' needs reg_tokens"):
+        timm.create_model("test_rat").reset_classifier(3, "token")
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), [("test_rat", (50, 70), (50, 3)), ("test_rat_3d", 64, (64, 64))])
+def test_set_input_size(name, good, bad):
+    model = meta(name)
+    model.set_input_size(good)
+    with pytest.raises(ValueError, match="img_size"):
+        model.set_input_size(bad)
+
+
+def test_no_weights_is_timms_error():
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model("rat_tiny", pretrained=True)
+
+
+def test_segmentation_models_pytorch():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = smp.Unet("tu-rat_tiny", encoder_weights=None)
+    out = model(torch.randn(2, 3, 64, 96))
+    assert out.shape == (2, 1, 64, 96)
+    out.square().mean().backward()
+    assert all(p.grad is not None for p in model.encoder.parameters())
+
+
+def test_importing_is_cheap_and_loads_nothing_optional():
+    code = (
+        "import sys, time, timm; start = time.process_time(); import rat_timm; seconds = time.process_time() - start; "
+        "optional = {'natten', 'matplotlib', 'skimage', 'nibabel', 'rich'} & (set(sys.modules)); "
+        "print(seconds, *optional)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    seconds, *optional = result.stdout.split()
+    assert float(seconds) < 0.5
+    assert not optional
+
+
+def test_public_names():
+    for module in (rat_timm, rat_timm.layers, rat_timm.models):
+        assert all(getattr(module, name).__doc__ for name in module.__all__ if name != "__version__")
