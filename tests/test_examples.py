@@ -1,5 +1,6 @@
 """Every example runs, in a process of its own."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,16 @@ def test_quickstart(tmp_path):
     picture = image.imread(tmp_path / "picture.png")
     assert min(picture.shape[:2]) > 500
     assert picture.std() > 0.1
+
+
+def test_the_code_of_the_readme_runs():
+    pytest.importorskip("segmentation_models_pytorch")
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 4
+    names = {}
+    exec("\n".join(blocks), names)
+    assert names["logits"].shape == (2, 5)
+    assert names["labels"].shape == (1, 224, 224)
 
 
 def test_every_example_is_run_here():

@@ -322,6 +322,7 @@ def test_inference_mode_leaves_nothing_behind(model):
     with torch.inference_mode():
         model(x)
     model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_leaving_the_meta_device():

@@ -16,8 +16,8 @@ from typing import Any
 
 import spatial_grouping_attention as upstream
 import torch
-from timm.models import checkpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..grid import Tokens, axis_values, channels_first, channels_last, field_center
 from . import tiling
@@ -66,9 +66,10 @@ def grouping_attention(
         return _share(weights, _column_sum(weights)).to(value.dtype) @ value
     chunks = query.split(chunk_size, dim=2)
     masks = [None] * len(chunks) if groups is None else groups.split(chunk_size, dim=2)
-    sums = [checkpoint(_chunk_column_sum, q, key, allowed, m) for q, m in zip(chunks, masks, strict=True)]
+    again = functools.partial(checkpoint, use_reentrant=False)
+    sums = [again(_chunk_column_sum, q, key, allowed, m) for q, m in zip(chunks, masks, strict=True)]
     total = functools.reduce(torch.add, sums)
-    outs = [checkpoint(_chunk_output, q, key, value, allowed, m, total) for q, m in zip(chunks, masks, strict=True)]
+    outs = [again(_chunk_output, q, key, value, allowed, m, total) for q, m in zip(chunks, masks, strict=True)]
     return torch.cat(outs, dim=2)
 
 
