@@ -41,7 +41,7 @@ def assignments(query, key, allowed):
             row = row.index_put((seen,), logits[m, seen].softmax(0))
         rows.append(row)
     a = torch.stack(rows)
-    return a, a / (a.sum(0, keepdim=True) + torch.finfo(a.dtype).eps)
+    return a, a / (a.sum(0, keepdim=True) + 1e-100)
 
 
 def grouping_attention(query, key, value, allowed):

@@ -24,6 +24,15 @@ def test_quickstart(tmp_path):
     assert picture.std() > 0.1
 
 
+def test_pyramid(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    output = run("pyramid.py", tmp_path / "picture.png")
+    assert "130.5 x 250.5" in output
+    picture = image.imread(tmp_path / "picture.png")
+    assert min(picture.shape[:2]) > 500
+    assert picture.std() > 0.1
+
+
 def test_the_code_of_the_readme_runs():
     pytest.importorskip("segmentation_models_pytorch")
     blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)

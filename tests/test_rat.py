@@ -223,6 +223,12 @@ def test_unknown_keywords_are_type_errors():
         ([torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 16, 16)], {}, "level 1: x must have level 0's batch size"),
         ([torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 16, 16)], {}, "level 1: x must have 3 channels"),
         ([torch.zeros(1, 3, 32, 32)] * 2, {"mask": [torch.ones(1, 32, 32)]}, "mask must have one entry per level"),
+        ([torch.zeros(1, 3, 32, 32)] * 2, {"mask": torch.ones(1, 32, 32)}, "mask must be a list with one entry"),
+        ([torch.zeros(1, 3, 32, 32)] * 2, {"mask": [None, torch.ones(1, 9, 9)]}, "level 1: mask must be"),
+        ([torch.zeros(1, 3, 8, 8)] * 2, {"mask": [None, torch.full((1, 8, 8), 2.0)]}, "level 1: mask must be bool"),
+        ([torch.zeros(1, 3, 8, 8)] * 2, {"spacing": [1.0, 2.0, 3.0]}, "spacing must have one entry per level"),
+        ([torch.zeros(1, 3, 8, 8)] * 2, {"spacing": [(1, 1), (1, -1)]}, "level 1: spacing must be positive"),
+        ([torch.zeros(1, 3, 8, 8)] * 2, {"origin": [None, (1, 1)]}, "level 1: origin without spacing"),
     ],
 )
 def test_bad_inputs_are_named_before_any_work(x, kwargs, message):

@@ -1,0 +1,344 @@
+"""What must not matter does not: units, where zero is, the order of levels, what stands in masked pixels, the batch."""
+
+import functools
+import threading
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_rat import lively
+
+from rat_timm.layers import compose
+
+CASES = {
+    "2d": ("test_rat", {}),
+    "2d dense": ("test_rat", {"sga_attention_type": "dense", "reg_tokens": 2}),
+    "3d": ("test_rat_3d", {}),
+    "3d sparse": ("test_rat_3d", {"sga_attention_type": "sparse", "stem_stride": (1, 4, 4), "reg_tokens": 1}),
+    "classic": ("rat_classic", {"embed_dim": (32,) * 4, "num_heads": 4}),
+}
+SIZES = {2: [(33, 40), (20, 17)], 3: [(9, 20, 17), (8, 12, 12)]}
+cases = pytest.mark.parametrize("case", CASES)
+
+
+@functools.cache
+def build(case):
+    torch.manual_seed(0)
+    name, kwargs = CASES[case]
+    return lively(timm.create_model(name, num_classes=5, **kwargs).eval())
+
+
+def levels(model, batch=2):
+    return [torch.randn(batch, model.in_chans, *size) for size in SIZES[model.cfg.spatial_dims]]
+
+
+def geometry(model, batch=2):
+    """Spacing and origin per level and sample."""
+    axes = model.cfg.spatial_dims
+    spacing = [torch.rand(batch, axes) + 0.5, 2 * torch.rand(batch, axes) + 0.5]
+    return spacing, [3 * torch.randn(batch, axes), 3 * torch.randn(batch, axes)]
+
+
+def random_masks(images, share=0.6):
+    return [torch.rand(x.shape[0], *x.shape[2:]) < share for x in images]
+
+
+def close(a, b, atol=1e-4):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+@cases
+@settings(max_examples=5, deadline=None)
+@given(shift=st.floats(-1e5, 1e5), seed=st.integers(0, 2**31))
+@torch.no_grad()
+def test_a_common_shift_of_all_origins(case, shift, seed):
+    torch.manual_seed(seed)
+    model = build(case)
+    images, (spacing, origin) = levels(model), geometry(model)
+    expected = model(images, spacing=spacing, origin=origin)
+    close(model(images, spacing=spacing, origin=[o.double() + shift for o in origin]), expected)
+
+
+@cases
+@settings(max_examples=4, deadline=None)
+@given(factor=st.floats(1e-3, 1e3), seed=st.integers(0, 2**31))
+@torch.no_grad()
+def test_units_of_length(case, factor, seed):
+    torch.manual_seed(seed)
+    model = build(case)
+    name, kwargs = CASES[case]
+    other = timm.create_model(name, num_classes=5, spacing=factor, **kwargs).eval()
+    other.load_state_dict(model.state_dict())
+    images, (spacing, origin) = levels(model), geometry(model)
+    scaled = [s.double() * factor for s in spacing], [o.double() * factor for o in origin]
+    close(other(images, spacing=scaled[0], origin=scaled[1]), model(images, spacing=spacing, origin=origin))
+
+
+@cases
+@torch.no_grad()
+def test_the_order_of_levels(case):
+    model = build(case)
+    images, (spacing, origin), masks = levels(model), geometry(model), random_masks(levels(model))
+    given_ = {"spacing": spacing, "origin": origin, "mask": masks}
+    swapped = {name: value[::-1] for name, value in given_.items()}
+    close(model(images[::-1], **swapped), model(images, **given_))
+    features = model.forward_features(images, **given_)
+    for a, b in zip(model.forward_features(images[::-1], **swapped), features[::-1], strict=True):
+        close(a, b)
+
+
+@cases
+@torch.no_grad()
+def test_a_pyramid_of_one_is_the_image(case):
+    model = build(case)
+    image, mask = levels(model)[0], random_masks(levels(model))[0]
+    assert torch.equal(model([image], mask=[mask], spacing=[0.7]), model(image, mask=mask, spacing=0.7))
+    (features,) = model.forward_features([image])
+    assert torch.equal(features, model.forward_features(image))
+
+
+@cases
+@torch.no_grad()
+def test_levels_see_each_other(case):
+    model = build(case)
+    images = levels(model)
+    expected = model.forward_features(images)[0]
+    images[1] = images[1] + 1
+    assert (model.forward_features(images)[0] - expected).abs().max() > 1e-3
+
+
+@cases
+@settings(max_examples=4, deadline=None)
+@given(share=st.sampled_from([0.02, 0.3, 0.7, 0.95]), seed=st.integers(0, 2**31))
+@torch.no_grad()
+def test_masked_pixels_change_no_bit(case, share, seed):
+    torch.manual_seed(seed)
+    model = build(case)
+    images = levels(model)
+    masks = random_masks(images, share)
+    masks[0][0] = False
+    masks[0][0, ..., :5] = True
+    expected = model.forward_intermediates(images, mask=masks, output_dict=True)
+    logits = model(images, mask=masks)
+    single = model(images[0], mask=masks[0])
+    assert torch.isfinite(logits).all()
+    for fill in (float("nan"), float("inf"), -float("inf"), None):
+        dirty = [
+            torch.where(m.unsqueeze(1), x, torch.randn_like(x) if fill is None else fill)
+            for x, m in zip(images, masks, strict=True)
+        ]
+        assert torch.equal(model(dirty, mask=masks), logits)
+        assert torch.equal(model(dirty[0], mask=masks[0]), single)
+        out = model.forward_intermediates(dirty, mask=masks, output_dict=True)
+        for ours, theirs in zip(out["image_intermediates"], expected["image_intermediates"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@cases
+@torch.no_grad()
+def test_masked_places_of_maps_are_zero_and_valid_ones_are_not(case):
+    model = build(case)
+    images = levels(model)
+    masks = random_masks(images, 0.05)
+    masks[1][:, : images[1].shape[2] // 2] = False
+    out = model.forward_intermediates(images, mask=masks, output_dict=True)
+    for maps, valid in zip(out["image_intermediates"], out["masks"], strict=True):
+        for features, mask in zip(maps, valid, strict=True):
+            assert features.movedim(1, -1)[~mask].abs().sum() == 0
+            assert (features.movedim(1, -1)[mask].abs().sum(-1) > 0).all()
+
+
+@cases
+@torch.no_grad()
+def test_no_valid_pixel_gives_finite_zeros(case):
+    model = build(case)
+    image = levels(model)[0] * float("nan")
+    mask = torch.zeros(2, *image.shape[2:], dtype=torch.bool)
+    assert model.forward_features(image, mask=mask).abs().max() == 0
+    assert torch.isfinite(model(image, mask=mask)).all()
+    assert model.forward_head(model.forward_features(image, mask=mask), pre_logits=True).abs().max() == 0
+
+
+def test_no_valid_pixel_gives_finite_gradients():
+    model = lively(timm.create_model("test_rat", num_classes=5))
+    image = torch.randn(2, 3, 33, 40, requires_grad=True)
+    mask = torch.ones(2, 33, 40, dtype=torch.bool)
+    mask[0] = False
+    model(image, mask=mask).square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert image.grad[0].abs().max() == 0
+    assert image.grad[1].abs().max() > 0
+
+
+@cases
+@torch.no_grad()
+def test_full_masks_are_no_masks(case):
+    model = build(case)
+    images = levels(model)
+    masks = [torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool) for x in images]
+    close(model(images, mask=masks), model(images), atol=1e-5)
+    close(model(images[0], mask=masks[0].float()), model(images[0]), atol=1e-5)
+
+
+@cases
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**31))
+@torch.no_grad()
+def test_samples_of_a_batch_do_not_meet(case, seed):
+    torch.manual_seed(seed)
+    model = build(case)
+    images, (spacing, origin) = levels(model, 3), geometry(model, 3)
+    masks = random_masks(images)
+    together = model(images, spacing=spacing, origin=origin, mask=masks)
+    for i in range(3):
+        part = slice(i, i + 1)
+        picked = {"spacing": spacing, "origin": origin, "mask": masks}
+        alone = model([x[part] for x in images], **{k: [v[part] for v in vs] for k, vs in picked.items()})
+        close(alone, together[part])
+
+
+@pytest.mark.parametrize(
+    ("name", "stem_stride", "overview", "crop"),
+    [("test_rat", 4, (101, 77), (65, 139)), ("test_rat_3d", (1, 4, 4), (27, 70, 101), (17, 65, 41))],
+)
+def test_a_landmark_has_one_coordinate_in_crop_and_overview(name, stem_stride, overview, crop):
+    model = timm.create_model(name, stem_stride=stem_stride, device="meta").eval()
+    strides = [info["stride"] for info in model.feature_info]
+    axes, last = len(overview), torch.tensor(strides[-1])
+    fine, ratio = torch.tensor([0.25, 0.5, 0.125][:axes], dtype=torch.float64), 4
+    start = torch.tensor([7.0, -3.5, 1.25][:axes], dtype=torch.float64)
+    images = [torch.randn(1, model.in_chans, *size) for size in (overview, crop)]
+    model = timm.create_model(name, stem_stride=stem_stride).eval()
+    # the crop's first pixel lies on the overview's pixel number `last`
+    origin = [start, start + last * fine * ratio]
+    with torch.no_grad():
+        out = model.forward_intermediates(images, spacing=[fine * ratio, fine], origin=origin, output_dict=True)
+    for stride, (wide, narrow) in zip(strides, out["grids"], strict=True):
+        here, there = tuple(last // torch.tensor(stride)), (0,) * axes
+        assert torch.equal(wide.coordinates()[(0, *here)], narrow.coordinates()[(0, *there)])
+        assert torch.equal(wide.coordinates()[(0, *here)], origin[1])
+        if all(n > ratio * i for n, i in zip(narrow.shape, here, strict=True)):
+            here, there = tuple(2 * i for i in here), tuple(ratio * i for i in here)
+            assert torch.equal(wide.coordinates()[(0, *here)], narrow.coordinates()[(0, *there)])
+
+
+@pytest.mark.parametrize("case", ["2d dense", "3d sparse"])
+@torch.no_grad()
+def test_prefix_tokens_join_in_global_attention_only(case):
+    model = build(case)
+    images = levels(model)
+    out = model.forward_intermediates(images, output_dict=True)
+    count = model.cfg.prefix_tokens
+    assert out["prefix"].shape == (2, count, model.num_features)
+    tokens = model.stages[3].reg_tokens.clone()
+    model.stages[3].reg_tokens.add_(torch.randn_like(tokens))
+    other = model.forward_intermediates(images, output_dict=True)
+    model.stages[3].reg_tokens.copy_(tokens)
+    for stage in range(4):
+        same = [
+            torch.equal(a, b)
+            for a, b in zip(out["image_intermediates"][stage], other["image_intermediates"][stage], strict=True)
+        ]
+        assert same == [stage < 3] * 2
+    head = timm.create_model(CASES[case][0], num_classes=5, global_pool="token", **CASES[case][1]).eval()
+    head.load_state_dict(model.state_dict())
+    close(head(images), head.head.fc(out["prefix"][:, 0]))
+
+
+@pytest.mark.parametrize("name", ["test_rat", "test_rat_3d"])
+@torch.no_grad()
+def test_compiled_pyramids_with_masks(name):
+    torch._dynamo.reset()
+    model = lively(timm.create_model(name).eval())
+    images, (spacing, origin) = levels(model), geometry(model)
+    given_ = {"spacing": spacing, "origin": origin, "mask": random_masks(images)}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(images, **given_), model(images, **given_))
+
+
+@torch.no_grad()
+def test_features_only_takes_everything():
+    backbone = timm.create_model("test_rat", features_only=True).eval()
+    images, (spacing, origin) = levels(backbone.model), geometry(backbone.model)
+    given_ = {"spacing": spacing, "origin": origin, "mask": random_masks(images)}
+    expected = backbone.model.forward_intermediates(images, intermediates_only=True, **given_)
+    for ours, theirs in zip(backbone(images, **given_), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@torch.no_grad()
+def test_nothing_is_remembered_between_calls():
+    model = build("2d")
+    calls = [(size, s) for size in [(33, 40), (64, 20)] for s in (0.5, 1.0)]
+    images = {size: torch.randn(1, 3, *size) for size, _ in calls}
+    fresh = {c: lively_copy(model)(images[c[0]], spacing=c[1]) for c in calls}
+    for call in [*calls, *reversed(calls)]:
+        assert torch.equal(model(images[call[0]], spacing=call[1]), fresh[call])
+    double = lively_copy(model).double()
+    close(double(images[33, 40].double()).float(), model(images[33, 40]))
+    assert torch.equal(double.float()(images[33, 40]), model(images[33, 40]))
+
+
+def lively_copy(model):
+    copy = timm.create_model("test_rat", num_classes=5).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+@torch.no_grad()
+def test_two_threads_share_a_model():
+    model = build("2d")
+    images = [torch.randn(1, 3, 33 + 7 * i, 40) for i in range(4)]
+    expected = [model(x, spacing=i + 1.0) for i, x in enumerate(images)]
+    found = [None] * 4
+
+    def work(i):
+        for _ in range(5):
+            found[i] = model(images[i], spacing=i + 1.0)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, atol=1e-6)
+
+
+def train(model, autocast, steps=20):
+    torch.manual_seed(0)
+    sizes, labels = (256, 128, 64), torch.tensor([0, 1])
+    images = [torch.randn(2, 3, n, n) for n in sizes]
+    masks = random_masks(images, 0.8)
+    spacing = torch.tensor([[1.0, 1.0], [0.5, 0.7]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    losses = []
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(images, spacing=spacing, mask=masks)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rat_tiny_trains_on_a_pyramid(autocast):
+    losses = train(timm.create_model("rat_tiny", num_classes=2), autocast)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@torch.no_grad()
+def test_assignments_of_a_pyramid():
+    model = timm.create_model("test_rat").eval()
+    images = levels(model)
+    masks = random_masks(images, 0.3)
+    out = model.forward_intermediates(images, mask=masks, output_dict=True, return_assignments=True)
+    for level in range(2):
+        shares = compose([per_level[level] for per_level in out["assignments"]])
+        close(shares.sum(-1), out["masks"][0][level].float())
