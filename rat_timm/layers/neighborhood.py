@@ -117,6 +117,8 @@ def _natten() -> ModuleType | None:
 
 
 def _natten_can_run(query: Tensor, kernel: Sequence[int]) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # the compiler fuses PyTorch's operations; NATTEN's would break the graph
     fits = query.is_cuda and query.dtype != torch.float64 and query.ndim <= 6 and query.shape[-1] % 8 == 0
     return fits and min(kernel) > 1 and min(query.shape[1:-2]) > 1 and _natten() is not None
 
