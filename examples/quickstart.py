@@ -16,7 +16,6 @@ import nibabel
 import numpy as np
 import timm
 import torch
-from nibabel.testing import data_path
 from rich.console import Console
 from rich.table import Table
 from skimage.data import immunohistochemistry
@@ -53,7 +52,7 @@ def tissue() -> Scene:
 
 def brain() -> Scene:
     """Loads the first frame of the MR series, axes (z, y, x)."""
-    series = nibabel.load(Path(data_path) / "example4d.nii.gz")
+    series = nibabel.load(Path(nibabel.__file__).parent / "tests/data/example4d.nii.gz")
     volume = torch.from_numpy(series.get_fdata(dtype=np.float32)[..., 0].T.copy())[None, None]
     spacing = tuple(float(size) for size in series.header.get_zooms()[2::-1])
     return Scene("MR volume", "rat_tiny_3d", (volume - volume.mean()) / volume.std(), spacing, "mm")
