@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -110,9 +110,7 @@ class Tokens(NamedTuple):
 
     def filled(self) -> Tensor:
         """Returns the features with zeros at the invalid places."""
-        if self.mask is None:
-            return self.x
-        return torch.where(self.mask.unsqueeze(-1), self.x, 0.0)
+        return fill(self.x, self.mask)
 
 
 class Pyramid(NamedTuple):
@@ -141,6 +139,11 @@ class Pyramid(NamedTuple):
     def masks(self) -> list[Tensor | None]:
         """The levels' masks, True = valid."""
         return [tokens.mask for tokens in self.levels]
+
+
+def fill(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns ``x`` ``[B, *grid, C]`` with zeros where ``mask`` ``[B, *grid]`` is False; None masks nothing."""
+    return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -314,3 +317,11 @@ def axis_values(value: Any, name: str, axes: int) -> tuple[float, ...]:
     if not fits or not all(0 < v < math.inf for v in values):
         raise ValueError(f"{name} must be a positive number or {axes} of them (one per axis), got {value!r}")
     return tuple(values)
+
+
+def integers(value: Any, name: str, axes: int) -> tuple[int, ...]:
+    """Reads a positive whole number or one per axis."""
+    values = axis_values(value, name, axes)
+    if not all(isinstance(v, Integral) for v in values):
+        raise ValueError(f"{name} must be whole, got {value!r}")
+    return tuple(int(v) for v in values)

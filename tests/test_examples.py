@@ -15,19 +15,12 @@ def run(name, *arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def test_quickstart(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "expected"), [("quickstart.py", "70.4 x 64 x 64 mm"), ("pyramid.py", "130.5 x 250.5")]
+)
+def test_table_and_picture(name, expected, tmp_path):
     image = pytest.importorskip("matplotlib.image")
-    output = run("quickstart.py", tmp_path / "picture.png")
-    assert "70.4 x 64 x 64 mm" in output
-    picture = image.imread(tmp_path / "picture.png")
-    assert min(picture.shape[:2]) > 500
-    assert picture.std() > 0.1
-
-
-def test_pyramid(tmp_path):
-    image = pytest.importorskip("matplotlib.image")
-    output = run("pyramid.py", tmp_path / "picture.png")
-    assert "130.5 x 250.5" in output
+    assert expected in run(name, tmp_path / "picture.png")
     picture = image.imread(tmp_path / "picture.png")
     assert min(picture.shape[:2]) > 500
     assert picture.std() > 0.1

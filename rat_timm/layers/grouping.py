@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..grid import Tokens, axis_values, channels_first, channels_last, field_center
+from ..grid import Tokens, axis_values, channels_first, channels_last, field_center, integers
 from . import tiling
 from .assignment import Assignment
 from .masking import check_mask, masked_softmax, pool_mask
@@ -194,11 +194,8 @@ def _check_local(
             "query must be [B, *coarse, heads, d] and key, value [B, *fine, heads, d], "
             f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
-    steps = (stride,) * axes if isinstance(stride, int) else tuple(stride)
-    cells = (window,) * axes if isinstance(window, int) else tuple(window)
-    if len(steps) != axes or min(steps) < 1:
-        raise ValueError(f"stride must be a positive number or {axes} of them, got {stride!r}")
-    if len(cells) != axes or any(w < 1 or w % 2 == 0 for w in cells):
+    steps, cells = integers(stride, "stride", axes), integers(window, "window", axes)
+    if any(w % 2 == 0 for w in cells):
         raise ValueError(f"window must be an odd positive number or {axes} of them, got {window!r}")
     coarse = tuple(-(-n // s) for n, s in zip(key.shape[1:-2], steps, strict=True))
     if tuple(query.shape) != (key.shape[0], *coarse, *key.shape[-2:]):
@@ -360,5 +357,4 @@ class SparseSpatialGroupingAttention(SpatialGroupingAttention):
         return local_grouping_attention(query, key, value, self.stride, self.neighborhood_kernel, mask, group_mask)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
-        window = self.neighborhood_kernel
-        return (window,) * len(coarse) if isinstance(window, int) else tuple(window)
+        return integers(self.neighborhood_kernel, "neighborhood_kernel", len(coarse))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..grid import channels_first
+from ..grid import channels_first, fill
 from .masking import check_mask
 
 POOLS = ("avg", "token", "")
@@ -88,7 +88,7 @@ class Head(nn.Module):
             check_mask(mask, x.shape[:-1], f"mask of level {level}" if len(features) > 1 else "mask")
         if self.pool_type == "":
             classified = [self._classify(x, pre_logits) for x in features]
-            maps = [channels_first(_fill(x, mask)) for x, mask in zip(classified, masks, strict=True)]
+            maps = [channels_first(fill(x, mask)) for x, mask in zip(classified, masks, strict=True)]
             return maps[0] if single else maps
         if self.pool_type == "token":
             if prefix is None:
@@ -115,14 +115,10 @@ def average(features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tenso
     if len(features) == 1 and masks[0] is None:
         return features[0].flatten(1, -2).mean(dim=1)
     dtype = torch.promote_types(features[0].dtype, torch.float32)
-    filled = [_fill(x, mask) for x, mask in zip(features, masks, strict=True)]
+    filled = [fill(x, mask) for x, mask in zip(features, masks, strict=True)]
     total = functools.reduce(torch.add, [x.flatten(1, -2).sum(dim=1, dtype=dtype) for x in filled])
     count = functools.reduce(torch.add, [_count(x, mask) for x, mask in zip(features, masks, strict=True)])
     return (total / count.clamp(min=1).unsqueeze(-1)).to(features[0].dtype)
-
-
-def _fill(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
 
 
 def _count(x: Tensor, mask: Tensor | None) -> Tensor:

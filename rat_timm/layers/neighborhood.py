@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..grid import integers
 from . import tiling
 from .masking import check_mask, masked_attention
 
@@ -94,9 +95,7 @@ def _check(
             f"got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
     axes = query.ndim - 3
-    kernel = (kernel_size,) * axes if isinstance(kernel_size, int) else tuple(kernel_size)
-    if len(kernel) != axes or min(kernel) < 1:
-        raise ValueError(f"kernel_size must be a positive number or {axes} of them, got {kernel_size!r}")
+    kernel = integers(kernel_size, "kernel_size", axes)
     check_mask(mask, query.shape[:-2])
     return kernel
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from ..grid import axis_values
+from ..grid import axis_values, integers
 from ..layers.rose import check_heads
 from ..layers.stem import share_stride
 
@@ -244,14 +244,6 @@ class RatConfig:
                 f"got {self.sga_attention_type!r}"
             )
         return kinds if self.group_first else [None, *kinds]
-
-
-def integers(value: Any, name: str, axes: int) -> tuple[int, ...]:
-    """Reads a positive whole number or one per axis."""
-    values = axis_values(value, name, axes)
-    if not all(isinstance(v, Integral) for v in values):
-        raise ValueError(f"{name} must be whole, got {value!r}")
-    return tuple(int(v) for v in values)
 
 
 def _sequence(value: Any, name: str, meaning: str) -> Sequence:

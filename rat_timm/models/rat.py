@@ -16,11 +16,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..grid import Pyramid, channels_first, channels_last
+from ..grid import Pyramid, channels_first, channels_last, integers
 from ..layers.head import Head
 from ..layers.rose import RotarySpatialEmbedding
 from ..layers.stem import Stem
-from .config import CLASSIC, RatConfig, integers
+from .config import CLASSIC, RatConfig
 from .convert import convert_upstream
 from .features import RatFeatures
 from .inputs import read_images
@@ -205,13 +205,17 @@ class ResolutionAwareTransformer(nn.Module):
             if grouped is not None:
                 assignments.append(pyramid.unwrap(grouped))
             if i in take_indices:
-                taken.append(self.norm(pyramid) if norm and i == len(self.stages) - 1 else pyramid)
+                taken.append(pyramid)
+        if len(stages) == len(self.stages) and (norm or not intermediates_only):
+            pyramid = self.norm(pyramid)
+            if norm and len(stages) - 1 in take_indices:
+                taken[-1] = pyramid
         maps = [_maps(level, output_fmt) for level in taken]
-        final = None if intermediates_only else self.norm(pyramid) if len(stages) == len(self.stages) else pyramid
         if not output_dict:
-            return maps if final is None else (_maps(final, "NCHW"), maps)
+            return maps if intermediates_only else (_maps(pyramid, "NCHW"), maps)
+        final = {} if intermediates_only else {"image_features": _maps(pyramid, "NCHW"), "prefix": pyramid.prefix}
         return {
-            **({} if final is None else {"image_features": _maps(final, "NCHW"), "prefix": final.prefix}),
+            **final,
             "image_intermediates": maps,
             "grids": [level.unwrap([tokens.grid for tokens in level.levels]) for level in taken],
             "masks": [level.unwrap(level.masks) for level in taken],
@@ -244,7 +248,7 @@ class ResolutionAwareTransformer(nn.Module):
         self.num_classes = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Chooses whether blocks are computed again in the backward pass instead of being kept."""
+        """Chooses whether groupings and blocks are computed again in the backward pass instead of being kept."""
         for module in self.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable

@@ -1,7 +1,7 @@
 """One stage of the hierarchical model: group the tokens onto a coarser grid, then attend."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,10 +39,9 @@ class Downsample(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        grouping: Callable[..., nn.Module] = DenseSpatialGroupingAttention
         if stage.sga_attention_type == "sparse":
             grouping = partial(SparseSpatialGroupingAttention, neighborhood_kernel=cfg.neighborhood_kernel)
-        else:
-            grouping = partial(DenseSpatialGroupingAttention)
         self.sga = grouping(
             stage.dim_in,
             cfg.spatial_dims,
