@@ -74,12 +74,24 @@ def test_attention_of_groups_is_a_distribution_over_tokens():
     torch.testing.assert_close(assignment.attn_q, assignment.attn_k / total)
 
 
-def test_shares_sum_to_one_where_attention_is_peaked():
-    layer = SparseSpatialGroupingAttention(8, 2, 3, 2, 2)
-    query, key = 2 * torch.randn(1, 8, 8, 2, 4), 2 * torch.randn(1, 16, 16, 2, 4)
+@pytest.mark.parametrize("grouping", [DenseSpatialGroupingAttention, SparseSpatialGroupingAttention])
+@pytest.mark.parametrize("scale", [3, 30])
+def test_shares_sum_to_one_where_attention_is_peaked(grouping, scale):
+    layer = grouping(8, 2, 3, 2, 2)
+    query, key = scale * torch.randn(1, 8, 8, 2, 4), scale * torch.randn(1, 16, 16, 2, 4)
     assignment = layer.assign(query, key, None, None)
     assert assignment.attn_k.flatten(0, 1).sum(-2).amin() < 1e-7  # upstream's eps would take half of such a token
     torch.testing.assert_close(compose([assignment]).sum(-1), torch.ones(1, 16, 16))
+
+
+def test_peaked_chunks_are_peaked_matrices():
+    query, key, value = (30 * torch.randn(1, 2, n, 4, dtype=torch.float64, requires_grad=True) for n in (12, 40, 40))
+    outs = [grouping_attention(query, key, value, chunk_size=chunk) for chunk in (None, 5)]
+    torch.testing.assert_close(outs[1], outs[0])
+    grads = [torch.autograd.grad(out.square().sum(), (query, key, value)) for out in outs]
+    for ours, expected in zip(*grads, strict=True):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours, expected)
 
 
 def test_return_assignments_needs_a_dict():

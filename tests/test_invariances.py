@@ -258,6 +258,24 @@ def test_compiled_pyramids_with_masks(name):
     assert_close(compiled(images, **given_), model(images, **given_))
 
 
+@pytest.mark.parametrize("name", ["test_rat", "test_rat_3d"])
+def test_compiled_training_on_masked_pyramids(name):
+    torch._dynamo.reset()
+    model = lively(timm.create_model(name, num_classes=3).double().train())
+    images, (spacing, origin) = [x.double() for x in levels(model)], geometry(model)
+    given_ = {"spacing": spacing, "origin": origin, "mask": random_masks(images)}
+
+    def grads(run):
+        model.zero_grad()
+        run(images, **given_).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for ours, expected in zip(
+        grads(torch.compile(model, fullgraph=True, backend="aot_eager")), grads(model), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
 @torch.no_grad()
 def test_features_only_takes_everything():
     backbone = timm.create_model("test_rat", features_only=True).eval()

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rat_timm.layers.masking import masked_attention, masked_softmax, pool_mask
+from rat_timm.layers.masking import masked_attention, masked_log_softmax, nothing, pool_mask
 from references import places
 
 
@@ -10,12 +10,14 @@ def test_softmax_over_the_allowed_entries_only():
     logits = torch.tensor([[1.0, 2.0, 1e4], [3.0, 3.0, 3.0]])
     allowed = torch.tensor([[True, True, False], [False, False, False]])
     expected = torch.tensor([[1, torch.e, 0], [0, 0, 0]]) / (1 + torch.e)
-    torch.testing.assert_close(masked_softmax(logits, allowed), expected)
+    found = masked_log_softmax(logits, allowed)
+    torch.testing.assert_close(found.exp(), expected)
+    assert torch.equal(found == nothing(torch.float32), ~allowed)
 
 
 def test_softmax_of_half_precision_is_float32():
-    assert masked_softmax(torch.zeros(2, 3, dtype=torch.bfloat16), None).dtype == torch.float32
-    assert masked_softmax(torch.zeros(2, 3, dtype=torch.float64), None).dtype == torch.float64
+    assert masked_log_softmax(torch.zeros(2, 3, dtype=torch.bfloat16), None).dtype == torch.float32
+    assert masked_log_softmax(torch.zeros(2, 3, dtype=torch.float64), None).dtype == torch.float64
 
 
 def test_attention_leaves_out_what_is_not_allowed():

@@ -28,6 +28,22 @@ def test_scatter_add_is_gather_transposed(axes):
     torch.testing.assert_close((x * tiling.scatter_add(tiles, index, shape)).sum(), product)
 
 
+@given(lengths)
+def test_scatter_max_takes_the_largest(axes):
+    shape = [length for length, _ in axes]
+    index = [
+        tiling.key_tiles(tiling.query_tiles(length, size, torch.device("cpu"))[:, 0] - 1, size + 2, length)
+        for length, size in axes
+    ]
+    x = torch.randn(2, *shape, 3, 4)
+    tiles = tiling.gather(x, index)
+    lower = tiles - torch.rand(len(tiles), 1, 1, 1, 1)  # another amount in each tile
+    lowest = torch.stack([tiling.scatter_max(lower, index, shape), x]).amin(0)
+    assert torch.equal(tiling.scatter_max(tiles, index, shape), x)
+    assert torch.equal(tiling.scatter_max(lower, index, shape), lowest)
+    assert (tiling.gather(lowest, index) >= lower).all()
+
+
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_every_query_is_first_once(length, size):
     queries = tiling.query_tiles(length, size, torch.device("cpu"))

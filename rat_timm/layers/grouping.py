@@ -3,7 +3,7 @@
 Per head, with groups g_m and tokens x_n, ``iters`` times:
 
     A[m, n]  = softmax over n of  temp * <R q(g_m), R k(x_n)>
-    Ah[m, n] = A[m, n] / (sum over m' of A[m', n] + eps)        a token's soft assignment to groups
+    Ah[m, n] = A[m, n] / sum over m' of A[m', n]                a token's soft assignment to groups
     g_m     += LayerNorm(sum over n of Ah[m, n] v_n);   g_m += LayerNorm(MLP(g_m))
 
 Parameters and their names are those of the package ``spatial-grouping-attention``.
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..grid import Tokens, axis_values, channels_first, channels_last, field_center, integers
 from . import tiling
 from .assignment import Assignment
-from .masking import check_mask, masked_softmax, pool_mask
+from .masking import check_mask, masked_log_softmax, nothing, pool_mask
 from .rose import RotarySpatialEmbedding, check_heads
 
 _CHUNK_ELEMENTS = 1 << 24  # logits that dense grouping holds at a time
@@ -62,40 +62,56 @@ def grouping_attention(
         key, value = (torch.where(mask[:, None, :, None], x, 0.0) for x in (key, value))
     chunk_size = chunk_size or max(1, _CHUNK_ELEMENTS // max(1, key.shape[:3].numel()))
     if chunk_size >= query.shape[2]:
-        weights = _group_weights(query, key, allowed, groups)
-        return _share(weights, _column_sum(weights)).to(value.dtype) @ value
+        weights = _log_weights(query, key, allowed, groups)
+        return _shares(weights, *_column_sum(weights)).to(value.dtype) @ value
     chunks = query.split(chunk_size, dim=2)
     masks = [None] * len(chunks) if groups is None else groups.split(chunk_size, dim=2)
     again = functools.partial(checkpoint, use_reentrant=False)
-    sums = [again(_chunk_column_sum, q, key, allowed, m) for q, m in zip(chunks, masks, strict=True)]
-    total = functools.reduce(torch.add, sums)
-    outs = [again(_chunk_output, q, key, value, allowed, m, total) for q, m in zip(chunks, masks, strict=True)]
+    columns = [again(_chunk_column_sum, q, key, allowed, m) for q, m in zip(chunks, masks, strict=True)]
+    peak = functools.reduce(torch.maximum, [p for p, _ in columns])
+    total = functools.reduce(torch.add, [t * (p - peak).exp() for p, t in columns])
+    outs = [again(_chunk_output, q, key, value, allowed, m, peak, total) for q, m in zip(chunks, masks, strict=True)]
     return torch.cat(outs, dim=2)
 
 
-def _group_weights(query: Tensor, key: Tensor, allowed: Tensor | None, groups: Tensor | None) -> Tensor:
-    weights = masked_softmax(query @ key.mT, allowed)  # [B, heads, M, N]
-    return weights if groups is None else weights.masked_fill(~groups, 0.0)
+def _log_weights(query: Tensor, key: Tensor, allowed: Tensor | None, groups: Tensor | None) -> Tensor:
+    weights = masked_log_softmax(query @ key.mT, allowed)  # log A, [B, heads, M, N]
+    return weights if groups is None else weights.masked_fill(~groups, nothing(weights.dtype))
 
 
-def _column_sum(weights: Tensor) -> Tensor:
-    return weights.sum(dim=-2, keepdim=True)
+def _column_peak(weights: Tensor) -> Tensor:
+    # above what stands for zero, of which a difference then underflows; a constant, on which no result depends
+    return weights.detach().amax(dim=-2, keepdim=True).clamp(min=nothing(weights.dtype) / 2)
 
 
-def _share(weights: Tensor, total: Tensor) -> Tensor:
-    # far below any column sum of use, so that shares sum to 1 also where attention is peaked: upstream's eps, that of
-    # the dtype, takes 40% from tokens that no group looks at; its square is not zero, so that gradients stay finite
-    return weights / (total + torch.finfo(weights.dtype).tiny ** 0.5)
+def _column_sum(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the largest of ``weights`` over the groups, and the sum of their exponentials in units of its own."""
+    peak = _column_peak(weights)
+    return peak, (weights - peak).exp().sum(dim=-2, keepdim=True)
 
 
-def _chunk_column_sum(query: Tensor, key: Tensor, allowed: Tensor | None, groups: Tensor | None) -> Tensor:
-    return _column_sum(_group_weights(query, key, allowed, groups))
+def _shares(weights: Tensor, peak: Tensor, total: Tensor) -> Tensor:
+    # relative to the peak, instead of upstream's eps: a token that no group looks at is shared out as exactly as any
+    # other. The peak itself adds 1 to the total, so that the limit is for tokens without a group
+    return (weights - peak).exp() / total.clamp(min=0.5)
+
+
+def _chunk_column_sum(
+    query: Tensor, key: Tensor, allowed: Tensor | None, groups: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _column_sum(_log_weights(query, key, allowed, groups))
 
 
 def _chunk_output(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, groups: Tensor | None, total: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    groups: Tensor | None,
+    peak: Tensor,
+    total: Tensor,
 ) -> Tensor:
-    return _share(_group_weights(query, key, allowed, groups), total).to(value.dtype) @ value
+    return _shares(_log_weights(query, key, allowed, groups), peak, total).to(value.dtype) @ value
 
 
 def local_grouping_attention(
@@ -153,12 +169,13 @@ def _assign(
         key = torch.where(mask[..., None, None], key, 0.0)
         allowed = allowed & tiling.gather_mask(mask, tokens)[:, :, None, None]
     valid_groups = None if group_mask is None else tiling.gather_mask(group_mask, groups)[:, :, None, :, None]
-    weights = _group_weights(tiling.gather(query, groups), tiling.gather(key, tokens), allowed, valid_groups)
+    weights = _log_weights(tiling.gather(query, groups), tiling.gather(key, tokens), allowed, valid_groups)
+    peak = tiling.scatter_max(_column_peak(weights).mT, tokens, fine)  # [B, *fine, heads, 1], over all tiles
+    parts = (weights - tiling.gather(peak, tokens).mT).exp()
     counted = tiling.first_queries(groups)[:, None, None, :, None]
-    total = _column_sum(weights * counted)  # [tiles, B, heads, 1, tokens], of this tile's groups
-    total = tiling.scatter_add(total.mT, tokens, fine)  # [B, *fine, heads, 1], of all groups
-    shares = _share(weights, tiling.gather(total, tokens).mT)
-    return Assignment(shares, weights, groups, tokens, coarse, fine)
+    total = tiling.scatter_add((parts * counted).sum(dim=-2).unsqueeze(-1), tokens, fine)
+    shares = parts / tiling.gather(total, tokens).mT.clamp(min=0.5)
+    return Assignment(shares, weights.exp(), groups, tokens, coarse, fine)
 
 
 def _axis_tiles(groups: int, tokens: int, stride: int, window: int, device: torch.device) -> tiling.AxisTiles:

@@ -7,19 +7,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def masked_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """Softmax over the last axis of ``logits``, at least in float32; rows without an allowed entry are zero.
+def masked_log_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Logarithm of the softmax over the last axis of ``logits``, at least in float32, with `nothing` as log(0).
 
     Args:
         logits: ``[..., M, N]``.
-        allowed: Bool, broadcastable to ``logits``; None allows all.
+        allowed: Bool, broadcastable to ``logits``; None allows all. Rows without an allowed entry are `nothing`.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if allowed is None:
-        return logits.softmax(dim=-1)
-    # the smallest number instead of -inf: its exponential is just as zero, and a row of them has no NaN
-    filled = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-    return filled.softmax(dim=-1).masked_fill(~allowed, 0.0)
+        return logits.log_softmax(dim=-1)
+    zero = nothing(logits.dtype)
+    return logits.masked_fill(~allowed, zero).log_softmax(dim=-1).masked_fill(~allowed, zero)
+
+
+def nothing(dtype: torch.dtype) -> float:
+    """Returns the logarithm that stands for zero: finite, so that no difference of two of them is NaN."""
+    return torch.finfo(dtype).min / 4
 
 
 def masked_attention(

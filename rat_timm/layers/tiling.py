@@ -81,6 +81,17 @@ def scatter_add(x: Tensor, index: Sequence[Tensor], shape: Sequence[int]) -> Ten
     return x
 
 
+def scatter_max(x: Tensor, index: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """`scatter_add` with the largest instead of the sum."""
+    x = spread(x, index)
+    for axis, (places, length) in enumerate(zip(index, shape, strict=True), start=1):
+        if places.numel() != length:
+            out = x.new_full((*x.shape[:axis], length, *x.shape[axis + 1 :]), torch.finfo(x.dtype).min)
+            across = places.view(-1, *[1] * (x.ndim - axis - 1)).expand_as(x)
+            x = out.scatter_reduce(axis, across, x, "amax")
+    return x
+
+
 def allowed_pairs(tiles: Sequence[AxisTiles]) -> Tensor:
     """Returns which key lies in which query's window, ``[tiles, queries, keys]``, bool."""
     return _product([axis.allowed for axis in tiles])
