@@ -1,11 +1,14 @@
 """Every example runs, in a process of its own."""
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
+from huggingface_hub import ModelCard
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -26,8 +29,35 @@ def test_table_and_picture(name, expected, tmp_path):
     assert picture.std() > 0.1
 
 
-def test_the_code_of_the_readme_runs():
+def test_the_test_weights_are_trained(tmp_path):
+    pytest.importorskip("sklearn")
+    run("pretrain_test_weights.py", "--quick", "--models", "test_rat", "--folder", tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["test_rat.digits.md", "test_rat.digits.safetensors"]
+    overlay = {"file": str(tmp_path / "test_rat.digits.safetensors")}
+    timm.create_model("test_rat", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize("name", ["test_rat", "test_rat_3d"])
+def test_shipped_weights_are_as_good_as_their_card_says(name, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("pretrain_test_weights")
+    file = Path(timm.create_model(name).pretrained_cfg["file"])
+    assert file.stat().st_size < 1.5e6
+    stated = ModelCard.load(file.with_suffix(".md")).data.eval_results
+    results = {tuple(result.dataset_args["size"]): result.metric_value for result in stated}
+    assert results.keys() == set(example.TASKS[name].test)
+    model, (_, held_out) = timm.create_model(name, pretrained=True), example.digits()
+    sizes = list(results)[:4]  # one that is in training's range, and others
+    for size in sizes:
+        assert example.accuracy(model, held_out, size) == pytest.approx(results[size], abs=0.005)
+    if name == "test_rat":
+        assert results[32, 32] >= 0.97
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     pytest.importorskip("segmentation_models_pytorch")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 4
     names = {}

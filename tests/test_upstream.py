@@ -10,7 +10,6 @@ from RoSE.rose import _init_p_nd
 
 from rat_timm.grid import Grid, Tokens, field_center
 from rat_timm.layers import DenseSpatialGroupingAttention, RotarySpatialEmbedding, SparseSpatialGroupingAttention
-from rat_timm.models.convert import convert_upstream
 from rat_timm.models.rat import checkpoint_filter_fn
 
 SHAPE = (6, 6)
@@ -228,4 +227,4 @@ def test_without_scaling_parameters_frequencies_are_converted():
 def test_a_fixed_logarithm_of_other_units_cannot_be_converted():
     ours = timm.create_model("rat_classic", learnable_rose_scaling=False, rose_initial_scaling="log", device="meta")
     with pytest.raises(ValueError, match="rose_initial_scaling 'log'"):
-        convert_upstream({}, ours.cfg)
+        checkpoint_filter_fn({"init_proj.weight": torch.zeros(128, 3, 7, 7)}, ours)

@@ -7,12 +7,13 @@ Follows the seed packages ``resolution-aware-transformer``, ``spatial-grouping-a
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_device_dtype, register_notrace_module, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -20,9 +21,18 @@ from ..grid import Pyramid, channels_first, channels_last, integers
 from ..layers.head import Head
 from ..layers.rose import RotarySpatialEmbedding
 from ..layers.stem import Stem
+from .build import build
 from .config import CLASSIC, RatConfig
-from .convert import convert_upstream
-from .features import RatFeatures
+from .convert import (
+    check_names,
+    fit,
+    is_upstream,
+    rename_upstream,
+    rescale,
+    spacing_ratio,
+    unwrap,
+    warn_of_dropped_classifier,
+)
 from .inputs import read_images
 from .stage import PyramidNorm, Stage
 
@@ -104,6 +114,7 @@ class ResolutionAwareTransformer(nn.Module):
             }
             for i, stage in enumerate(stages)
         ]
+        self._traits = {"first_conv": None}  # timm adapts no channels: checkpoint_filter_fn does, in 3D too
         self.apply(_init_weights)
 
     def forward(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Any:
@@ -282,6 +293,14 @@ class ResolutionAwareTransformer(nn.Module):
             if isinstance(module, RotarySpatialEmbedding):
                 module.init_non_persistent_buffers()
 
+    def model_args(self) -> dict[str, Any]:
+        """Returns the keywords that make this model again, as JSON has them; without ``num_classes`` and rates."""
+        args = dataclasses.asdict(self.cfg)
+        args["reg_tokens"], args["leading_tokens"] = self.cfg.prefix_tokens, 0
+        reference = self.cfg.reference
+        args["spacing"] = reference[0] if len(set(reference)) == 1 else reference
+        return {**args, "in_chans": self.in_chans, "global_pool": self.head.pool_type}
+
     def _check_pool(self, global_pool: str | None) -> None:
         if global_pool == "token" and not self.cfg.prefix_tokens:
             raise ValueError("global_pool 'token' needs reg_tokens > 0")
@@ -302,9 +321,29 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
-    """Turns a checkpoint into a state dict of ``model``: our own, or an upstream `ResolutionAwareTransformer`'s."""
-    return convert_upstream(state_dict, model.cfg) if "init_proj.weight" in state_dict else state_dict
+def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
+    """Turns a checkpoint into a state dict of ``model``.
+
+    Takes our own state dicts and those of `resolution_aware_transformer.ResolutionAwareTransformer`; timm's training
+    checkpoints, of which the moving average if there is one; names with the prefixes of DistributedDataParallel and
+    ``torch.compile``; images' weights for a model of volumes; any number of channels; another reference spacing, if
+    ``model.pretrained_model_args`` tells the one that the weights were trained with.
+
+    Raises:
+        ValueError: If parameters are missing or left over, but for the classifier, or cannot be converted.
+    """
+    state_dict, cfg = unwrap(checkpoint), model.cfg
+    known = getattr(model, "pretrained_model_args", {}).get("spacing")
+    if is_upstream(state_dict):
+        state_dict = rename_upstream(state_dict)
+        lengths = [(stage.sga_unit, stage.unit) for stage in cfg.stages()]  # upstream's unit is 1
+    else:
+        ratio = (1.0,) * cfg.spatial_dims if known is None else spacing_ratio(cfg, known)
+        lengths = [(ratio, ratio)] * len(cfg.depths)
+    state_dict = rescale(fit(state_dict, model), lengths, cfg)
+    check_names(state_dict, model)
+    warn_of_dropped_classifier(state_dict, model)
+    return state_dict
 
 
 model_cfgs = {
@@ -346,6 +385,18 @@ def _cfg_3d(input_size: tuple[int, ...] = (1, 96, 96, 96), **kwargs: Any) -> dic
     return _cfg(input_size, num_classes=0, crop_pct=1.0, mean=(0.0,), std=(1.0,), **kwargs)
 
 
+def _digits(input_size: tuple[int, ...], **kwargs: Any) -> dict[str, Any]:
+    name = f"test_rat{'_3d' if len(input_size) == 4 else ''}.digits"
+    return _cfg(
+        input_size,
+        num_classes=10,
+        crop_pct=1.0,
+        file=str(Path(__file__).parent / "weights" / f"{name}.safetensors"),
+        description=f"Handwritten digits in a field of view of 32 units; data, recipe and accuracy: weights/{name}.md",
+        **kwargs,
+    )
+
+
 default_cfgs = generate_default_cfgs(
     {
         "rat_tiny.untrained": _cfg(),
@@ -361,30 +412,23 @@ default_cfgs = generate_default_cfgs(
         # dense grouping of single pixels: its cost grows with the square of their number
         "rat_classic.untrained": _cfg((3, 64, 64), stride=81),
         "rat_classic_3d.untrained": _cfg_3d((1, 16, 16, 16), stride=81),
-        "test_rat.untrained": _cfg((3, 96, 96)),
-        "test_rat_3d.untrained": _cfg_3d((1, 48, 48, 48)),
+        "test_rat.digits": _digits((3, 32, 32), mean=(0.3,) * 3, std=(0.4,) * 3),
+        "test_rat_3d.digits": _digits((1, 16, 32, 32), mean=(0.1,), std=(0.25,)),
     }
 )
 
 
 def _create_rat(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    overlay = kwargs.pop("pretrained_cfg_overlay", None)
-    cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
-    model = build_model_with_cfg(
+    return build(
         ResolutionAwareTransformer,
         variant,
         pretrained,
-        # timm asserts that an input size has three numbers; a volume has four
-        pretrained_cfg=dataclasses.replace(cfg, input_size=cfg.input_size[:3]),
         model_cfg=model_cfgs[variant],
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": RatFeatures},
+        filter_fn=checkpoint_filter_fn,
+        entry_args={"spacing": model_cfgs[variant].spacing},
+        out_indices=(0, 1, 2, 3),
         **kwargs,
     )
-    model.pretrained_cfg["input_size"] = cfg.input_size
-    if isinstance(model, RatFeatures):
-        model.model.pretrained_cfg["input_size"] = cfg.input_size
-    return model
 
 
 @register_model

@@ -1,0 +1,250 @@
+"""Weights in folders and on the Hugging Face Hub: saved whole, and loaded only if every byte is what was saved.
+
+A saved folder holds ``model.safetensors``, a ``config.json`` that timm and transformers read, and a model card. The
+config has one key more than timm's, "rat_timm", with this package's version and the SHA-256 of the weights' file. It is
+compared whenever a model of this package loads from ``hf-hub:``, ``local-dir:`` or an entry's ``hf_hub_id``.
+"""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from timm.models import PretrainedCfg
+from timm.models._hub import download_from_hf, load_cfg_from_json, save_config_for_hf
+from torch import nn
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+_KEY = "rat_timm"
+
+
+class Checkpoint(NamedTuple):
+    """Weights that are what they were when they were saved.
+
+    Attributes:
+        file: The safetensors file.
+        architecture: Name of the model; None if nothing tells.
+        pretrained_cfg: What was saved of timm's `PretrainedCfg`; empty if this package did not save it.
+        model_args: The model's keywords; empty likewise.
+    """
+
+    file: Path
+    architecture: str | None
+    pretrained_cfg: dict[str, Any]
+    model_args: dict[str, Any]
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    card_data: ModelCardData | None = None,
+    description: str = "",
+    label_names: Sequence[str] | None = None,
+    data_config: dict[str, Any] | None = None,
+    model_name: str | None = None,
+) -> Path:
+    """Saves a model so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes it again.
+
+    Args:
+        model: From ``timm.create_model``, of this package.
+        folder: Made if there is none. Weights and config in it are replaced, a README.md stays.
+        card_data: Licence, datasets, results and so on for the model card's head; the licence is otherwise that of
+            ``model.pretrained_cfg``.
+        description: What the model card says of the model: data, recipe, results.
+        label_names: Names of the classes.
+        data_config: Preprocessing, where it is not that of ``model.pretrained_cfg``: any of timm's ``mean``, ``std``,
+            ``input_size``, ``interpolation``, ``crop_pct``.
+        model_name: What the model card hands to ``create_model``. Default: "local-dir:FOLDER".
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the model is not one of this package's, or wrapped.
+    """
+    if not hasattr(model, "model_args") or not hasattr(model, "pretrained_cfg"):
+        raise ValueError(
+            "model must be what timm.create_model returned for a model of rat_timm (not features_only, "
+            f"DistributedDataParallel or compiled), got {type(model).__name__}"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = _describe(model, folder / CONFIG, label_names, data_config)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if not (folder / "README.md").exists():
+        _card(config, model_name or f"local-dir:{folder}", card_data, description).save(folder / "README.md")
+    return folder
+
+
+def push(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Add model",
+    **description: Any,
+) -> CommitInfo:
+    """Saves a model to a Hub repository, from which ``hf-hub:REPO_ID`` makes it again.
+
+    Args:
+        model: See `save`.
+        repo_id: "owner/name"; made if there is none.
+        token: Default: what ``hf auth login`` stored.
+        private: Whether a new repository is private; None for the owner's default.
+        revision: Branch.
+        create_pr: Whether to open a pull request instead of committing.
+        commit_message: First line of the commit's message.
+        **description: Further keywords of `save`: card_data, description, label_names, data_config. A README.md that
+            is in the repository stays.
+
+    Raises:
+        ValueError: See `save`.
+    """
+    api = HfApi(token=token, library_name="rat_timm")
+    with TemporaryDirectory() as folder:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        save(model, folder, **{"model_name": f"hf-hub:{repo_id}", **description})
+        if api.file_exists(repo_id, "README.md", revision=revision):
+            (Path(folder) / "README.md").unlink()
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+
+
+def find(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Checkpoint | None:
+    """Finds the weights that ``cfg`` names in a folder or on the Hub, downloads them if need be, and checks them.
+
+    Returns:
+        The checkpoint, or None if ``cfg`` names another source (a file, a URL, a state dict) or none.
+
+    Raises:
+        ValueError: If the weights are not what was saved, or not safetensors.
+        FileNotFoundError: If there are none. Hub errors pass as they are.
+    """
+    if cfg.source == "local-dir":
+        return _check(Path(str(cfg.file)) / CONFIG, Path(str(cfg.file)) / WEIGHTS, str(cfg.file))
+    named_elsewhere = cfg.state_dict or cfg.file
+    if not cfg.hf_hub_id or (named_elsewhere and cfg.source != "hf-hub"):
+        return None
+    weights = cfg.hf_hub_filename or WEIGHTS
+    if not weights.endswith(".safetensors"):
+        raise ValueError(f"hf_hub_filename must name a safetensors file, got {weights!r}: pickles are not opened")
+    return _check(
+        _download(cfg.hf_hub_id, CONFIG, cache_dir), _download(cfg.hf_hub_id, weights, cache_dir), cfg.hf_hub_id
+    )
+
+
+def _download(repo: str, name: str, cache_dir: str | Path | None) -> Path | None:
+    try:
+        return Path(download_from_hf(repo, name, cache_dir=cache_dir))
+    except RemoteEntryNotFoundError:
+        return None  # the Hub says that there is no such file; that it could not say is another error
+
+
+def _check(config_file: Path | None, file: Path | None, where: str) -> Checkpoint:
+    if file is None or not file.is_file():
+        raise FileNotFoundError(f"{where} has no {WEIGHTS}; pickled weights are not opened, save with rat_timm.hub")
+    config = load_cfg_from_json(config_file) if config_file and config_file.is_file() else {}
+    saved = config.get(_KEY, {})
+    blob = file.resolve().name
+    # the Hub's cache names large files by the SHA-256 that their repository states
+    expected = saved.get("sha256") or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
+    found = _sha256(file)
+    if expected not in (None, found):
+        raise ValueError(
+            f"{file} is damaged: its SHA-256 is {found}, but {where} states {expected}. Delete {file.resolve()} "
+            "and load again (or copy the folder again). Weights that were changed on purpose have to be saved with "
+            "rat_timm.hub.save."
+        )
+    if not saved:
+        return Checkpoint(file, config.get("architecture"), {}, {})
+    description = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
+    return Checkpoint(file, config["architecture"], description, config.get("model_args", {}))
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _describe(
+    model: Any, config_file: Path, label_names: Sequence[str] | None, data_config: dict[str, Any] | None
+) -> dict[str, Any]:
+    from . import __version__  # at the end of the package's import
+
+    model_config = {"label_names": list(label_names)} if label_names else {}
+    data = dict(data_config or {})
+    size = tuple(data.get("input_size", model.pretrained_cfg["input_size"]))[1:]
+    if "input_size" in data:
+        data["input_size"] = data["input_size"][:3]  # timm knows sizes of two axes
+    save_config_for_hf(model, str(config_file), model_config, model_args=model.model_args(), data_config=data)
+    config = load_cfg_from_json(config_file)
+    # at the root only: transformers hands it over beside model_args
+    config["model_args"].pop("num_classes", None)
+    for name in ("tag", "description", "notes"):  # of the entry that training started from
+        config["pretrained_cfg"].pop(name, None)
+    missing = config["model_args"]["spatial_dims"] - len(size)
+    config["pretrained_cfg"]["input_size"] = [model.in_chans, *size[:1] * missing, *size]
+    config["pretrained_cfg"]["first_conv"] = model.pretrained_cfg["first_conv"]
+    config[_KEY] = {"version": __version__, "sha256": _sha256(config_file.parent / WEIGHTS)}
+    return config
+
+
+def _card(config: dict[str, Any], name: str, card_data: ModelCardData | None, description: str) -> ModelCard:
+    pretrained, args = config["pretrained_cfg"], config["model_args"]
+    channels, *size = pretrained["input_size"]
+    data = copy.deepcopy(card_data) or ModelCardData()
+    data.license = data.license or pretrained.get("license")
+    data.library_name = "timm"
+    data.pipeline_tag = data.pipeline_tag or ("image-classification" if config["num_classes"] else None)
+    data.tags = data.tags or ["timm", "rat_timm", *(["transformers"] if len(size) == 2 else [])]
+    text = f"""
+# {name.split("/")[-1]}
+
+{description or "A Resolution Aware Transformer."}
+
+## Model
+
+- **Architecture:** `{config["architecture"]}` of the package `rat_timm`, {len(size)}D, input channels: {channels}
+- **Classes:** {config["num_classes"] or "none, pooled features"}
+- **Reference spacing:** {args["spacing"]}, the pixel size in array-axis order that an image has whose spacing is not
+  given
+- **Preprocessing:** size {" x ".join(map(str, size))}, mean {pretrained["mean"]}, std {pretrained["std"]},
+  {pretrained["interpolation"]} interpolation, crop {pretrained["crop_pct"]}
+- **Licence:** {data.license}
+
+## Use
+
+```python
+import timm
+import torch
+
+import rat_timm  # registers the model
+
+model = timm.create_model("{name}", pretrained=True).eval()
+image = torch.randn(1, {channels}, {", ".join(map(str, size))})
+output = model(image, spacing={args["spacing"]})
+```
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")

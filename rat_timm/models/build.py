@@ -1,0 +1,95 @@
+"""Making a model for timm: weights that are what they should be, and images with any number of axes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._builder import pretrained_cfg_for_features
+from torch import nn
+
+from .. import hub
+from .features import RatFeatures
+
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+
+
+def build(
+    model_cls: type[nn.Module],
+    variant: str,
+    pretrained: bool = False,
+    *,
+    model_cfg: Any,
+    filter_fn: Callable[..., Any],
+    entry_args: dict[str, Any],
+    out_indices: tuple[int, ...],
+    **kwargs: Any,
+) -> nn.Module:
+    """Does what timm's ``build_model_with_cfg`` does, and three things more.
+
+    Weights from folders and the Hub are checked (`rat_timm.hub`); what was saved with them stands in for what is not
+    given, also where an overlay names the repository; and an input size may have any number of axes.
+
+    Args:
+        model_cls: The class.
+        variant: The registered name.
+        pretrained: Whether to load weights.
+        model_cfg: The architecture, the class's keyword ``cfg``.
+        filter_fn: timm's ``checkpoint_filter_fn``. It finds the keywords of the saved model, as far as they are known,
+            in ``model.pretrained_model_args``.
+        entry_args: Keywords of the models that the weights of registered entries come from.
+        out_indices: The maps that ``features_only`` gives by default.
+        **kwargs: Of ``timm.create_model``.
+
+    Raises:
+        ValueError: If weights are damaged, or another model's.
+    """
+    overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+    registered = kwargs.pop("pretrained_cfg", None)
+    cfg = _resolve(variant, registered, overlay)
+    found = hub.find(cfg, kwargs.get("cache_dir")) if pretrained else None
+    source = cfg
+    if found:
+        if found.architecture not in (None, variant):
+            raise ValueError(f"{cfg.hf_hub_id or cfg.file} holds weights of {found.architecture}, not of {variant}")
+        if cfg.source is None:  # else timm has read what was saved
+            saved = {name: value for name, value in found.pretrained_cfg.items() if name not in overlay}
+            size = tuple(saved.get("input_size", cfg.input_size))
+            cfg = dataclasses.replace(cfg, **{**saved, "input_size": size})
+            kwargs = {**found.model_args, **kwargs}
+        kwargs.setdefault("pretrained_model_args", found.model_args)
+        source = dataclasses.replace(cfg, file=str(found.file), source=None)
+    elif isinstance(registered, str | None) and not _names_a_source(overlay):
+        kwargs.setdefault("pretrained_model_args", entry_args)
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        # timm asserts that an input size has three numbers; a volume has four
+        pretrained_cfg=dataclasses.replace(source, input_size=cfg.input_size[:3]),
+        model_cfg=model_cfg,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": RatFeatures},
+        **kwargs,
+    )
+    _describe(model, cfg)
+    return model
+
+
+def _names_a_source(overlay: dict[str, Any]) -> bool:
+    return any(overlay.get(name) for name in _SOURCES)
+
+
+def _resolve(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> PretrainedCfg:
+    if _names_a_source(overlay):
+        # what the entry names must not come before what the overlay names
+        overlay = dict.fromkeys(_SOURCES) | overlay
+    return resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+
+
+def _describe(model: nn.Module, cfg: PretrainedCfg) -> None:
+    described = cfg.to_dict()
+    if isinstance(model, RatFeatures):
+        model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(described)
+        model = model.model
+    model.pretrained_cfg = model.default_cfg = described
