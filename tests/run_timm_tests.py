@@ -2,8 +2,9 @@
 
     python tests/run_timm_tests.py [NAME ...] [-- PYTEST ARGUMENTS]
 
-Left out are TorchScript, which is deprecated and no target of ours, and for volumes `test_model_default_cfgs`, which
-asserts that feature maps have four dimensions (`test_timm_contract.py` checks the same for five).
+Left out are TorchScript, which is deprecated and no target of ours; tests that download weights; and the test of cfgs
+for plain ViTs, as timm leaves out its own, and for volumes, where it asserts that feature maps have four dimensions
+(`test_timm_contract.py` checks the same for five).
 """
 
 import re
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import timm
 
-NAMES = ("test_rat", "test_rat_3d", "rat_tiny", "rat_tiny_3d")
-LEFT_OUT = re.compile(r"torchscript|test_model_default_cfgs.*_3d")
+PLAIN = ("rat_vit_small_patch16_rope_mixed_224", "rat_vit_small_patch16_dinov3_qkvb")
+NAMES = ("test_rat", "test_rat_3d", "rat_tiny", "rat_tiny_3d", *PLAIN)
+LEFT_OUT = re.compile(r"torchscript|_pretrained\[.*rat_(vit|eva)|test_model_default_cfgs.*(_3d|rat_vit|rat_eva)")
 
 
 def fetch_tests(folder: Path) -> Path:

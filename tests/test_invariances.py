@@ -19,24 +19,41 @@ CASES = {
     "3d sparse": ("test_rat_3d", {"sga_attention_type": "sparse", "stem_stride": (1, 4, 4), "reg_tokens": 1}),
     "classic": ("rat_classic", {"embed_dim": (32,) * 4, "num_heads": 4}),
 }
+VIT = {"depth": 2, "spacing": 1.0}
+PLAIN_CASES = {
+    "dinov3": ("rat_vit_small_patch16_dinov3", {**VIT, "img_size": 32}),
+    "mixed": ("rat_vit_small_patch16_rope_mixed_224", {**VIT, "img_size": 48}),
+    "axial": ("rat_vit_small_patch16_rope_224", {**VIT, "img_size": 48, "global_pool": "token"}),
+    "stretched": ("rat_vit_medium_patch16_rope_reg1_gap_256", {**VIT, "img_size": 64, "embed_dim": 128}),
+    "eva02": ("rat_eva02_tiny_patch14_224", {**VIT, "img_size": 28}),
+    "perception": ("rat_vit_pe_core_tiny_patch16_384", {**VIT, "img_size": 32}),
+    "3d dinov3": ("rat_vit_small_patch16_dinov3", {**VIT, "spatial_dims": 3, "patch_depth": 4, "in_chans": 1}),
+    "3d mixed": ("rat_vit_small_patch16_rope_mixed_224", {**VIT, "spatial_dims": 3, "patch_depth": 5}),
+    "3d eva02": ("rat_eva02_tiny_patch14_224", {**VIT, "spatial_dims": 3, "patch_depth": 6, "global_pool": "avgmax"}),
+}
 SIZES = {2: [(33, 40), (20, 17)], 3: [(9, 20, 17), (8, 12, 12)]}
 cases = pytest.mark.parametrize("case", CASES)
+all_cases = pytest.mark.parametrize("case", [*CASES, *PLAIN_CASES])
 
 
 @functools.cache
 def build(case):
     torch.manual_seed(0)
-    name, kwargs = CASES[case]
-    return lively(timm.create_model(name, num_classes=5, **kwargs).eval())
+    return lively(create(case))
+
+
+def create(case, **changed):
+    name, kwargs = (CASES | PLAIN_CASES)[case]
+    return timm.create_model(name, **{"num_classes": 5, **kwargs, **changed}).eval()
 
 
 def levels(model, batch=2):
-    return [torch.randn(batch, model.in_chans, *size) for size in SIZES[model.cfg.spatial_dims]]
+    return [torch.randn(batch, model.in_chans, *size) for size in SIZES[model.spatial_dims]]
 
 
 def geometry(model, batch=2):
     """Spacing and origin per level and sample."""
-    axes = model.cfg.spatial_dims
+    axes = model.spatial_dims
     spacing = [torch.rand(batch, axes) + 0.5, 2 * torch.rand(batch, axes) + 0.5]
     return spacing, [3 * torch.randn(batch, axes), 3 * torch.randn(batch, axes)]
 
@@ -49,7 +66,7 @@ def assert_close(a, b, atol=1e-4):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-@cases
+@all_cases
 @settings(max_examples=5, deadline=None)
 @given(shift=st.floats(-1e5, 1e5), seed=st.integers(0, 2**31))
 @torch.no_grad()
@@ -61,22 +78,21 @@ def test_a_common_shift_of_all_origins(case, shift, seed):
     assert_close(model(images, spacing=spacing, origin=[o.double() + shift for o in origin]), expected)
 
 
-@cases
+@all_cases
 @settings(max_examples=4, deadline=None)
 @given(factor=st.floats(1e-3, 1e3), seed=st.integers(0, 2**31))
 @torch.no_grad()
 def test_units_of_length(case, factor, seed):
     torch.manual_seed(seed)
     model = build(case)
-    name, kwargs = CASES[case]
-    other = timm.create_model(name, num_classes=5, spacing=factor, **kwargs).eval()
+    other = create(case, spacing=factor)
     other.load_state_dict(model.state_dict())
     images, (spacing, origin) = levels(model), geometry(model)
     scaled = [s.double() * factor for s in spacing], [o.double() * factor for o in origin]
     assert_close(other(images, spacing=scaled[0], origin=scaled[1]), model(images, spacing=spacing, origin=origin))
 
 
-@cases
+@all_cases
 @torch.no_grad()
 def test_the_order_of_levels(case):
     model = build(case)
@@ -89,7 +105,7 @@ def test_the_order_of_levels(case):
         assert_close(a, b)
 
 
-@cases
+@all_cases
 @torch.no_grad()
 def test_a_pyramid_of_one_is_the_image(case):
     model = build(case)
@@ -99,7 +115,7 @@ def test_a_pyramid_of_one_is_the_image(case):
     assert torch.equal(features, model.forward_features(image))
 
 
-@cases
+@all_cases
 @torch.no_grad()
 def test_levels_see_each_other(case):
     model = build(case)
@@ -109,7 +125,7 @@ def test_levels_see_each_other(case):
     assert (model.forward_features(images)[0] - expected).abs().max() > 1e-3
 
 
-@cases
+@all_cases
 @settings(max_examples=4, deadline=None)
 @given(share=st.sampled_from([0.02, 0.3, 0.7, 0.95]), seed=st.integers(0, 2**31))
 @torch.no_grad()
@@ -136,7 +152,7 @@ def test_masked_pixels_change_no_bit(case, share, seed):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@cases
+@all_cases
 @torch.no_grad()
 def test_masked_places_of_maps_are_zero_and_valid_ones_are_not(case):
     model = build(case)
@@ -172,7 +188,7 @@ def test_no_valid_pixel_gives_finite_gradients():
     assert image.grad[1].abs().max() > 0
 
 
-@cases
+@all_cases
 @torch.no_grad()
 def test_full_masks_are_no_masks(case):
     model = build(case)
@@ -182,7 +198,7 @@ def test_full_masks_are_no_masks(case):
     assert_close(model(images[0], mask=masks[0].float()), model(images[0]), atol=1e-5)
 
 
-@cases
+@all_cases
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 2**31))
 @torch.no_grad()

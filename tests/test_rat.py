@@ -23,6 +23,8 @@ def lively(model):
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "fc" not in name:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        elif "gamma" in name:
+            torch.nn.init.ones_(parameter)
     return model
 
 

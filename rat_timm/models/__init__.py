@@ -2,5 +2,6 @@
 
 from .config import RatConfig
 from .rat import ResolutionAwareTransformer
+from .vit import RatVit
 
-__all__ = ["RatConfig", "ResolutionAwareTransformer"]
+__all__ = ["RatConfig", "RatVit", "ResolutionAwareTransformer"]

@@ -22,7 +22,7 @@ def build(
     model_cfg: Any,
     filter_fn: Callable[..., Any],
     entry_args: dict[str, Any],
-    out_indices: tuple[int, ...],
+    out_indices: int | tuple[int, ...],
     **kwargs: Any,
 ) -> nn.Module:
     """Does what timm's ``build_model_with_cfg`` does, and three things more.
@@ -50,7 +50,7 @@ def build(
     found = hub.find(cfg, kwargs.get("cache_dir")) if pretrained else None
     source = cfg
     if found:
-        if found.architecture not in (None, variant):
+        if found.architecture not in (None, variant, variant.removeprefix("rat_")):
             raise ValueError(f"{cfg.hf_hub_id or cfg.file} holds weights of {found.architecture}, not of {variant}")
         if cfg.source is None:  # else timm has read what was saved
             saved = {name: value for name, value in found.pretrained_cfg.items() if name not in overlay}

@@ -21,7 +21,6 @@ _UPSTREAM = (
     (r"^mr_attn_layers\.(\d+)\.", r"stages.\1.blocks.0."),
 )
 _ROSE = re.compile(r"^stages\.(\d+)\.(downsample|blocks)\..*rose\.(freqs|scale_a|scale_d)$")
-_FIRST_CONV = "stem.convs.0.weight"
 
 
 def unwrap(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -46,14 +45,17 @@ def _rename(name: str) -> str:
     return name
 
 
-def fit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Gives tensors the axes and input channels that ``model`` has.
+def fit(state_dict: dict[str, Tensor], model: nn.Module, first_conv: str = "stem.convs.0.weight") -> dict[str, Tensor]:
+    """Gives tensors the axes, and ``first_conv`` the input channels, that ``model`` has.
 
     Convolutions are spread evenly over a new first axis, so that an input constant along it gives what it gave without;
     frequencies are zero along it. Channels are summed or repeated as timm does.
     """
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    return {name: _fit(name, value, shapes[name]) if name in shapes else value for name, value in state_dict.items()}
+    fitted = {name: _fit(name, value, shapes[name]) if name in shapes else value for name, value in state_dict.items()}
+    if first_conv in fitted:
+        fitted[first_conv] = _adapt_channels(fitted[first_conv], shapes[first_conv][1])
+    return fitted
 
 
 def _fit(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
@@ -66,10 +68,14 @@ def _fit(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
         while value.ndim < len(shape):
             length = shape[1 - value.ndim]
             value = value.unsqueeze(2).expand(-1, -1, length, *value.shape[2:]) / length
-    if name == _FIRST_CONV and value.shape[1] != shape[1]:
-        adapted = adapt_input_conv(shape[1], value.flatten(2).unsqueeze(-1), base_chans=value.shape[1])
-        value = adapted.unflatten(2, value.shape[2:]).squeeze(-1)
     return value
+
+
+def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    if weight.shape[1] == channels:
+        return weight
+    adapted = adapt_input_conv(channels, weight.flatten(2).unsqueeze(-1), base_chans=weight.shape[1])
+    return adapted.unflatten(2, weight.shape[2:]).squeeze(-1)
 
 
 def spacing_ratio(cfg: RatConfig, source: float | Sequence[float]) -> tuple[float, ...]:

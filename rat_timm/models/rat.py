@@ -293,6 +293,11 @@ class ResolutionAwareTransformer(nn.Module):
             if isinstance(module, RotarySpatialEmbedding):
                 module.init_non_persistent_buffers()
 
+    @property
+    def spatial_dims(self) -> int:
+        """Number of axes of the images: 2 or 3."""
+        return self.cfg.spatial_dims
+
     def model_args(self) -> dict[str, Any]:
         """Returns the keywords that make this model again, as JSON has them; without ``num_classes`` and rates."""
         args = dataclasses.asdict(self.cfg)

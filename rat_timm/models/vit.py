@@ -1,0 +1,529 @@
+"""Plain RAT: timm's rotary ViTs with their weights unchanged, and with spacing, pyramids, origins, masks and volumes.
+
+Every architecture of `timm.models.Eva` with a rotary embedding is registered under ``rat_`` and timm's name, with
+timm's pretrained entries. Without any word on geometry a model does what timm's does, by timm's code.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.layers import RotaryEmbeddingMixed, register_notrace_function, resample_abs_pos_embed
+from timm.models import checkpoint, eva, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..grid import Grid, Tokens, axis_values, channels_first, field_center, fill, integers
+from ..layers.head import average
+from ..layers.patches import patchify, physical_patchify
+from ..layers.rope import FAMILIES, Frame, extend_along_z, rotary_embedding
+from .build import build
+from .convert import fit
+from .inputs import read_images
+
+__all__ = ["RatVit"]
+
+_MAX_PARAMETERS = 2e9
+
+
+class Encoded(NamedTuple):
+    """Tokens of all levels in one sequence, and what the blocks need to know of them.
+
+    Attributes:
+        x: Prefix tokens and patches, ``[B, P + N, C]``.
+        rope: Of the patches, as timm's attention takes it, one for all blocks or one per block.
+        levels: The levels' patches without features: their grids and masks.
+        single: Whether the user gave one image and not a list.
+    """
+
+    x: Tensor
+    rope: Tensor
+    levels: list[Tokens]
+    single: bool
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which patches are valid, ``[B, N]``; None if all are."""
+        return _join_masks([level.mask for level in self.levels], [level.x.shape[:-1] for level in self.levels])
+
+    def attention_mask(self, prefix: int) -> Tensor | None:
+        """Returns which tokens may be looked at, ``[B, 1, 1, P + N]``; all for a sample without any."""
+        valid = self.valid
+        if valid is None:
+            return None
+        allowed = nn.functional.pad(valid, (prefix, 0), value=True)
+        return (allowed | ~allowed.any(dim=1, keepdim=True))[:, None, None]
+
+    def split(self, x: Tensor, prefix: int) -> list[Tensor]:
+        """Splits patches from the sequence ``x`` into ``[B, *grid, C]`` per level, zero where invalid."""
+        sizes = [level.x.shape[1:-1].numel() for level in self.levels]
+        parts = x[:, prefix:].split(sizes, dim=1)
+        return [
+            fill(part.unflatten(1, level.grid.shape), level.mask)
+            for part, level in zip(parts, self.levels, strict=True)
+        ]
+
+
+class RatVit(eva.Eva):
+    """A rotary ViT of timm's that knows physical coordinates.
+
+    Positions: without ``spacing`` rotary coordinates and learned embeddings are laid over the image as timm lays them,
+    whatever its size. With it they are physical: laid over the extent that an image of ``reference_size`` has at the
+    reference spacing, about the centre of the field of view.
+
+    Args:
+        spatial_dims: 2 for images, 3 for volumes: patches get a depth, and frequencies a third axis.
+        spacing: Reference spacing: pixel size per axis in array order (z, y, x). What ``forward`` takes as the spacing
+            of an image of a pyramid whose spacing is not given.
+        reference_size: Size in pixels (y, x) of the images that the weights were trained with. Default: ``img_size``.
+        patch_depth: Patch size along z. Default: that along y.
+        physical_patches: Whether a patch covers the same physical size at any spacing: the kernel is resampled (see
+            `rat_timm.layers.patches.physical_patchify`). Takes one spacing per batch and level.
+        **kwargs: Of `timm.models.Eva`. Every image size is taken, so that ``dynamic_img_size`` is always on.
+
+    Raises:
+        ValueError: If a value is out of range, or the embedding is not rotary, of kind "cat", "mixed" or "dinov3".
+    """
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: int = 2,
+        spacing: float | Sequence[float] = 1.0,
+        reference_size: int | Sequence[int] | None = None,
+        patch_depth: int | None = None,
+        physical_patches: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
+        super().__init__(**{**kwargs, "dynamic_img_size": True, "dynamic_img_pad": True})
+        if not isinstance(self.rope, FAMILIES):
+            raise ValueError(f"rope_type must be 'cat', 'mixed' or 'dinov3', got {kwargs.get('rope_type')!r}")
+        self.spatial_dims = spatial_dims
+        self.reference_spacing = axis_values(spacing, "spacing", spatial_dims)
+        size = self.patch_embed.img_size if reference_size is None else reference_size
+        self.reference_size = integers(size, "reference_size", 2)
+        self.physical_patches = physical_patches
+        self._traits = {"first_conv": None}  # timm adapts no channels: checkpoint_filter_fn does, in 3D too
+        if spatial_dims == 3:
+            self._deepen(self.patch_embed.patch_size[0] if patch_depth is None else patch_depth)
+        elif patch_depth is not None:
+            raise ValueError(f"patch_depth is for spatial_dims=3, got {patch_depth} with spatial_dims=2")
+        patch = self.patch_embed.proj.kernel_size
+        for info in self.feature_info:
+            spacing_out = tuple(a * b for a, b in zip(patch, self.reference_spacing, strict=True))
+            info.update(reduction=max(patch), stride=patch, spacing=spacing_out)
+
+    def _deepen(self, depth: int) -> None:
+        flat = self.patch_embed.proj
+        (depth,) = integers(depth, "patch_depth", 1)
+        patch = (depth, *flat.kernel_size)
+        deep = nn.Conv3d(
+            flat.in_channels,
+            flat.out_channels,
+            patch,
+            patch,
+            bias=flat.bias is not None,
+            device=flat.weight.device,
+            dtype=flat.weight.dtype,
+        )
+        with torch.no_grad():
+            deep.weight.copy_(flat.weight.unsqueeze(2).expand_as(deep.weight) / depth)
+        deep.bias = flat.bias
+        self.patch_embed.proj = deep
+        if isinstance(self.rope, RotaryEmbeddingMixed):
+            self.rope.freqs = nn.Parameter(extend_along_z(self.rope.freqs.detach()))
+
+    def forward(
+        self,
+        x: Any,
+        spacing: Any = None,
+        mask: Any = None,
+        origin: Any = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Classifies images, or returns pooled features where there are no classes.
+
+        Args:
+            x: Image ``[B, C, *size]`` of any size, or a pyramid: a list of images of one scene.
+            spacing: Physical pixel size in array-axis order (z, y, x): a number, one value per axis, ``[B, axes]`` per
+                sample, or a list with one of these per level. Default: positions as timm has them.
+            mask: ``[B, *size]``, True = valid, or one per level. What is masked influences nothing.
+            origin: Physical position of the first pixel's centre, in the forms of ``spacing``. Default: levels share
+                the outer corner of their field of view.
+            attn_mask: timm's, for an image without geometry.
+            is_causal: timm's, likewise.
+
+        Returns:
+            ``[B, num_classes]``; without pooling ``[B, prefix + patches, C]``, or a list of them for a list.
+
+        Raises:
+            ValueError: If an argument does not fit the model or another argument.
+        """
+        if (image := self._plain(x, spacing, mask, origin)) is not None:
+            out = super().forward(image, attn_mask=attn_mask, is_causal=is_causal)
+            return out if self._pools or isinstance(x, Tensor) else [out]
+        encoded = self._encode(x, spacing, mask, origin, attn_mask, is_causal)
+        return self._classify(self.norm(self._run(encoded)[0]), encoded)
+
+    def forward_features(
+        self,
+        x: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        spacing: Any = None,
+        mask: Any = None,
+        origin: Any = None,
+    ) -> Any:
+        """Returns the last tokens, ``[B, prefix + patches, C]``, or a list with one such per level; see `forward`.
+
+        Prefix tokens (class, registers) are shared by the levels, and stand in front of each level's patches. Invalid
+        patches are zero.
+        """
+        if (image := self._plain(x, spacing, mask, origin)) is not None:
+            return self._unwrap([super().forward_features(image, attn_mask, is_causal)], isinstance(x, Tensor))
+        encoded = self._encode(x, spacing, mask, origin, attn_mask, is_causal)
+        return self._sequences(self.norm(self._run(encoded)[0]), encoded)
+
+    def forward_head(self, x: Any, pre_logits: bool = False, mask: Any = None) -> Any:
+        """Pools and classifies what `forward_features` returned.
+
+        Args:
+            x: ``[B, prefix + patches, C]``, or a list with one such per level.
+            pre_logits: Whether to stop before the classifier.
+            mask: ``[B, *grid]`` or ``[B, patches]``, bool, True = valid, or one per level: which patches to pool over.
+        """
+        if isinstance(x, Tensor) and mask is None:
+            return super().forward_head(x, pre_logits)
+        sequences, masks = ([x], [mask]) if isinstance(x, Tensor) else (list(x), mask or [None] * len(x))
+        patches = [sequence[:, self.num_prefix_tokens :] for sequence in sequences]
+        joined = torch.cat([sequences[0][:, : self.num_prefix_tokens], *patches], dim=1)
+        valid = _join_masks(masks, [part.shape[:-1] for part in patches])
+        return self._head(self._pool(joined, valid), pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: Any,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        spacing: Any = None,
+        mask: Any = None,
+        origin: Any = None,
+        output_dict: bool = False,
+    ) -> Any:
+        """Returns the maps of several blocks; timm's arguments, and those of `forward`.
+
+        Args:
+            x: See `forward`.
+            indices: The blocks: None for all, the last n for a number, or a sequence.
+            return_prefix_tokens: Whether each map comes as a pair with the prefix tokens.
+            norm: Whether maps are normalised.
+            stop_early: Whether to stop at the last block asked for.
+            output_fmt: "NCHW" for maps, channels first, in 3D too; "NLC" for sequences of patches.
+            intermediates_only: Whether to leave out the final tokens.
+            attn_mask: See `forward`.
+            is_causal: See `forward`.
+            spacing: See `forward`.
+            mask: See `forward`. Masked places of maps are zero.
+            origin: See `forward`.
+            output_dict: Whether to return a dict: "image_features" (not with ``intermediates_only``),
+                "image_intermediates", and for each of these maps its `Grid` in "grids" and its mask in "masks".
+
+        Returns:
+            The final tokens (as `forward_features`) and the list of maps, or the list alone; or a dict. For a pyramid
+            each map is a list, one per level.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        if isinstance(x, Tensor) and self._plain(x, spacing, mask, origin) is not None and not output_dict:
+            return super().forward_intermediates(
+                x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, attn_mask, is_causal
+            )
+        take, last = feature_take_indices(len(self.blocks), indices)
+        encoded = self._encode(x, spacing, mask, origin, attn_mask, is_causal)
+        sequence, taken = self._run(encoded, take, last + 1 if stop_early else None)
+        taken = [self.norm(tokens) for tokens in taken] if norm else taken
+        maps = [self._maps(tokens, encoded, output_fmt) for tokens in taken]
+        if return_prefix_tokens:
+            maps = [(m, tokens[:, : self.num_prefix_tokens]) for m, tokens in zip(maps, taken, strict=True)]
+        final = None if intermediates_only else self._sequences(self.norm(sequence), encoded)
+        if not output_dict:
+            return maps if intermediates_only else (final, maps)
+        return {
+            **({} if intermediates_only else {"image_features": final}),
+            "image_intermediates": maps,
+            "grids": [self._unwrap([level.grid for level in encoded.levels], encoded.single)] * len(taken),
+            "masks": [self._unwrap([level.mask for level in encoded.levels], encoded.single)] * len(taken),
+        }
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Sets the nominal image size (y, x), over which a learned embedding is spread, and the patch size in 2D."""
+        if patch_size is not None and self.spatial_dims == 3:
+            raise ValueError("patch_size can be changed for spatial_dims=2 only")
+        super().set_input_size(img_size, patch_size)
+
+    def model_args(self) -> dict[str, Any]:
+        """Returns the keywords beside timm's that make this model again, as JSON has them."""
+        deep = self.spatial_dims == 3
+        return {
+            "spatial_dims": self.spatial_dims,
+            "spacing": list(self.reference_spacing),
+            "reference_size": list(self.reference_size),
+            "patch_depth": self.patch_embed.proj.kernel_size[0] if deep else None,
+            "physical_patches": self.physical_patches,
+        }
+
+    @property
+    def _pools(self) -> bool:
+        return bool(self.global_pool) or self.attn_pool is not None
+
+    def _plain(self, x: Any, spacing: Any, mask: Any, origin: Any) -> Tensor | None:
+        """Returns the only image if nothing is said about its geometry, else None."""
+        if isinstance(x, torch.fx.Proxy):
+            if self.pos_embed is not None:
+                raise ValueError("torch.fx cannot trace learned embeddings of images of any size: use torch.export")
+            return image_alone(x, spacing, mask, origin)
+        image = x[0] if isinstance(x, (list, tuple)) and len(x) == 1 else x
+        told = any(value is not None for value in (spacing, mask, origin))
+        plain = isinstance(image, Tensor) and image.ndim == 4 and self.spatial_dims == 2 and not told
+        return image if plain else None
+
+    def _encode(
+        self, x: Any, spacing: Any, mask: Any, origin: Any, attn_mask: Tensor | None, is_causal: bool
+    ) -> Encoded:
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask and is_causal go with one image without spacing, mask and origin")
+        if self.training and self.patch_drop is not None:
+            raise ValueError("patch_drop_rate goes with one image without spacing, mask and origin")
+        pyramid = read_images(x, spacing, mask, origin, self.reference_spacing, self.in_chans, (1,) * self.spatial_dims)
+        proj = self.patch_embed.proj
+        if self.physical_patches:
+            levels = [physical_patchify(t, proj.weight, proj.bias, self.reference_spacing) for t in pyramid.levels]
+        else:
+            levels = [patchify(tokens, proj.weight, proj.bias) for tokens in pyramid.levels]
+        frame = self._frame(levels, [tokens.grid for tokens in pyramid.levels], spacing is not None)
+        places = [level.grid.coordinates().flatten(1, -2) for level in levels]
+        rows = max(len(p) for p in places)
+        rope = rotary_embedding(self.rope, frame, torch.cat([p.expand(rows, -1, -1) for p in places], dim=1))
+        embedded = [
+            level.x.flatten(1, -2) + self._position_embedding(level, frame, p, spacing is not None)
+            for level, p in zip(levels, places, strict=True)
+        ]
+        sequence = torch.cat([*self._prefix(len(levels[0].x)), *embedded], dim=1)
+        return Encoded(self.norm_pre(self.pos_drop(sequence)), rope, levels, pyramid.single)
+
+    def _frame(self, levels: Sequence[Tokens], images: Sequence[Grid], physical: bool) -> Frame:
+        patch = self.patch_embed.proj.kernel_size
+        base = levels[0].grid
+        if physical:
+            plane = [n * r for n, r in zip(self.reference_size, self.reference_spacing[-2:], strict=True)]
+            rows, columns = (-(-n // p) for n, p in zip(self.reference_size, patch[-2:], strict=True))
+            center, extent = field_center(images), base.spacing.new_tensor([plane])
+        else:
+            rows, columns = base.shape[-2:]
+            center, extent = field_center([base]), base.spacing[:, -2:] * base.spacing.new_tensor([rows, columns])
+        depth = None
+        if self.spatial_dims == 3:
+            depth = base.spacing.new_tensor([[patch[0] * self.reference_spacing[0]]])
+        return Frame(center, extent, (rows, columns), depth)
+
+    def _position_embedding(self, level: Tokens, frame: Frame, places: Tensor, physical: bool) -> Tensor:
+        """Returns the learned embedding at a level's patches, ``[1 or B, N, C]``, zero if there is none."""
+        if self.pos_embed is None:
+            return level.x.new_zeros(())
+        learned = self.pos_embed if self.no_embed_class else self.pos_embed[:, self.num_prefix_tokens :]
+        size = self.patch_embed.grid_size
+        if not physical:
+            plane = list(level.grid.shape[-2:])
+            learned = resample_abs_pos_embed(learned, plane, list(size), num_prefix_tokens=0)
+            return learned.repeat(1, math.prod(level.grid.shape[:-2]), 1)
+        table = learned.float().unflatten(1, size).movedim(-1, 1)  # [1, C, *size]
+        at = frame.relative(places).flip(-1).unsqueeze(1)  # [1 or B, 1, N, 2] (x, y)
+        sampled = nn.functional.grid_sample(
+            table.expand(len(at), -1, -1, -1), at, mode="bicubic", padding_mode="border", align_corners=False
+        )
+        return sampled[:, :, 0].mT.to(learned.dtype)
+
+    def _prefix(self, batch: int) -> Iterator[Tensor]:
+        tokens = [t.expand(batch, -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        if tokens:
+            prefix = torch.cat(tokens, dim=1)
+            embedded = self.pos_embed is not None and not self.no_embed_class
+            yield prefix + self.pos_embed[:, : self.num_prefix_tokens] if embedded else prefix
+
+    def _run(
+        self, encoded: Encoded, take: Sequence[int] = (), blocks: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs the first ``blocks`` blocks; returns the last one's tokens, and those of the blocks in ``take``."""
+        x, mask, taken = encoded.x, encoded.attention_mask(self.num_prefix_tokens), []
+        for i, block in enumerate(self.blocks[:blocks]):
+            rope = encoded.rope[i] if self.rope_mixed else encoded.rope
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, rope=rope, attn_mask=mask)
+            else:
+                x = block(x, rope=rope, attn_mask=mask)
+            if i in take:
+                taken.append(x)
+        return x, taken
+
+    def _maps(self, x: Tensor, encoded: Encoded, output_fmt: str) -> Any:
+        maps = encoded.split(x, self.num_prefix_tokens)
+        maps = [channels_first(m).contiguous() if output_fmt == "NCHW" else m.flatten(1, -2) for m in maps]
+        return self._unwrap(maps, encoded.single)
+
+    def _sequences(self, x: Tensor, encoded: Encoded) -> Any:
+        prefix = x[:, : self.num_prefix_tokens]
+        patches = encoded.split(x, self.num_prefix_tokens)
+        return self._unwrap([torch.cat((prefix, p.flatten(1, -2)), dim=1) for p in patches], encoded.single)
+
+    @staticmethod
+    def _unwrap(per_level: list, single: bool) -> Any:
+        return per_level[0] if single else per_level
+
+    def _classify(self, x: Tensor, encoded: Encoded) -> Any:
+        if not self._pools:
+            sequences = self._sequences(x, encoded)
+            return self._head(sequences) if encoded.single else [self._head(s) for s in sequences]
+        return self._head(self._pool(x, encoded.valid))
+
+    def _head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.fc_norm(x))
+        return x if pre_logits else self.head(x)
+
+    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Pools ``x`` ``[B, P + N, C]`` over valid patches; timm's pooling where all are."""
+        if valid is None:
+            return self.pool(x)
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        patches = fill(patches, valid)
+        if self.attn_pool is not None:
+            allowed = nn.functional.pad(valid, (self.num_prefix_tokens, 0), value=True)
+            allowed = allowed | ~allowed.any(dim=1, keepdim=True)
+            return self.attn_pool(torch.cat((prefix, patches), dim=1), attn_mask=allowed[:, None, None])
+        if self.global_pool not in ("avg", "max", "avgmax"):
+            return self.pool(torch.cat((prefix, patches), dim=1))
+        pooled = []
+        if "avg" in self.global_pool:
+            pooled.append(average([patches], [valid]))
+        if "max" in self.global_pool:
+            largest = patches.masked_fill(~valid.unsqueeze(-1), torch.finfo(x.dtype).min).amax(dim=1)
+            pooled.append(fill(largest, valid.any(dim=1)))
+        return torch.stack(pooled).mean(dim=0)
+
+
+@register_notrace_function
+def image_alone(x: Tensor, spacing: Any, mask: Any, origin: Any) -> Tensor:
+    """Stands in symbolically traced graphs, which follow timm's code and know no geometry."""
+    if any(value is not None for value in (spacing, mask, origin)):
+        raise ValueError("spacing, mask and origin have no effect on a symbolically traced model: use the model itself")
+    return x
+
+
+def _join_masks(masks: Sequence[Tensor | None], shapes: Sequence[Sequence[int]]) -> Tensor | None:
+    """Joins the levels' masks into ``[B, N]``; None if no level has one."""
+    if all(mask is None for mask in masks):
+        return None
+    device = next(mask.device for mask in masks if mask is not None)
+    flat = [
+        torch.ones(tuple(shape), dtype=torch.bool, device=device).flatten(1) if mask is None else mask.flatten(1)
+        for mask, shape in zip(masks, shapes, strict=True)
+    ]
+    return torch.cat(flat, dim=1)
+
+
+class _Flat:
+    """A model of volumes as timm's filter expects it: its patch kernel has two axes."""
+
+    def __init__(self, model: RatVit) -> None:
+        self._model = model
+        weight = model.patch_embed.proj.weight[:, :, 0]
+        self.patch_embed = types.SimpleNamespace(
+            proj=types.SimpleNamespace(weight=weight), grid_size=model.patch_embed.grid_size
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: RatVit) -> dict[str, Tensor]:
+    """Turns a checkpoint into a state dict of ``model``: timm's filter, then a third axis and other channels."""
+    own = state_dict.get("patch_embed.proj.weight")
+    if own is None or own.ndim == 4:
+        state_dict = eva.checkpoint_filter_fn(state_dict, _Flat(model) if model.spatial_dims == 3 else model)
+    freqs = state_dict.get("rope.freqs")
+    if freqs is not None and len(freqs) < model.spatial_dims:
+        state_dict = {**state_dict, "rope.freqs": extend_along_z(freqs)}
+    return fit(state_dict, model, "patch_embed.proj.weight")
+
+
+def _architectures() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Reads the rotary architectures of timm's `Eva` that have weights out of its entry points."""
+    for name in timm.list_models(module="eva", pretrained=True):
+        arch = name.split(".")[0]
+        kwargs = _model_args(timm.model_entrypoint(arch))
+        rotary = kwargs.get("use_rot_pos_emb") and kwargs.get("rope_type", "cat") in ("cat", "mixed", "dinov3")
+        if rotary and _estimated_parameters(kwargs) < _MAX_PARAMETERS:
+            yield arch, kwargs
+
+
+def _model_args(entry: Callable[..., Any]) -> dict[str, Any]:
+    """Calls an entry point whose factory is replaced by one that returns its arguments."""
+    namespace = {**entry.__globals__, "_create_eva": lambda variant, pretrained=False, **kwargs: kwargs}
+    return types.FunctionType(entry.__code__, namespace, entry.__name__, entry.__defaults__)()
+
+
+def _estimated_parameters(kwargs: dict[str, Any]) -> float:
+    matrices = 3 if kwargs.get("swiglu_mlp") else 2
+    per_block = (4 + matrices * kwargs.get("mlp_ratio", 4.0)) * kwargs.get("embed_dim", 768) ** 2
+    return per_block * kwargs.get("depth", 12)
+
+
+def _entries(arch: str) -> dict[str, dict[str, Any]]:
+    """Returns timm's pretrained entries of an architecture under our name, with the Hub's names in full."""
+    entries = {}
+    for name, cfg in timm.models.get_arch_pretrained_cfgs(arch).items():
+        entry = dataclasses.asdict(dataclasses.replace(cfg, architecture=None, tag=None))
+        entries[f"rat_{name}"] = {key: value for key, value in entry.items() if value is not None}
+    return entries
+
+
+def _register(arch: str, kwargs: dict[str, Any]) -> None:
+    def create(pretrained: bool = False, **given: Any) -> nn.Module:
+        return _create_vit(f"rat_{arch}", pretrained, **{**kwargs, **given})
+
+    create.__name__ = create.__qualname__ = f"rat_{arch}"
+    create.__doc__ = f"timm's ``{arch}``, resolution-aware."
+    register_model(create)
+
+
+def _create_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    entry = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    kwargs.setdefault("reference_size", entry.input_size[-2:])
+    return build(
+        RatVit,
+        variant,
+        pretrained,
+        model_cfg=None,
+        filter_fn=checkpoint_filter_fn,
+        entry_args={},
+        out_indices=kwargs.pop("out_indices", 3),
+        **kwargs,
+    )
+
+
+_VARIANTS = dict(_architectures())
+default_cfgs = generate_default_cfgs({name: cfg for arch in _VARIANTS for name, cfg in _entries(arch).items()})
+for _arch, _kwargs in _VARIANTS.items():
+    _register(_arch, _kwargs)
