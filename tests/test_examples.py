@@ -19,9 +19,15 @@ def run(name, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("quickstart.py", "70.4 x 64 x 64 mm"), ("pyramid.py", "130.5 x 250.5")]
+    ("name", "expected"),
+    [
+        ("quickstart.py", "70.4 x 64 x 64 mm"),
+        ("pyramid.py", "130.5 x 250.5"),
+        ("pretrained_features.py", "8.8 x 8 x 8"),
+    ],
 )
-def test_table_and_picture(name, expected, tmp_path):
+def test_table_and_picture(name, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     image = pytest.importorskip("matplotlib.image")
     assert expected in run(name, tmp_path / "picture.png")
     picture = image.imread(tmp_path / "picture.png")

@@ -251,7 +251,7 @@ def test_export(name):
 
 
 def test_symbolic_traces_know_no_geometry():
-    with pytest.raises(ValueError, match="use torch.export"):
+    with pytest.raises(ValueError, match=r"use torch\.export"):
         create_feature_extractor(timm.create_model("rat_eva02_tiny_patch14_224", depth=1).eval(), ["head"])
     model = timm.create_model("rat_vit_small_patch16_rope_224", depth=1, num_classes=3).eval()
     traced = create_feature_extractor(model, ["head"])
