@@ -227,16 +227,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where weights and model cards go")
-    parser.add_argument("--quick", action="store_true", help="train for two epochs only")
+    parser.add_argument("--quick", action="store_true", help="train one epoch on some of the digits")
     parser.add_argument("--evaluate", action="store_true", help="evaluate the shipped weights instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # as many as every machine has, so that results agree as far as they can
     seen, held_out = digits()
+    if arguments.quick:
+        seen, held_out = (Digits(part.images[:160], part.labels[:160]) for part in (seen, held_out))
     for name in arguments.models:
         task = TASKS[name]
         torch.manual_seed(0)
         model = timm.create_model(name, pretrained=arguments.evaluate, num_classes=10)
-        epochs = 2 if arguments.quick else task.epochs
+        epochs = 1 if arguments.quick else task.epochs
         if not arguments.evaluate:
             train(model, task, seen, epochs)
         results = evaluate(model, task, held_out)

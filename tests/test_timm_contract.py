@@ -89,6 +89,12 @@ def test_features_only(name):
         assert features.shape == (2, channels, *(-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)))
 
 
+def test_features_only_of_some_stages():
+    backbone = timm.create_model("test_rat", features_only=True, out_indices=(1, 3), device="meta")
+    assert backbone.feature_info.reduction() == [8, 32]
+    assert len(backbone(meta_image(backbone))) == 2
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_channels_last_intermediates(name):
     model = meta(name)

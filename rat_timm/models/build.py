@@ -22,7 +22,7 @@ def build(
     model_cfg: Any,
     filter_fn: Callable[..., Any],
     entry_args: dict[str, Any],
-    out_indices: int | tuple[int, ...],
+    feature_indices: int | tuple[int, ...],
     **kwargs: Any,
 ) -> nn.Module:
     """Does what timm's ``build_model_with_cfg`` does, and three things more.
@@ -38,7 +38,7 @@ def build(
         filter_fn: timm's ``checkpoint_filter_fn``. It finds the keywords of the saved model, as far as they are known,
             in ``model.pretrained_model_args``.
         entry_args: Keywords of the models that the weights of registered entries come from.
-        out_indices: The maps that ``features_only`` gives by default.
+        feature_indices: The maps that ``features_only`` gives by default.
         **kwargs: Of ``timm.create_model``.
 
     Raises:
@@ -69,7 +69,7 @@ def build(
         pretrained_cfg=dataclasses.replace(source, input_size=cfg.input_size[:3]),
         model_cfg=model_cfg,
         pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": RatFeatures},
+        feature_cfg={"out_indices": feature_indices, "feature_cls": RatFeatures},
         **kwargs,
     )
     _describe(model, cfg)

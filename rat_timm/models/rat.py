@@ -431,7 +431,7 @@ def _create_rat(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         model_cfg=model_cfgs[variant],
         filter_fn=checkpoint_filter_fn,
         entry_args={"spacing": model_cfgs[variant].spacing},
-        out_indices=(0, 1, 2, 3),
+        feature_indices=(0, 1, 2, 3),
         **kwargs,
     )
 

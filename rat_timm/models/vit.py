@@ -518,7 +518,7 @@ def _create_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         model_cfg=None,
         filter_fn=checkpoint_filter_fn,
         entry_args={},
-        out_indices=kwargs.pop("out_indices", 3),
+        feature_indices=kwargs.pop("out_indices", 3),
         **kwargs,
     )
 
