@@ -8,7 +8,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -18,9 +18,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..grid import Grid, Tokens, axis_values, channels_first, field_center, fill, integers
-from ..layers.head import average
 from ..layers.patches import patchify, physical_patchify
 from ..layers.rope import FAMILIES, Frame, extend_along_z, rotary_embedding
+from ..layers.sequence import POOLS, TokenSequence, attention_mask, join_masks, pool_valid
 from .build import build
 from .convert import fit
 from .inputs import read_images
@@ -28,44 +28,6 @@ from .inputs import read_images
 __all__ = ["RatVit"]
 
 _MAX_PARAMETERS = 2e9
-
-
-class Encoded(NamedTuple):
-    """Tokens of all levels in one sequence, and what the blocks need to know of them.
-
-    Attributes:
-        x: Prefix tokens and patches, ``[B, P + N, C]``.
-        rope: Of the patches, as timm's attention takes it, one for all blocks or one per block.
-        levels: The levels' patches without features: their grids and masks.
-        single: Whether the user gave one image and not a list.
-    """
-
-    x: Tensor
-    rope: Tensor
-    levels: list[Tokens]
-    single: bool
-
-    @property
-    def valid(self) -> Tensor | None:
-        """Which patches are valid, ``[B, N]``; None if all are."""
-        return _join_masks([level.mask for level in self.levels], [level.x.shape[:-1] for level in self.levels])
-
-    def attention_mask(self, prefix: int) -> Tensor | None:
-        """Returns which tokens may be looked at, ``[B, 1, 1, P + N]``; all for a sample without any."""
-        valid = self.valid
-        if valid is None:
-            return None
-        allowed = nn.functional.pad(valid, (prefix, 0), value=True)
-        return (allowed | ~allowed.any(dim=1, keepdim=True))[:, None, None]
-
-    def split(self, x: Tensor, prefix: int) -> list[Tensor]:
-        """Splits patches from the sequence ``x`` into ``[B, *grid, C]`` per level, zero where invalid."""
-        sizes = [level.x.shape[1:-1].numel() for level in self.levels]
-        parts = x[:, prefix:].split(sizes, dim=1)
-        return [
-            fill(part.unflatten(1, level.grid.shape), level.mask)
-            for part, level in zip(parts, self.levels, strict=True)
-        ]
 
 
 class RatVit(eva.Eva):
@@ -204,7 +166,7 @@ class RatVit(eva.Eva):
         sequences, masks = ([x], [mask]) if isinstance(x, Tensor) else (list(x), mask or [None] * len(x))
         patches = [sequence[:, self.num_prefix_tokens :] for sequence in sequences]
         joined = torch.cat([sequences[0][:, : self.num_prefix_tokens], *patches], dim=1)
-        valid = _join_masks(masks, [part.shape[:-1] for part in patches])
+        valid = join_masks(masks, [part.shape[:-1] for part in patches])
         return self._head(self._pool(joined, valid), pre_logits)
 
     def forward_intermediates(
@@ -302,7 +264,7 @@ class RatVit(eva.Eva):
 
     def _encode(
         self, x: Any, spacing: Any, mask: Any, origin: Any, attn_mask: Tensor | None, is_causal: bool
-    ) -> Encoded:
+    ) -> TokenSequence:
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask and is_causal go with one image without spacing, mask and origin")
         if self.training and self.patch_drop is not None:
@@ -322,7 +284,7 @@ class RatVit(eva.Eva):
             for level, p in zip(levels, places, strict=True)
         ]
         sequence = torch.cat([*self._prefix(len(levels[0].x)), *embedded], dim=1)
-        return Encoded(self.norm_pre(self.pos_drop(sequence)), rope, levels, pyramid.single)
+        return TokenSequence(self.norm_pre(self.pos_drop(sequence)), rope, levels, pyramid.single)
 
     def _frame(self, levels: Sequence[Tokens], images: Sequence[Grid], physical: bool) -> Frame:
         patch = self.patch_embed.proj.kernel_size
@@ -364,7 +326,7 @@ class RatVit(eva.Eva):
             yield prefix + self.pos_embed[:, : self.num_prefix_tokens] if embedded else prefix
 
     def _run(
-        self, encoded: Encoded, take: Sequence[int] = (), blocks: int | None = None
+        self, encoded: TokenSequence, take: Sequence[int] = (), blocks: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs the first ``blocks`` blocks; returns the last one's tokens, and those of the blocks in ``take``."""
         x, mask, taken = encoded.x, encoded.attention_mask(self.num_prefix_tokens), []
@@ -378,12 +340,12 @@ class RatVit(eva.Eva):
                 taken.append(x)
         return x, taken
 
-    def _maps(self, x: Tensor, encoded: Encoded, output_fmt: str) -> Any:
+    def _maps(self, x: Tensor, encoded: TokenSequence, output_fmt: str) -> Any:
         maps = encoded.split(x, self.num_prefix_tokens)
         maps = [channels_first(m).contiguous() if output_fmt == "NCHW" else m.flatten(1, -2) for m in maps]
         return self._unwrap(maps, encoded.single)
 
-    def _sequences(self, x: Tensor, encoded: Encoded) -> Any:
+    def _sequences(self, x: Tensor, encoded: TokenSequence) -> Any:
         prefix = x[:, : self.num_prefix_tokens]
         patches = encoded.split(x, self.num_prefix_tokens)
         return self._unwrap([torch.cat((prefix, p.flatten(1, -2)), dim=1) for p in patches], encoded.single)
@@ -392,7 +354,7 @@ class RatVit(eva.Eva):
     def _unwrap(per_level: list, single: bool) -> Any:
         return per_level[0] if single else per_level
 
-    def _classify(self, x: Tensor, encoded: Encoded) -> Any:
+    def _classify(self, x: Tensor, encoded: TokenSequence) -> Any:
         if not self._pools:
             sequences = self._sequences(x, encoded)
             return self._head(sequences) if encoded.single else [self._head(s) for s in sequences]
@@ -406,21 +368,13 @@ class RatVit(eva.Eva):
         """Pools ``x`` ``[B, P + N, C]`` over valid patches; timm's pooling where all are."""
         if valid is None:
             return self.pool(x)
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        patches = fill(patches, valid)
+        prefix, patches = x[:, : self.num_prefix_tokens], fill(x[:, self.num_prefix_tokens :], valid)
         if self.attn_pool is not None:
-            allowed = nn.functional.pad(valid, (self.num_prefix_tokens, 0), value=True)
-            allowed = allowed | ~allowed.any(dim=1, keepdim=True)
-            return self.attn_pool(torch.cat((prefix, patches), dim=1), attn_mask=allowed[:, None, None])
-        if self.global_pool not in ("avg", "max", "avgmax"):
-            return self.pool(torch.cat((prefix, patches), dim=1))
-        pooled = []
-        if "avg" in self.global_pool:
-            pooled.append(average([patches], [valid]))
-        if "max" in self.global_pool:
-            largest = patches.masked_fill(~valid.unsqueeze(-1), torch.finfo(x.dtype).min).amax(dim=1)
-            pooled.append(fill(largest, valid.any(dim=1)))
-        return torch.stack(pooled).mean(dim=0)
+            allowed = attention_mask(valid, self.num_prefix_tokens)
+            return self.attn_pool(torch.cat((prefix, patches), dim=1), attn_mask=allowed)
+        if self.global_pool in POOLS:
+            return pool_valid(patches, valid, self.global_pool)
+        return self.pool(torch.cat((prefix, patches), dim=1))
 
 
 @register_notrace_function
@@ -429,18 +383,6 @@ def image_alone(x: Tensor, spacing: Any, mask: Any, origin: Any) -> Tensor:
     if any(value is not None for value in (spacing, mask, origin)):
         raise ValueError("spacing, mask and origin have no effect on a symbolically traced model: use the model itself")
     return x
-
-
-def _join_masks(masks: Sequence[Tensor | None], shapes: Sequence[Sequence[int]]) -> Tensor | None:
-    """Joins the levels' masks into ``[B, N]``; None if no level has one."""
-    if all(mask is None for mask in masks):
-        return None
-    device = next(mask.device for mask in masks if mask is not None)
-    flat = [
-        torch.ones(tuple(shape), dtype=torch.bool, device=device).flatten(1) if mask is None else mask.flatten(1)
-        for mask, shape in zip(masks, shapes, strict=True)
-    ]
-    return torch.cat(flat, dim=1)
 
 
 class _Flat:
