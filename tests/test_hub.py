@@ -1,5 +1,6 @@
 """Weights: what is pushed is what is loaded, or an error says why not."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -333,3 +334,17 @@ def test_folders_of_timm_load_too(tmp_path):
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_one_hub_id_in_an_entry_is_enough(tmp_path, monkeypatch):
+    """What publishing the weights of a registered name takes."""
+    model = timm.create_model("rat_tiny_3d", num_classes=3, in_chans=2, spacing=(2.0, 1.0, 1.0))
+    hub.save(model, tmp_path)
+    entry = timm.models.get_pretrained_cfg("rat_tiny_3d")
+    published = dataclasses.replace(entry, hf_hub_id="me/published")
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, "rat_tiny_3d", published)
+    monkeypatch.setattr(hub, "_download", lambda repo, name, cache_dir: tmp_path / name)
+    loaded = timm.create_model("rat_tiny_3d", pretrained=True)
+    assert json.dumps(loaded.model_args()) == json.dumps(model.model_args())
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert loaded.pretrained_cfg["hf_hub_id"] == "me/published"
