@@ -10,6 +10,7 @@ model and without.
 """
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -218,8 +219,8 @@ def ship(model: nn.Module, name: str, text: str, results: dict[tuple[int, ...], 
     card = ModelCardData(license="bsd-3-clause", model_name=Path(name).name, eval_results=evaluated)
     with TemporaryDirectory() as folder:
         hub.save(model, folder, card_data=card, description=text, model_name=Path(name).name)
-        (Path(folder) / hub.WEIGHTS).replace(f"{name}.safetensors")
-        (Path(folder) / "README.md").replace(f"{name}.md")
+        shutil.move(Path(folder) / hub.WEIGHTS, f"{name}.safetensors")
+        shutil.move(Path(folder) / hub.README, f"{name}.md")
 
 
 def main() -> None:

@@ -312,16 +312,20 @@ def _per_level(value: Any, name: str, levels: int, axes: int) -> list:
 
 def axis_values(value: Any, name: str, axes: int) -> tuple[float, ...]:
     """Reads a constructor's number or per-axis sequence of positive numbers."""
+    return tuple(float(v) for v in _axis_numbers(value, name, axes))
+
+
+def _axis_numbers(value: Any, name: str, axes: int) -> Sequence[Real]:
     values = (value,) * axes if _is_number(value) else value
     fits = isinstance(values, (list, tuple)) and len(values) == axes and all(_is_number(v) for v in values)
     if not fits or not all(0 < v < math.inf for v in values):
         raise ValueError(f"{name} must be a positive number or {axes} of them (one per axis), got {value!r}")
-    return tuple(values)
+    return values
 
 
 def integers(value: Any, name: str, axes: int) -> tuple[int, ...]:
     """Reads a positive whole number or one per axis."""
-    values = axis_values(value, name, axes)
-    if not all(isinstance(v, Integral) for v in values):
+    values = [v for v in _axis_numbers(value, name, axes) if isinstance(v, Integral)]
+    if len(values) != axes:
         raise ValueError(f"{name} must be whole, got {value!r}")
     return tuple(int(v) for v in values)

@@ -1,4 +1,4 @@
-"""Weights in folders and on the Hugging Face Hub: saved whole, and loaded only if every byte is what was saved.
+"""Weights in folders and on the Hugging Face Hub: saved whole, and loaded only if their every byte is what was saved.
 
 A saved folder holds ``model.safetensors``, a ``config.json`` that timm and transformers read, and a model card. The
 config has one key more than timm's, "rat_timm", with this package's version and the SHA-256 of the weights' file. It is
@@ -15,14 +15,17 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import timm
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from timm.models import PretrainedCfg
 from timm.models._hub import download_from_hf, load_cfg_from_json, save_config_for_hf
+from timm.models._input import get_model_args
 from torch import nn
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+README = "README.md"
 _KEY = "rat_timm"
 
 
@@ -33,7 +36,7 @@ class Checkpoint(NamedTuple):
         file: The safetensors file.
         architecture: Name of the model; None if nothing tells.
         pretrained_cfg: What was saved of timm's `PretrainedCfg`; empty if this package did not save it.
-        model_args: The model's keywords; empty likewise.
+        model_args: The model's keywords; empty for timm's own architectures.
     """
 
     file: Path
@@ -71,20 +74,49 @@ def save(
     Raises:
         ValueError: If the model is not one of this package's, or wrapped.
     """
-    if not hasattr(model, "model_args") or not hasattr(model, "pretrained_cfg"):
+    _check_model(model)
+    _check_labels(label_names, model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as name:  # nothing of a good folder is lost if saving fails
+        new = Path(name)
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+        safetensors.torch.save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        config = _describe(model, new / CONFIG, label_names, data_config)
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if not (folder / README).exists():
+            _card(config, model_name or f"local-dir:{folder}", card_data, description).save(new / README)
+        for file in new.iterdir():
+            file.replace(folder / file.name)
+    return folder
+
+
+def _check_model(model: nn.Module) -> None:
+    whole = hasattr(model, "model_args") and hasattr(model, "pretrained_cfg") and not hasattr(model, "_orig_mod")
+    if not whole:
         raise ValueError(
             "model must be what timm.create_model returned for a model of rat_timm (not features_only, "
             f"DistributedDataParallel or compiled), got {type(model).__name__}"
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = _describe(model, folder / CONFIG, label_names, data_config)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if not (folder / "README.md").exists():
-        _card(config, model_name or f"local-dir:{folder}", card_data, description).save(folder / "README.md")
-    return folder
+    saved: Any = model
+    args = get_model_args(saved, _model_args(saved))
+    again = timm.create_model(saved.pretrained_cfg["architecture"], device="meta", **args)
+    shapes, expected = ({name: value.shape for name, value in m.state_dict().items()} for m in (model, again))
+    if shapes != expected:
+        changed = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        raise ValueError(f"model must be whole: what its keywords make differs from it in {changed} (is it pruned?)")
+
+
+def _check_labels(label_names: Sequence[str] | None, model: Any) -> None:
+    if label_names is not None:
+        named = isinstance(label_names, (list, tuple)) and all(isinstance(name, str) for name in label_names)
+        if not named or len(label_names) != model.num_classes:
+            raise ValueError(f"label_names must be {model.num_classes} strings, one per class, got {label_names!r}")
+
+
+def _model_args(model: Any) -> dict[str, Any]:
+    """Returns the model's keywords as JSON gives them back; NumPy's scalars are numbers."""
+    return json.loads(json.dumps(model.model_args(), default=lambda value: value.item()))
 
 
 def push(
@@ -116,10 +148,10 @@ def push(
     """
     api = HfApi(token=token, library_name="rat_timm")
     with TemporaryDirectory() as folder:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         save(model, folder, **{"model_name": f"hf-hub:{repo_id}", **description})
-        if api.file_exists(repo_id, "README.md", revision=revision):
-            (Path(folder) / "README.md").unlink()
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if api.file_exists(repo_id, README, revision=revision):
+            (Path(folder) / README).unlink()
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -133,7 +165,8 @@ def find(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Checkpoint 
     """Finds the weights that ``cfg`` names in a folder or on the Hub, downloads them if need be, and checks them.
 
     Returns:
-        The checkpoint, or None if ``cfg`` names another source (a file, a URL, a state dict) or none.
+        The checkpoint, or None if ``cfg`` names another source (a URL, a state dict, a file that `save` did not write)
+        or none.
 
     Raises:
         ValueError: If the weights are not what was saved, or not safetensors.
@@ -141,15 +174,21 @@ def find(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Checkpoint 
     """
     if cfg.source == "local-dir":
         return _check(Path(str(cfg.file)) / CONFIG, Path(str(cfg.file)) / WEIGHTS, str(cfg.file))
+    if cfg.file and not cfg.state_dict and _is_saved(Path(cfg.file)):
+        return _check(Path(cfg.file).with_name(CONFIG), Path(cfg.file), cfg.file)
     named_elsewhere = cfg.state_dict or cfg.file
     if not cfg.hf_hub_id or (named_elsewhere and cfg.source != "hf-hub"):
         return None
     weights = cfg.hf_hub_filename or WEIGHTS
     if not weights.endswith(".safetensors"):
         raise ValueError(f"hf_hub_filename must name a safetensors file, got {weights!r}: pickles are not opened")
-    return _check(
-        _download(cfg.hf_hub_id, CONFIG, cache_dir), _download(cfg.hf_hub_id, weights, cache_dir), cfg.hf_hub_id
-    )
+    file = _download(cfg.hf_hub_id, weights, cache_dir)
+    return _check(_download(cfg.hf_hub_id, CONFIG, cache_dir), file, cfg.hf_hub_id, weights)
+
+
+def _is_saved(file: Path) -> bool:
+    config = file.with_name(CONFIG)
+    return file.name == WEIGHTS and config.is_file() and _KEY in load_cfg_from_json(config)
 
 
 def _download(repo: str, name: str, cache_dir: str | Path | None) -> Path | None:
@@ -159,14 +198,16 @@ def _download(repo: str, name: str, cache_dir: str | Path | None) -> Path | None
         return None  # the Hub says that there is no such file; that it could not say is another error
 
 
-def _check(config_file: Path | None, file: Path | None, where: str) -> Checkpoint:
+def _check(config_file: Path | None, file: Path | None, where: str, name: str = WEIGHTS) -> Checkpoint:
     if file is None or not file.is_file():
-        raise FileNotFoundError(f"{where} has no {WEIGHTS}; pickled weights are not opened, save with rat_timm.hub")
+        raise FileNotFoundError(f"{where} has no {name}; pickled weights are not opened, save with rat_timm.hub")
     config = load_cfg_from_json(config_file) if config_file and config_file.is_file() else {}
     saved = config.get(_KEY, {})
     blob = file.resolve().name
     # the Hub's cache names large files by the SHA-256 that their repository states
-    expected = saved.get("sha256") or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
+    expected = blob if re.fullmatch("[0-9a-f]{64}", blob) else None
+    if saved and name == WEIGHTS:
+        expected = saved.get("sha256", "none")
     found = _sha256(file)
     if expected not in (None, found):
         raise ValueError(
@@ -174,10 +215,12 @@ def _check(config_file: Path | None, file: Path | None, where: str) -> Checkpoin
             "and load again (or copy the folder again). Weights that were changed on purpose have to be saved with "
             "rat_timm.hub.save."
         )
+    args = {name: value for name, value in config.get("model_args", {}).items() if name != "num_classes"}
     if not saved:
-        return Checkpoint(file, config.get("architecture"), {}, {})
-    description = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
-    return Checkpoint(file, config["architecture"], description, config.get("model_args", {}))
+        ours = str(config.get("architecture")).startswith(("rat_", "test_rat"))
+        return Checkpoint(file, config.get("architecture"), {}, args if ours else {})
+    description = {"label_names": config.get("label_names"), **config["pretrained_cfg"]}
+    return Checkpoint(file, config["architecture"], {**description, "num_classes": config["num_classes"]}, args)
 
 
 def _sha256(file: Path) -> str:
@@ -198,14 +241,14 @@ def _describe(
     size = tuple(data.get("input_size", model.pretrained_cfg["input_size"]))[1:]
     if "input_size" in data:
         data["input_size"] = data["input_size"][:3]  # timm knows sizes of two axes
-    save_config_for_hf(model, str(config_file), model_config, model_args=model.model_args(), data_config=data)
+    save_config_for_hf(model, str(config_file), model_config, model_args=_model_args(model), data_config=data)
     config = load_cfg_from_json(config_file)
     # at the root only: transformers hands it over beside model_args
     config["model_args"].pop("num_classes", None)
     for name in ("tag", "description", "notes"):  # of the entry that training started from
         config["pretrained_cfg"].pop(name, None)
-    missing = config["model_args"]["spatial_dims"] - len(size)
-    config["pretrained_cfg"]["input_size"] = [model.in_chans, *size[:1] * missing, *size]
+    axes = config["model_args"]["spatial_dims"]
+    config["pretrained_cfg"]["input_size"] = [model.in_chans, *size[:1] * (axes - len(size)), *size[-axes:]]
     config["pretrained_cfg"]["first_conv"] = model.pretrained_cfg["first_conv"]
     config[_KEY] = {"version": __version__, "sha256": _sha256(config_file.parent / WEIGHTS)}
     return config

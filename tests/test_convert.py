@@ -126,6 +126,32 @@ def test_shipped_weights_know_their_spacing():
     torch.testing.assert_close(other(x, spacing=0.6), model(x, spacing=0.6), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_shipped_weights_know_their_spacing_however_their_entry_is_named():
+    x = torch.randn(1, 3, 40, 33)
+    expected = timm.create_model("test_rat", pretrained=True).eval()(x, spacing=0.6)
+    entry = timm.models.get_pretrained_cfg("test_rat.digits")
+    for cfg in (entry, entry.to_dict(), "digits"):
+        other = timm.create_model("test_rat", pretrained=True, pretrained_cfg=cfg, spacing=0.25).eval()
+        torch.testing.assert_close(other(x, spacing=0.6), expected, rtol=0, atol=1e-5)
+
+
+def test_fixed_frequencies_of_images_are_not_those_of_volumes():
+    model = source(learnable_rose=False)
+    with pytest.raises(ValueError, match="spatial_dims=3 needs other frequencies"):
+        load(model.state_dict(), "test_rat", spatial_dims=3, learnable_rose=False)
+
+
+def test_half_precision_is_converted_in_full():
+    model = source(num_classes=10)
+    half = {name: value.bfloat16() for name, value in model.state_dict().items()}
+    whole = {name: value.float() for name, value in half.items()}
+    known = model.model_args()
+    for changed in ({"spacing": 0.3}, {"spatial_dims": 3}):
+        a, b = (load(state, "test_rat", known, **changed).state_dict() for state in (half, whole))
+        assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
 def test_fixed_frequencies_cannot_be_converted():
     model = source(num_classes=10, learnable_rose=False)
     with pytest.raises(ValueError, match="learnable_rose"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -196,6 +197,67 @@ def test_only_whole_models_are_saved(tmp_path):
         with pytest.raises(ValueError, match="model must be what"):
             hub.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    hub.save(timm.create_model("test_rat", num_classes=2), tmp_path)
+    before = files_of(tmp_path)
+    pruned = timm.create_model("test_rat")
+    pruned.prune_intermediate_layers([1])
+    with pytest.raises(ValueError, match="is it pruned"):
+        hub.save(pruned, tmp_path)
+    with pytest.raises(ValueError, match="compiled"):
+        hub.save(torch.compile(timm.create_model("test_rat")), tmp_path)
+    with pytest.raises(ValueError, match="label_names must be 10 strings"):
+        hub.save(timm.create_model("test_rat"), tmp_path, label_names=["cell"])
+    with pytest.raises(ValueError, match="channels"):
+        hub.save(timm.create_model("test_rat"), tmp_path, data_config={"input_size": (1, 32, 32)})
+    assert files_of(tmp_path) == before
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    model = timm.create_model("test_rat", spacing=np.float32(0.5), stem_stride=np.int64(2), num_classes=np.int64(3))
+    hub.save(model, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert loaded.cfg.reference == (0.5, 0.5)
+    assert loaded.cfg.stem_strides == (2, 2)
+
+
+def test_saved_keywords_come_back_however_a_model_is_named(tmp_path):
+    """By folder, by the loaded model's cfg, by its file, and once more saved."""
+    model = timm.create_model("test_rat", iters=1, spacing=0.5, num_classes=4).eval()
+    torch.nn.init.normal_(model.get_classifier().weight)
+    hub.save(model, tmp_path / "a", label_names=list("abcd"))
+    first = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True).eval()
+    overlay = {"file": str(tmp_path / "a" / "model.safetensors")}
+    models = [
+        first,
+        timm.create_model("test_rat", pretrained=True, pretrained_cfg=first.pretrained_cfg).eval(),
+        timm.create_model("test_rat", pretrained=True, pretrained_cfg_overlay=overlay).eval(),
+    ]
+    hub.save(models[2], tmp_path / "b")
+    models.append(timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval())
+    state = {"state_dict": model.state_dict()}
+    models.append(
+        timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True, pretrained_cfg_overlay=state).eval()
+    )
+    x = torch.randn(2, 3, 40, 30)
+    with torch.no_grad():
+        for loaded in models:
+            assert torch.equal(loaded(x, spacing=0.7), model(x, spacing=0.7))
+    assert models[2].pretrained_cfg["label_names"] == list("abcd")
+    assert "description" not in models[2].pretrained_cfg
+    data = bytearray((tmp_path / "a" / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "a" / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        timm.create_model("test_rat", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_an_invalid_push_makes_no_repository(monkeypatch):
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, **__: pytest.fail("made a repository"))
+    with pytest.raises(ValueError, match="model must be"):
+        hub.push(torch.nn.Linear(2, 2), "me/invalid")
 
 
 def places_of_tensors(file):

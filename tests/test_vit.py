@@ -339,6 +339,42 @@ def test_saved_models_come_back(tmp_path):
         assert torch.equal(loaded(x, spacing=(1.0, 0.5, 0.5)), model(x, spacing=(1.0, 0.5, 0.5)))
 
 
+def test_checkpoints_are_unwrapped_and_whole():
+    name = "rat_vit_small_patch16_dinov3"
+    model, other = (lively(timm.create_model(name, depth=2, num_classes=3)) for _ in range(2))
+    state = model.state_dict()
+
+    def load(state, classes):
+        overlay = {"state_dict": state, "num_classes": 3}
+        return timm.create_model(
+            name, depth=2, num_classes=classes, pretrained=True, pretrained_cfg_overlay=overlay
+        ).state_dict()
+
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    for checkpoint in (state, wrapped, {"state_dict": other.state_dict(), "state_dict_ema": state}):
+        for classes in (3, 5):
+            loaded = load(checkpoint, classes)
+            assert all(torch.equal(loaded[key], value) for key, value in state.items() if not key.startswith("head."))
+    with pytest.raises(ValueError, match="it lacks"):
+        load({key: value for key, value in state.items() if not key.startswith("blocks.1.")}, 5)
+
+
+@torch.no_grad()
+def test_saved_keywords_come_before_the_architectures(tmp_path):
+    kwargs = {"depth": 2, "rope_temperature": 10.0, "reference_size": 64, "num_classes": 3}
+    model = lively(timm.create_model("rat_vit_small_patch16_dinov3", **kwargs).eval())
+    hub.save(model, tmp_path)
+    overlay = {"file": str(tmp_path / "model.safetensors")}
+    x = torch.randn(1, 3, 64, 48)
+    for loaded in (
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(),
+        timm.create_model("rat_vit_small_patch16_dinov3", pretrained=True, pretrained_cfg_overlay=overlay).eval(),
+    ):
+        assert loaded.reference_size == (64, 64)
+        for given in ({}, {"spacing": 0.7}):
+            assert torch.equal(loaded(x, **given), model(x, **given))
+
+
 LOAD = """
 name = "vit_small_patch16_dinov3.lvd1689m"
 ours, theirs = (timm.create_model(n, pretrained=True).eval() for n in (f"rat_{name}", name))

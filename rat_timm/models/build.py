@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from timm.models._builder import pretrained_cfg_for_features
 from torch import nn
 
@@ -23,6 +23,7 @@ def build(
     filter_fn: Callable[..., Any],
     entry_args: dict[str, Any],
     feature_indices: int | tuple[int, ...],
+    defaults: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Does what timm's ``build_model_with_cfg`` does, and three things more.
@@ -39,27 +40,24 @@ def build(
             in ``model.pretrained_model_args``.
         entry_args: Keywords of the models that the weights of registered entries come from.
         feature_indices: The maps that ``features_only`` gives by default.
+        defaults: Keywords of the architecture, which what was saved and what is given come before.
         **kwargs: Of ``timm.create_model``.
 
     Raises:
         ValueError: If weights are damaged, or another model's.
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
-    registered = kwargs.pop("pretrained_cfg", None)
-    cfg = _resolve(variant, registered, overlay)
+    cfg = _resolve(variant, kwargs.pop("pretrained_cfg", None), overlay)
     found = hub.find(cfg, kwargs.get("cache_dir")) if pretrained else None
     source = cfg
     if found:
         if found.architecture not in (None, variant, variant.removeprefix("rat_")):
             raise ValueError(f"{cfg.hf_hub_id or cfg.file} holds weights of {found.architecture}, not of {variant}")
         if cfg.source is None:  # else timm has read what was saved
-            saved = {name: value for name, value in found.pretrained_cfg.items() if name not in overlay}
-            size = tuple(saved.get("input_size", cfg.input_size))
-            cfg = dataclasses.replace(cfg, **{**saved, "input_size": size})
-            kwargs = {**found.model_args, **kwargs}
-        kwargs.setdefault("pretrained_model_args", found.model_args)
+            cfg = _as_saved(cfg, found.pretrained_cfg, overlay)
+        kwargs = {"pretrained_model_args": found.model_args, **found.model_args, **kwargs}
         source = dataclasses.replace(cfg, file=str(found.file), source=None)
-    elif isinstance(registered, str | None) and not _names_a_source(overlay):
+    elif _is_entry(variant, cfg):
         kwargs.setdefault("pretrained_model_args", entry_args)
     model = build_model_with_cfg(
         model_cls,
@@ -70,20 +68,32 @@ def build(
         model_cfg=model_cfg,
         pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": feature_indices, "feature_cls": RatFeatures},
-        **kwargs,
+        **{**(defaults or {}), **kwargs},
     )
+    model._model_args = dict(found.model_args) if found else {}  # timm adds what is given, and saves both
     _describe(model, cfg)
     return model
 
 
-def _names_a_source(overlay: dict[str, Any]) -> bool:
-    return any(overlay.get(name) for name in _SOURCES)
+def _as_saved(cfg: PretrainedCfg, saved: dict[str, Any], overlay: dict[str, Any]) -> PretrainedCfg:
+    """Returns ``cfg`` with what was saved instead of what a registered entry says of other weights."""
+    if not saved:
+        return cfg
+    fields = {"tag": None, "description": None, "notes": None, **saved}
+    fields = {name: value for name, value in fields.items() if name not in overlay}
+    return dataclasses.replace(cfg, **{**fields, "input_size": tuple(fields.get("input_size", cfg.input_size))})
+
+
+def _is_entry(variant: str, cfg: PretrainedCfg) -> bool:
+    """Tells whether weights come from where a registered entry says."""
+    sources = [(c.file, c.url, c.hf_hub_id) for c in get_arch_pretrained_cfgs(variant).values()]
+    return not cfg.state_dict and (cfg.file, cfg.url, cfg.hf_hub_id) in sources
 
 
 def _resolve(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> PretrainedCfg:
-    if _names_a_source(overlay):
+    if any(overlay.get(name) for name in _SOURCES):
         # what the entry names must not come before what the overlay names
-        overlay = dict.fromkeys(_SOURCES) | overlay
+        overlay = dict.fromkeys((*_SOURCES, "hf_hub_filename", "source")) | overlay
     return resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
 
 

@@ -66,6 +66,7 @@ def _fit(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
         value = torch.cat((value[:1].expand(shape[0] - len(value)), value))
     elif value.ndim > 2:
         while value.ndim < len(shape):
+            value = value.float()  # an even share may not be exact in the checkpoint's type
             length = shape[1 - value.ndim]
             value = value.unsqueeze(2).expand(-1, -1, length, *value.shape[2:]) / length
     return value
@@ -76,6 +77,16 @@ def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
         return weight
     adapted = adapt_input_conv(channels, weight.flatten(2).unsqueeze(-1), base_chans=weight.shape[1])
     return adapted.unflatten(2, weight.shape[2:]).squeeze(-1)
+
+
+def check_axes(first_conv: Tensor | None, cfg: RatConfig) -> None:
+    """Raises ``ValueError`` if weights of other axes are to be loaded and frequencies, in no checkpoint, differ too."""
+    known = first_conv is None or first_conv.ndim - 2 == cfg.spatial_dims
+    if not known and not cfg.learnable_rose and cfg.rotary_ratio > 0:
+        raise ValueError(
+            f"spatial_dims={cfg.spatial_dims} needs other frequencies than the weights', which no "
+            "checkpoint holds where they are not learnable (learnable_rose)"
+        )
 
 
 def spacing_ratio(cfg: RatConfig, source: float | Sequence[float]) -> tuple[float, ...]:
@@ -112,7 +123,7 @@ def rescale(
             f"spacing {cfg.reference} is not the one that these weights were trained with, and frequencies that are "
             "not learnable (learnable_rose) cannot be converted"
         )
-    return {name: _rescale(name, value, state_dict, lengths) for name, value in state_dict.items()}
+    return {name: _rescale(name, value.float(), state_dict, lengths) for name, value in state_dict.items()}
 
 
 def _rescale(
@@ -134,15 +145,14 @@ def _rescale(
     return value if f"{prefix}scale_a" in state_dict else value * length
 
 
-def check_names(state_dict: dict[str, Tensor], model: nn.Module, classifier: str = "head.fc") -> None:
-    """Raises ``ValueError`` if parameters are missing or left over, but for the classifier.
+def check_names(state_dict: dict[str, Tensor], model: nn.Module, but: tuple[str, ...] = ("head.fc.",)) -> None:
+    """Raises ``ValueError`` if parameters are missing or left over, but for those whose names begin so.
 
     timm does not look when it drops a classifier with another number of classes.
     """
     expected, found = set(model.state_dict()), set(state_dict)
     missing, unknown = (
-        sorted(name for name in names if not name.startswith(f"{classifier}."))
-        for names in (expected - found, found - expected)
+        sorted(name for name in names if not name.startswith(but)) for names in (expected - found, found - expected)
     )
     if missing or unknown:
         raise ValueError(f"checkpoint does not fit the model: it lacks {missing} and has {unknown} left over")
@@ -150,7 +160,8 @@ def check_names(state_dict: dict[str, Tensor], model: nn.Module, classifier: str
 
 def warn_of_dropped_classifier(state_dict: dict[str, Tensor], model: nn.Module, classifier: str = "head.fc") -> None:
     """Warns where timm will drop a classifier that fits, since the entry tells another number of classes."""
-    stated = getattr(model, "pretrained_cfg", {}).get("num_classes")
+    cfg = getattr(model, "pretrained_cfg", {})
+    stated = cfg.get("num_classes") if cfg.get("classifier") else None
     head = state_dict.get(f"{classifier}.weight")
     if head is not None and stated is not None and len(head) == model.num_classes != stated:
         warnings.warn(

@@ -24,6 +24,7 @@ from ..layers.stem import Stem
 from .build import build
 from .config import CLASSIC, RatConfig
 from .convert import (
+    check_axes,
     check_names,
     fit,
     is_upstream,
@@ -90,8 +91,8 @@ class ResolutionAwareTransformer(nn.Module):
                 raise ValueError(f"{name} must be in [0, 1), got {rate}")
         stages = self.cfg.stages()
         self._check_pool(global_pool)
-        self.in_chans = in_chans
-        self.num_classes = num_classes
+        self.in_chans = int(in_chans)
+        self.num_classes = int(num_classes)
         self.num_features = self.head_hidden_size = stages[-1].dim
 
         self.stem = Stem(
@@ -340,9 +341,11 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTrans
     state_dict, cfg = unwrap(checkpoint), model.cfg
     known = getattr(model, "pretrained_model_args", {}).get("spacing")
     if is_upstream(state_dict):
+        check_axes(state_dict["init_proj.weight"], cfg)
         state_dict = rename_upstream(state_dict)
         lengths = [(stage.sga_unit, stage.unit) for stage in cfg.stages()]  # upstream's unit is 1
     else:
+        check_axes(state_dict.get("stem.convs.0.weight"), cfg)
         ratio = (1.0,) * cfg.spatial_dims if known is None else spacing_ratio(cfg, known)
         lengths = [(ratio, ratio)] * len(cfg.depths)
     state_dict = rescale(fit(state_dict, model), lengths, cfg)

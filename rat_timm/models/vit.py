@@ -22,12 +22,13 @@ from ..layers.patches import patchify, physical_patchify
 from ..layers.rope import FAMILIES, Frame, extend_along_z, rotary_embedding
 from ..layers.sequence import POOLS, TokenSequence, attention_mask, join_masks, pool_valid
 from .build import build
-from .convert import fit
+from .convert import check_names, fit, unwrap
 from .inputs import read_images
 
 __all__ = ["RatVit"]
 
 _MAX_PARAMETERS = 2e9
+_HEAD = ("head.", "attn_pool.", "norm.", "fc_norm.")  # what another number of classes or another pooling changes
 
 
 class RatVit(eva.Eva):
@@ -400,14 +401,21 @@ class _Flat:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: RatVit) -> dict[str, Tensor]:
-    """Turns a checkpoint into a state dict of ``model``: timm's filter, then a third axis and other channels."""
+    """Turns a checkpoint into a state dict of ``model``: unwrapped, by timm's filter, with other axes and channels.
+
+    Raises:
+        ValueError: If parameters are missing or left over, but for those around the classifier.
+    """
+    state_dict = unwrap(state_dict)
     own = state_dict.get("patch_embed.proj.weight")
     if own is None or own.ndim == 4:
         state_dict = eva.checkpoint_filter_fn(state_dict, _Flat(model) if model.spatial_dims == 3 else model)
     freqs = state_dict.get("rope.freqs")
     if freqs is not None and len(freqs) < model.spatial_dims:
         state_dict = {**state_dict, "rope.freqs": extend_along_z(freqs)}
-    return fit(state_dict, model, "patch_embed.proj.weight")
+    state_dict = fit(state_dict, model, "patch_embed.proj.weight")
+    check_names(state_dict, model, _HEAD)
+    return state_dict
 
 
 def _architectures() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -443,16 +451,15 @@ def _entries(arch: str) -> dict[str, dict[str, Any]]:
 
 def _register(arch: str, kwargs: dict[str, Any]) -> None:
     def create(pretrained: bool = False, **given: Any) -> nn.Module:
-        return _create_vit(f"rat_{arch}", pretrained, **{**kwargs, **given})
+        return _create_vit(f"rat_{arch}", kwargs, pretrained, **given)
 
     create.__name__ = create.__qualname__ = f"rat_{arch}"
     create.__doc__ = f"timm's ``{arch}``, resolution-aware."
     register_model(create)
 
 
-def _create_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def _create_vit(variant: str, defaults: dict[str, Any], pretrained: bool = False, **kwargs: Any) -> nn.Module:
     entry = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    kwargs.setdefault("reference_size", entry.input_size[-2:])
     return build(
         RatVit,
         variant,
@@ -460,6 +467,7 @@ def _create_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         model_cfg=None,
         filter_fn=checkpoint_filter_fn,
         entry_args={},
+        defaults={**defaults, "reference_size": entry.input_size[-2:]},
         feature_indices=kwargs.pop("out_indices", 3),
         **kwargs,
     )
