@@ -209,6 +209,35 @@ def pyramid_grids(
     return grids
 
 
+def spacing_numbers(
+    shapes: Sequence[Sequence[int]], spacing: Any, reference: Sequence[float]
+) -> list[tuple[float, ...] | None]:
+    """Returns the levels' spacings as far as they are Python's numbers, None where a tensor holds them.
+
+    Args:
+        shapes: The levels' sizes in pixels.
+        spacing: See `pyramid_grids`, which has read it.
+        reference: The model's reference spacing, per axis.
+    """
+    axes = len(shapes[0])
+    first, *others = _per_level(spacing, "spacing", len(shapes), axes)
+    base = _numbers(reference if first is None else first, axes)
+    found = [base]
+    for entry, shape in zip(others, shapes[1:], strict=True):
+        if entry is not None:
+            found.append(_numbers(entry, axes))
+        else:
+            ratio = [a / b for a, b in zip(shapes[0], shape, strict=True)]
+            found.append(None if base is None else tuple(s * r for s, r in zip(base, ratio, strict=True)))
+    return found
+
+
+def _numbers(value: Any, axes: int) -> tuple[float, ...] | None:
+    values = (value,) * axes if _is_number(value) else value
+    known = isinstance(values, (list, tuple)) and all(_is_number(v) for v in values)
+    return tuple(float(v) for v in values) if known else None
+
+
 def _lower_level(
     base: Grid,
     shape: Sequence[int],

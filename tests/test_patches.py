@@ -117,6 +117,20 @@ def test_a_smooth_scene_gives_nearly_the_same_patches_at_any_spacing():
         assert ((found - expected)[:, 1:-1, 1:-1].norm() / expected[:, 1:-1, 1:-1].norm()) < 0.05
 
 
+def test_interpolated_patches_are_where_their_values_are():
+    """The mean over a patch of a ramp is the ramp at the patch's middle, however near 1 the ratio is."""
+    weight = torch.full((1, 1, 1, 16, 16), 1 / 256)
+    ramp = ((torch.arange(4.0) + 0.5) * 1.15).reshape(1, 4, 1, 1, 1).expand(1, 4, 16, 16, 1)
+    tokens = Tokens(ramp, Grid.create((4, 16, 16), (1.15, 1.0, 1.0)))
+    out = physical_patchify(tokens, weight, None, (1.0, 1.0, 1.0))
+    depth, values = out.grid.coordinates()[0, :, 0, 0, 0].float(), out.x[0, :, 0, 0, 0]
+    torch.testing.assert_close(values[1:-1], depth[1:-1])
+    assert ((values - depth)[[0, -1]].abs() < 0.5).all()  # beyond the first and the last centre the edge is repeated
+    flat = Tokens(torch.ones(1, 80, 80, 1), Grid.create((80, 80), 0.83))
+    inner = physical_patchify(flat, weight[:, :, 0], None, (1.0, 1.0)).x[0, :4, :4]
+    torch.testing.assert_close(inner, torch.ones_like(inner))
+
+
 def test_interpolation_leaks_nothing_masked():
     weight, bias = kernel(8, 8)
     mask = torch.rand(2, 40, 50) > 0.5

@@ -127,8 +127,6 @@ def test_physical_patches_see_the_same_scene_at_any_sampling(name, factors):
     ).eval()
     physical.load_state_dict(ours.state_dict())
     patch = ours.patch_embed.patch_size
-    if name.startswith("eva02") and 1.5 in factors:
-        assert patch[0] * 1.5 == 21
     x = torch.randn(1, 3, 4 * patch[0], 5 * patch[1])
     tokens = Tokens(x.movedim(1, -1), Grid.create(x.shape[2:]))
     large = enlarge(tokens, patch, factors).movedim(-1, 1)
@@ -192,6 +190,100 @@ def test_pooling_passes_over_invalid_patches(name):
         assert_close(ours.forward_head(kept), logits[:1])
 
 
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"])
+@torch.no_grad()
+def test_learned_embeddings_are_physical(name):
+    """At the reference spacing a part of an image has the embeddings of its place."""
+    ours = pair(name, depth=1)[1]
+    ours.rope.bands.zero_()
+    size, patch = ours.patch_embed.img_size, ours.patch_embed.patch_size[0]
+    x = torch.randn(1, 3, *size)
+    assert_close(ours(x, spacing=1.0), ours(x))
+    assert (ours(x, spacing=2.0) - ours(x)).abs().max() > 1e-3
+    learned = ours.pos_embed[0, ours.num_prefix_tokens :].unflatten(0, ours.patch_embed.grid_size)
+    part = (4 * patch, 6 * patch)
+    whole_origin, part_origin = (0.5, 0.5), (2 * patch + 0.5, 3 * patch + 0.5)
+    seen = []
+    original = ours._position_embedding
+    ours._position_embedding = lambda *args: seen.append(original(*args)) or seen[-1]
+    ours([x, torch.randn(1, 3, *part)], spacing=[(1.0, 1.0)] * 2, origin=[whole_origin, part_origin])
+    assert_close(seen[0][0], learned.flatten(0, 1))
+    assert_close(seen[1][0].unflatten(0, (4, 6)), learned[2:6, 3:9])
+
+
+@torch.no_grad()
+def test_levels_without_spacing_have_one_system_of_positions():
+    ours = pair("vit_pe_core_tiny_patch16_384", depth=1, img_size=64)[1]
+    seen, original = [], ours._position_embedding
+    ours._position_embedding = lambda *args: seen.append(original(*args)) or seen[-1]
+    ours([torch.randn(1, 3, 64, 64), torch.randn(1, 3, 32, 32)])
+    fine, coarse = (part[0].unflatten(0, (n, n)) for part, n in zip(seen, (4, 2), strict=True))
+    between = (fine[0, 0] + fine[0, 1] + fine[1, 0] + fine[1, 1]) / 4
+    assert (coarse[0, 0] - between).norm() < 0.7 * between.norm()
+
+
+@torch.no_grad()
+def test_pooling_by_attention_keeps_its_mask_where_attention_is_not_fused():
+    name = "vit_pe_core_tiny_patch16_384"
+    ours = pair(name, depth=2, img_size=64)[1]
+    plain = timm.create_model(f"rat_{name}", num_classes=7, depth=2, img_size=64, exportable=True).eval()
+    plain.load_state_dict(ours.state_dict())
+    x, mask = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[:, :32, :32] = True
+    assert_close(plain(x, mask=mask), ours(x, mask=mask))
+
+
+@torch.no_grad()
+def test_patches_that_do_not_divide_the_image():
+    ours = timm.create_model("rat_vit_small_patch16_rope_224", patch_size=15, depth=2, num_classes=3).eval()
+    x = torch.randn(1, 3, 224, 224)
+    assert_close(lively(ours)(x, spacing=1.0), ours(x))
+
+
+def test_the_reference_is_the_image_size_of_what_is_not_pretrained():
+    model = timm.create_model("rat_eva02_tiny_patch14_224", depth=1, img_size=448)
+    assert model.reference_size == (448, 448)
+
+
+def test_feature_info_follows_the_patch():
+    model = timm.create_model("rat_vit_small_patch16_dinov3", depth=1)
+    model.set_input_size(patch_size=8)
+    assert model.feature_info[0]["reduction"] == 8
+    assert model.feature_info[0]["stride"] == (8, 8)
+
+
+def test_masks_of_the_head_are_checked():
+    model = timm.create_model("rat_vit_small_patch16_dinov3", depth=1, global_pool="", num_classes=4).eval()
+    levels = [torch.randn(2, 3, 64, 64), torch.randn(2, 3, 32, 32)]
+    with torch.no_grad():
+        tokens = model.forward_features(levels)
+        for a, b in zip(model.forward_head(tokens), model(levels), strict=True):
+            assert_close(a, b)
+    for mask in ([torch.ones(1, 16, dtype=torch.bool), None], [torch.ones(2, 16), None]):
+        with pytest.raises(ValueError, match="mask of level 0 must be bool"):
+            model.forward_head(tokens, mask=mask)
+    with pytest.raises(ValueError, match="one entry per level"):
+        model.forward_head(tokens, mask=torch.ones(2, 16, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_physical_patches_compile_and_export_with_numbers():
+    torch._dynamo.reset()
+    model = lively(
+        timm.create_model("rat_vit_small_patch16_rope_224", depth=2, num_classes=3, physical_patches=True).eval()
+    )
+    x = torch.randn(1, 3, 64, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for spacing in (0.7, (0.5, 1.3)):
+        assert_close(compiled(x, spacing=spacing), model(x, spacing=spacing))
+        program = torch.export.export(model, (x,), {"spacing": spacing})
+        assert_close(program.module()(x, spacing=spacing), model(x, spacing=spacing))
+    levels, given = [x, x[..., :32, :32]], {"spacing": 0.7}
+    assert_close(compiled(levels, **given), model(levels, **given))
+    with pytest.raises(Exception, match="spacing must be numbers"):
+        torch.export.export(model, (x,), {"spacing": torch.tensor([[0.7, 0.7]])})
+
+
 def test_levels_share_prefix_tokens():
     _, ours = pair("vit_small_patch16_dinov3", depth=2)
     levels = [torch.randn(2, 3, 64, 48), torch.randn(2, 3, 32, 32)]
@@ -228,7 +320,7 @@ def test_checkpointing_and_compiling_change_nothing(name, axes):
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     expected = grads(model)
-    assert len(expected) == len(list(model.parameters())) - (model.pos_embed is not None and model.cls_token is None)
+    assert len(expected) == len(list(model.parameters()))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     model_checkpointing = copy.deepcopy(model)
     for other in (grads(compiled),):
@@ -373,6 +465,24 @@ def test_saved_keywords_come_before_the_architectures(tmp_path):
         assert loaded.reference_size == (64, 64)
         for given in ({}, {"spacing": 0.7}):
             assert torch.equal(loaded(x, **given), model(x, **given))
+
+
+@torch.no_grad()
+def test_saved_volumes_adapt_and_other_units_are_refused(tmp_path):
+    kwargs = {"depth": 2, "num_classes": 4, "img_size": 56, "spacing": 0.5}
+    model = lively(timm.create_model("rat_eva02_tiny_patch14_224", **kwargs).eval())
+    hub.save(model, tmp_path / "flat")
+    name = f"local-dir:{tmp_path / 'flat'}"
+    with pytest.raises(ValueError, match=r"spacing \(1.0, 1.0\) is not that of the weights, 0.5"):
+        timm.create_model(name, pretrained=True, spacing=1.0)
+    deep = timm.create_model(name, pretrained=True, spatial_dims=3, patch_depth=4).eval()
+    x = torch.randn(1, 3, 56, 70)
+    volume = x.unsqueeze(2).expand(-1, -1, 4, -1, -1)
+    assert_close(deep(volume, spacing=0.7), model(x, spacing=0.7))
+    hub.save(deep, tmp_path / "deep")
+    larger = timm.create_model(f"local-dir:{tmp_path / 'deep'}", pretrained=True, img_size=112, patch_depth=8)
+    assert larger.pos_embed.shape[1] == 65
+    assert larger.patch_embed.proj.kernel_size == (8, 14, 14)
 
 
 LOAD = """

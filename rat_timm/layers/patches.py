@@ -11,7 +11,6 @@ from .masking import pool_mask
 
 _CONVS = {2: F.conv2d, 3: F.conv3d}
 _MAX_POOLS = {2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
-_LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 def patchify(tokens: Tokens, weight: Tensor, bias: Tensor | None) -> Tokens:
@@ -57,7 +56,13 @@ def _resize_matrix(old: int, new: int, device: torch.device) -> Tensor:
     return F.interpolate(basis, size=(1, new), mode="bicubic", antialias=True).reshape(old, new).T
 
 
-def physical_patchify(tokens: Tokens, weight: Tensor, bias: Tensor | None, reference: Sequence[float]) -> Tokens:
+def physical_patchify(
+    tokens: Tokens,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference: Sequence[float],
+    spacing: Sequence[float] | None = None,
+) -> Tokens:
     """As `patchify`, with patches that are as large as they are at the reference spacing, whatever the spacing is.
 
     The kernel is resampled to the whole number of pixels that comes nearest; where that is not exact, the image is
@@ -68,41 +73,49 @@ def physical_patchify(tokens: Tokens, weight: Tensor, bias: Tensor | None, refer
         weight: ``[dim, C, *patch]``, for the reference spacing.
         bias: ``[dim]`` or None.
         reference: The reference spacing per axis.
+        spacing: That of the grid in numbers, per axis; None: read from the grid, which a compiled model cannot do.
 
     Raises:
         ValueError: If samples have different spacings: they would have different numbers of patches.
     """
-    if (tokens.grid.spacing != tokens.grid.spacing[:1]).any():
-        raise ValueError(
-            "spacing must be the same for all samples where patches are physical, since it decides how many patches "
-            f"there are; got {tokens.grid.spacing.tolist()}"
-        )
-    spacing: list[float] = tokens.grid.spacing[0].tolist()
+    spacing = _read_spacing(tokens) if spacing is None else spacing
     length = [p * r for p, r in zip(weight.shape[2:], reference, strict=True)]
     size = [max(1, round(whole / s)) for whole, s in zip(length, spacing, strict=True)]
     ratio = [s * n / whole for s, n, whole in zip(spacing, size, length, strict=True)]  # new pixels per old one
     if any(abs(r - 1) > 1e-6 for r in ratio):
-        tokens = _interpolate(tokens, ratio, size)
+        tokens = _interpolate(tokens, ratio)
     return patchify(tokens, resample_kernel(weight, size), bias)
 
 
-def _interpolate(tokens: Tokens, ratio: Sequence[float], patch: Sequence[int]) -> Tokens:
-    """Interpolates to ``ratio`` pixels for one, from the outer corner on, and fills up to whole patches."""
-    old = tokens.grid.shape
-    inside = [max(1, round(n * r)) for n, r in zip(old, ratio, strict=True)]
-    size = [n + -n % p for n, p in zip(inside, patch, strict=True)]
-    # zeros behind the image, enough that interpolation reaches the new size
-    padded = [max(n, int(m / r) + 2) for n, m, r in zip(old, size, ratio, strict=True)]
-    x = _pad(channels_first(tokens.filled()), padded)
-    x = F.interpolate(x, scale_factor=tuple(ratio), mode=_LINEAR[len(old)], recompute_scale_factor=False)
-    for axis, n in enumerate(size, start=2):
-        x = x.narrow(axis, 0, n)
+def _read_spacing(tokens: Tokens) -> list[float]:
+    rows = tokens.grid.spacing
+    if torch.compiler.is_compiling() or rows.is_meta:
+        raise ValueError("spacing must be numbers, not a tensor, where patches are physical and the model is compiled")
+    if (rows != rows[:1]).any():
+        raise ValueError(
+            "spacing must be the same for all samples where patches are physical, since it decides how many patches "
+            f"there are; got {rows.tolist()}"
+        )
+    return rows[0].tolist()
+
+
+def _interpolate(tokens: Tokens, ratio: Sequence[float]) -> Tokens:
+    """Interpolates linearly to ``ratio`` pixels for one, from the outer corner on."""
+    size = tuple(max(1, round(n * r)) for n, r in zip(tokens.grid.shape, ratio, strict=True))
+    x = tokens.filled()
+    for axis, (n, r) in enumerate(zip(size, ratio, strict=True), start=1):
+        # by hand, since `interpolate` copies an axis whose length stays, and knows no scale beside the lengths
+        place = ((torch.arange(n, device=x.device) + 0.5) / r - 0.5).clamp(0, x.shape[axis] - 1)
+        low = place.floor().long()
+        high = (low + 1).clamp(max=x.shape[axis] - 1)
+        share = (place - low).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1 - axis))
+        x = torch.lerp(x.index_select(axis, low), x.index_select(axis, high), share)
     mask = tokens.mask
     if mask is not None:
-        mask = _pad(_MAX_POOLS[len(old)](mask.float().unsqueeze(1), inside)[:, 0] > 0, size)
-    spacing = tokens.grid.spacing / tokens.grid.spacing.new_tensor(ratio)
-    grid = tokens.grid._replace(shape=tuple(size), spacing=spacing, origin=tokens.grid.corners()[0] + spacing / 2)
-    return Tokens(channels_last(x), grid, mask)
+        mask = _MAX_POOLS[len(size)](mask.float().unsqueeze(1), size)[:, 0] > 0
+    spacing = tokens.grid.spacing / tokens.grid.spacing.new_tensor(list(ratio))
+    grid = tokens.grid._replace(shape=size, spacing=spacing, origin=tokens.grid.corners()[0] + spacing / 2)
+    return Tokens(x, grid, mask)
 
 
 def _pad(x: Tensor, size: Sequence[int]) -> Tensor:

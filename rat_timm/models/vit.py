@@ -17,12 +17,13 @@ from timm.models import checkpoint, eva, generate_default_cfgs, register_model, 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..grid import Grid, Tokens, axis_values, channels_first, field_center, fill, integers
-from ..layers.patches import patchify, physical_patchify
+from ..grid import Grid, Tokens, axis_values, channels_first, field_center, fill, integers, spacing_numbers
+from ..layers.masking import check_mask
+from ..layers.patches import patchify, physical_patchify, resample_kernel
 from ..layers.rope import FAMILIES, Frame, extend_along_z, rotary_embedding
 from ..layers.sequence import POOLS, TokenSequence, attention_mask, join_masks, pool_valid
 from .build import build
-from .convert import check_names, fit, unwrap
+from .convert import check_names, fit, unwrap, warn_of_dropped_classifier
 from .inputs import read_images
 
 __all__ = ["RatVit"]
@@ -73,14 +74,19 @@ class RatVit(eva.Eva):
         self.reference_size = integers(size, "reference_size", 2)
         self.physical_patches = physical_patches
         self._traits = {"first_conv": None}  # timm adapts no channels: checkpoint_filter_fn does, in 3D too
+        if spatial_dims == 3 and self.patch_drop is not None:
+            raise ValueError("patch_drop_rate goes with spatial_dims=2")
         if spatial_dims == 3:
             self._deepen(self.patch_embed.patch_size[0] if patch_depth is None else patch_depth)
         elif patch_depth is not None:
             raise ValueError(f"patch_depth is for spatial_dims=3, got {patch_depth} with spatial_dims=2")
+        self._inform()
+
+    def _inform(self) -> None:
         patch = self.patch_embed.proj.kernel_size
+        spacing = tuple(a * b for a, b in zip(patch, self.reference_spacing, strict=True))
         for info in self.feature_info:
-            spacing_out = tuple(a * b for a, b in zip(patch, self.reference_spacing, strict=True))
-            info.update(reduction=max(patch), stride=patch, spacing=spacing_out)
+            info.update(reduction=max(patch), stride=patch, spacing=spacing)
 
     def _deepen(self, depth: int) -> None:
         flat = self.patch_embed.proj
@@ -164,8 +170,17 @@ class RatVit(eva.Eva):
         """
         if isinstance(x, Tensor) and mask is None:
             return super().forward_head(x, pre_logits)
-        sequences, masks = ([x], [mask]) if isinstance(x, Tensor) else (list(x), mask or [None] * len(x))
+        sequences, masks = ([x], [mask]) if isinstance(x, Tensor) else (list(x), mask)
+        masks = [None] * len(sequences) if masks is None else masks
+        if not isinstance(masks, (list, tuple)) or len(masks) != len(sequences):
+            raise ValueError(f"mask must be a list with one entry per level ({len(sequences)}), got {mask!r}")
         patches = [sequence[:, self.num_prefix_tokens :] for sequence in sequences]
+        flat = [None if m is None else m.flatten(1) for m in masks]
+        for level, (m, part) in enumerate(zip(flat, patches, strict=True)):
+            check_mask(m, part.shape[:-1], f"mask of level {level}")
+        if not self._pools:
+            heads = [self._head(s, pre_logits) for s in sequences]
+            return heads[0] if isinstance(x, Tensor) else heads
         joined = torch.cat([sequences[0][:, : self.num_prefix_tokens], *patches], dim=1)
         valid = join_masks(masks, [part.shape[:-1] for part in patches])
         return self._head(self._pool(joined, valid), pre_logits)
@@ -232,17 +247,19 @@ class RatVit(eva.Eva):
         }
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Sets the nominal image size (y, x), over which a learned embedding is spread, and the patch size in 2D."""
+        """Sets the image size (y, x) that a learned embedding has one entry per patch for, and the patch size."""
         if patch_size is not None and self.spatial_dims == 3:
             raise ValueError("patch_size can be changed for spatial_dims=2 only")
         super().set_input_size(img_size, patch_size)
+        self._inform()
 
     def model_args(self) -> dict[str, Any]:
         """Returns the keywords beside timm's that make this model again, as JSON has them."""
         deep = self.spatial_dims == 3
+        spacing = self.reference_spacing
         return {
             "spatial_dims": self.spatial_dims,
-            "spacing": list(self.reference_spacing),
+            "spacing": spacing[0] if len(set(spacing)) == 1 else list(spacing),
             "reference_size": list(self.reference_size),
             "patch_depth": self.patch_embed.proj.kernel_size[0] if deep else None,
             "physical_patches": self.physical_patches,
@@ -267,22 +284,28 @@ class RatVit(eva.Eva):
         self, x: Any, spacing: Any, mask: Any, origin: Any, attn_mask: Tensor | None, is_causal: bool
     ) -> TokenSequence:
         if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask and is_causal go with one image without spacing, mask and origin")
+            raise ValueError("attn_mask and is_causal go with one image, without spacing, mask, origin and output_dict")
         if self.training and self.patch_drop is not None:
-            raise ValueError("patch_drop_rate goes with one image without spacing, mask and origin")
+            raise ValueError("patch_drop_rate goes with one image, without spacing, mask, origin and output_dict")
         pyramid = read_images(x, spacing, mask, origin, self.reference_spacing, self.in_chans, (1,) * self.spatial_dims)
         proj = self.patch_embed.proj
         if self.physical_patches:
-            levels = [physical_patchify(t, proj.weight, proj.bias, self.reference_spacing) for t in pyramid.levels]
+            shapes = [tokens.grid.shape for tokens in pyramid.levels]
+            numbers = spacing_numbers(shapes, spacing, self.reference_spacing)
+            levels = [
+                physical_patchify(tokens, proj.weight, proj.bias, self.reference_spacing, known)
+                for tokens, known in zip(pyramid.levels, numbers, strict=True)
+            ]
         else:
             levels = [patchify(tokens, proj.weight, proj.bias) for tokens in pyramid.levels]
         frame = self._frame(levels, [tokens.grid for tokens in pyramid.levels], spacing is not None)
         places = [level.grid.coordinates().flatten(1, -2) for level in levels]
         rows = max(len(p) for p in places)
         rope = rotary_embedding(self.rope, frame, torch.cat([p.expand(rows, -1, -1) for p in places], dim=1))
+        stretched = [spacing is None and i == 0 for i in range(len(levels))]  # what timm does with an image
         embedded = [
-            level.x.flatten(1, -2) + self._position_embedding(level, frame, p, spacing is not None)
-            for level, p in zip(levels, places, strict=True)
+            level.x.flatten(1, -2) + self._position_embedding(level, frame, p, whole)
+            for level, p, whole in zip(levels, places, stretched, strict=True)
         ]
         sequence = torch.cat([*self._prefix(len(levels[0].x)), *embedded], dim=1)
         return TokenSequence(self.norm_pre(self.pos_drop(sequence)), rope, levels, pyramid.single)
@@ -291,9 +314,13 @@ class RatVit(eva.Eva):
         patch = self.patch_embed.proj.kernel_size
         base = levels[0].grid
         if physical:
-            plane = [n * r for n, r in zip(self.reference_size, self.reference_spacing[-2:], strict=True)]
+            # the reference image is filled up to whole patches, as every image is
+            short = [-n % p for n, p in zip(self.reference_size, patch[-2:], strict=True)]
             rows, columns = (-(-n // p) for n, p in zip(self.reference_size, patch[-2:], strict=True))
-            center, extent = field_center(images), base.spacing.new_tensor([plane])
+            pixel = base.spacing.new_tensor([self.reference_spacing[-2:]])
+            extent = pixel * base.spacing.new_tensor([a + b for a, b in zip(self.reference_size, short, strict=True)])
+            shift = nn.functional.pad(pixel * base.spacing.new_tensor(short) / 2, (self.spatial_dims - 2, 0))
+            center = field_center(images) + shift
         else:
             rows, columns = base.shape[-2:]
             center, extent = field_center([base]), base.spacing[:, -2:] * base.spacing.new_tensor([rows, columns])
@@ -302,13 +329,13 @@ class RatVit(eva.Eva):
             depth = base.spacing.new_tensor([[patch[0] * self.reference_spacing[0]]])
         return Frame(center, extent, (rows, columns), depth)
 
-    def _position_embedding(self, level: Tokens, frame: Frame, places: Tensor, physical: bool) -> Tensor:
+    def _position_embedding(self, level: Tokens, frame: Frame, places: Tensor, stretched: bool) -> Tensor:
         """Returns the learned embedding at a level's patches, ``[1 or B, N, C]``, zero if there is none."""
         if self.pos_embed is None:
             return level.x.new_zeros(())
         learned = self.pos_embed if self.no_embed_class else self.pos_embed[:, self.num_prefix_tokens :]
         size = self.patch_embed.grid_size
-        if not physical:
+        if stretched:
             plane = list(level.grid.shape[-2:])
             learned = resample_abs_pos_embed(learned, plane, list(size), num_prefix_tokens=0)
             return learned.repeat(1, math.prod(level.grid.shape[:-2]), 1)
@@ -372,7 +399,9 @@ class RatVit(eva.Eva):
         prefix, patches = x[:, : self.num_prefix_tokens], fill(x[:, self.num_prefix_tokens :], valid)
         if self.attn_pool is not None:
             allowed = attention_mask(valid, self.num_prefix_tokens)
-            return self.attn_pool(torch.cat((prefix, patches), dim=1), attn_mask=allowed)
+            # added to the logits: that is what timm's pooling does with any mask where attention is not fused
+            bias = torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, -math.inf)
+            return self.attn_pool(torch.cat((prefix, patches), dim=1), attn_mask=bias)
         if self.global_pool in POOLS:
             return pool_valid(patches, valid, self.global_pool)
         return self.pool(torch.cat((prefix, patches), dim=1))
@@ -407,15 +436,31 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RatVit) -> dict[str,
         ValueError: If parameters are missing or left over, but for those around the classifier.
     """
     state_dict = unwrap(state_dict)
-    own = state_dict.get("patch_embed.proj.weight")
-    if own is None or own.ndim == 4:
-        state_dict = eva.checkpoint_filter_fn(state_dict, _Flat(model) if model.spatial_dims == 3 else model)
+    _check_spacing(model)
+    kernel, own = "patch_embed.proj.weight", state_dict.get("patch_embed.proj.weight")
+    if own is not None and own.ndim == 5:
+        state_dict = {**state_dict, kernel: own.sum(dim=2)}
+    state_dict = eva.checkpoint_filter_fn(state_dict, _Flat(model) if model.spatial_dims == 3 else model)
+    if own is not None and own.ndim == 5:
+        state_dict = {**state_dict, kernel: resample_kernel(own, model.patch_embed.proj.kernel_size)}
     freqs = state_dict.get("rope.freqs")
     if freqs is not None and len(freqs) < model.spatial_dims:
         state_dict = {**state_dict, "rope.freqs": extend_along_z(freqs)}
-    state_dict = fit(state_dict, model, "patch_embed.proj.weight")
+    state_dict = fit(state_dict, model, kernel)
     check_names(state_dict, model, _HEAD)
+    warn_of_dropped_classifier(state_dict, model, "head")
     return state_dict
+
+
+def _check_spacing(model: RatVit) -> None:
+    known = getattr(model, "pretrained_model_args", {}).get("spacing")
+    if known is not None:
+        trained = axis_values(known, "spacing", 2 if isinstance(known, (int, float)) else len(known))
+        if trained[-2:] != model.reference_spacing[-2:]:
+            raise ValueError(
+                f"spacing {model.reference_spacing} is not that of the weights, {known}, and these positions are in "
+                "fixed units: load the weights with their own, and tell forward the images' spacing"
+            )
 
 
 def _architectures() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -467,7 +512,7 @@ def _create_vit(variant: str, defaults: dict[str, Any], pretrained: bool = False
         model_cfg=None,
         filter_fn=checkpoint_filter_fn,
         entry_args={},
-        defaults={**defaults, "reference_size": entry.input_size[-2:]},
+        defaults={**defaults, **({"reference_size": entry.input_size[-2:]} if pretrained else {})},
         feature_indices=kwargs.pop("out_indices", 3),
         **kwargs,
     )
