@@ -303,8 +303,7 @@ def test_levels_share_prefix_tokens():
     assert maps[0][0].shape == (2, 12, 384)
 
 
-@pytest.mark.parametrize("axes", [2, 3])
-@families
+@pytest.mark.parametrize(("name", "axes"), [*((name, 2) for name in FAMILIES), (FAMILIES[0], 3), (FAMILIES[1], 3)])
 def test_checkpointing_and_compiling_change_nothing(name, axes):
     torch._dynamo.reset()
     kwargs = {"depth": 2, "img_size": 64 if "16" in name else 56, "num_classes": 3}
