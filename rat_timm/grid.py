@@ -358,3 +358,8 @@ def integers(value: Any, name: str, axes: int) -> tuple[int, ...]:
     if len(values) != axes:
         raise ValueError(f"{name} must be whole, got {value!r}")
     return tuple(int(v) for v in values)
+
+
+def merge_axes(values: Sequence[float]) -> float | list[float]:
+    """Returns one number for values that all axes share, which fits any number of axes; else a list of them."""
+    return values[0] if len(set(values)) == 1 else list(values)

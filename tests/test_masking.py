@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rat_timm.layers.masking import masked_attention, masked_log_softmax, nothing, pool_mask
+from rat_timm.layers.masking import join_masks, masked_attention, masked_log_softmax, nothing, pool_mask
 from references import places
 
 
@@ -41,3 +41,10 @@ def test_a_cell_is_valid_if_any_of_its_places_is(shape, stride, seed):
     for place in places(shape):
         expected[(0, *(i // stride for i in place))] |= mask[(0, *place)]
     assert torch.equal(pool_mask(mask, (stride,) * len(shape)), expected)
+
+
+def test_masks_of_levels_are_joined_in_order():
+    mask = torch.tensor([[[True, False], [False, True]]])
+    assert join_masks([None, None], [(1, 3), (1, 2)]) is None
+    joined = join_masks([None, mask], [(1, 3), (1, 2, 2)])
+    assert joined.tolist() == [[True, True, True, True, False, False, True]]

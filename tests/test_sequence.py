@@ -2,20 +2,13 @@ import pytest
 import torch
 
 from rat_timm.grid import Grid, Tokens
-from rat_timm.layers.sequence import TokenSequence, attention_mask, join_masks, pool_valid
+from rat_timm.layers.sequence import TokenSequence, attention_mask, pool_valid
 
 
 def test_samples_without_valid_tokens_may_look_anywhere():
     valid = torch.tensor([[True, False], [False, False]])
     assert attention_mask(valid, 0)[:, 0, 0].tolist() == [[True, False], [True, True]]
     assert attention_mask(valid, 1)[:, 0, 0].tolist() == [[True, True, False], [True, False, False]]
-
-
-def test_masks_of_levels_are_joined_in_order():
-    mask = torch.tensor([[[True, False], [False, True]]])
-    assert join_masks([None, None], [(1, 3), (1, 2)]) is None
-    joined = join_masks([None, mask], [(1, 3), (1, 2, 2)])
-    assert joined.tolist() == [[True, True, True, True, False, False, True]]
 
 
 def test_a_sequence_splits_into_its_levels():

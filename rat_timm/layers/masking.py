@@ -61,3 +61,15 @@ def pool_mask(mask: Tensor, stride: Sequence[int]) -> Tensor:
     pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(stride)]
     size = tuple(stride)
     return pool(mask.float().unsqueeze(1), kernel_size=size, stride=size, ceil_mode=True).squeeze(1) > 0
+
+
+def join_masks(masks: Sequence[Tensor | None], shapes: Sequence[Sequence[int]]) -> Tensor | None:
+    """Joins the levels' masks into ``[B, N]``; None if no level has one."""
+    if all(mask is None for mask in masks):
+        return None
+    device = next(mask.device for mask in masks if mask is not None)
+    flat = [
+        torch.ones(tuple(shape), dtype=torch.bool, device=device).flatten(1) if mask is None else mask.flatten(1)
+        for mask, shape in zip(masks, shapes, strict=True)
+    ]
+    return torch.cat(flat, dim=1)

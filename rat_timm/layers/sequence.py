@@ -1,6 +1,5 @@
 """The tokens of a plain transformer: one sequence of prefix tokens and the patches of all levels."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch.nn import functional as F
 
 from ..grid import Tokens, fill
 from .head import average
+from .masking import join_masks
 
 POOLS = ("avg", "max", "avgmax")
 
@@ -35,7 +35,8 @@ class TokenSequence(NamedTuple):
 
     def attention_mask(self, prefix: int) -> Tensor | None:
         """Returns which tokens may be looked at, ``[B, 1, 1, P + N]``; None if all may."""
-        return None if self.valid is None else attention_mask(self.valid, prefix)
+        valid = self.valid
+        return None if valid is None else attention_mask(valid, prefix)
 
     def split(self, x: Tensor, prefix: int) -> list[Tensor]:
         """Splits patches from the sequence ``x`` into ``[B, *grid, C]`` per level, zero where invalid."""
@@ -59,18 +60,6 @@ def attention_mask(valid: Tensor, prefix: int) -> Tensor:
     """
     allowed = F.pad(valid, (prefix, 0), value=True)
     return (allowed | ~allowed.any(dim=1, keepdim=True))[:, None, None]
-
-
-def join_masks(masks: Sequence[Tensor | None], shapes: Sequence[Sequence[int]]) -> Tensor | None:
-    """Joins the levels' masks into ``[B, N]``; None if no level has one."""
-    if all(mask is None for mask in masks):
-        return None
-    device = next(mask.device for mask in masks if mask is not None)
-    flat = [
-        torch.ones(tuple(shape), dtype=torch.bool, device=device).flatten(1) if mask is None else mask.flatten(1)
-        for mask, shape in zip(masks, shapes, strict=True)
-    ]
-    return torch.cat(flat, dim=1)
 
 
 def pool_valid(patches: Tensor, valid: Tensor, pool_type: str) -> Tensor:

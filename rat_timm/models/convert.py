@@ -65,11 +65,17 @@ def _fit(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
     elif kind.startswith("scale_") and len(value) < shape[0]:
         value = torch.cat((value[:1].expand(shape[0] - len(value)), value))
     elif value.ndim > 2:
-        while value.ndim < len(shape):
-            value = value.float()  # an even share may not be exact in the checkpoint's type
-            length = shape[1 - value.ndim]
-            value = value.unsqueeze(2).expand(-1, -1, length, *value.shape[2:]) / length
+        value = inflate(value, shape)
     return value
+
+
+def inflate(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """Spreads a convolution's weight evenly over new first axes, up to the axes of ``shape``."""
+    while weight.ndim < len(shape):
+        weight = weight.float()  # an even share may not be exact in the checkpoint's type
+        length = shape[1 - weight.ndim]
+        weight = weight.unsqueeze(2).expand(-1, -1, length, *weight.shape[2:]) / length
+    return weight
 
 
 def _adapt_channels(weight: Tensor, channels: int) -> Tensor:

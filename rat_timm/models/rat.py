@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..grid import Pyramid, channels_first, channels_last, integers
+from ..grid import Pyramid, channels_first, channels_last, integers, merge_axes
 from ..layers.head import Head
 from ..layers.rose import RotarySpatialEmbedding
 from ..layers.stem import Stem
@@ -303,8 +303,7 @@ class ResolutionAwareTransformer(nn.Module):
         """Returns the keywords that make this model again, as JSON has them; without ``num_classes`` and rates."""
         args = dataclasses.asdict(self.cfg)
         args["reg_tokens"], args["leading_tokens"] = self.cfg.prefix_tokens, 0
-        reference = self.cfg.reference
-        args["spacing"] = reference[0] if len(set(reference)) == 1 else reference
+        args["spacing"] = merge_axes(self.cfg.reference)
         return {**args, "in_chans": self.in_chans, "global_pool": self.head.pool_type}
 
     def _check_pool(self, global_pool: str | None) -> None:

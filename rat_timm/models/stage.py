@@ -14,6 +14,7 @@ from ..grid import Positions, Pyramid, Tokens, field_center
 from ..layers.assignment import Assignment
 from ..layers.attention import Attention, Block
 from ..layers.grouping import DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
+from ..layers.masking import join_masks
 from ..layers.rose import RotarySpatialEmbedding
 from .config import RatConfig, StageConfig
 
@@ -173,7 +174,7 @@ def _to_sequence(pyramid: Pyramid, unit: Sequence[float]) -> tuple[Tensor, Posit
     offsets = [p.offset.flatten(1, -2) for p in positions]
     spacings = [p.spacing.expand_as(p.offset).flatten(1, -2) for p in positions]
     features = [tokens.x.flatten(1, -2) for tokens in pyramid.levels]
-    masks = [None if tokens.mask is None else tokens.mask.flatten(1) for tokens in pyramid.levels]
+    masks = pyramid.masks
     if pyramid.prefix is not None:
         count = pyramid.prefix.shape[1]
         features.insert(0, pyramid.prefix)
@@ -182,17 +183,7 @@ def _to_sequence(pyramid: Pyramid, unit: Sequence[float]) -> tuple[Tensor, Posit
         masks.insert(0, None)
     rows = max(offset.shape[0] for offset in offsets)
     joint = Positions(*(torch.cat([t.expand(rows, -1, -1) for t in parts], dim=1) for parts in (offsets, spacings)))
-    return torch.cat(features, dim=1), joint, _join_masks(masks, features)
-
-
-def _join_masks(masks: Sequence[Tensor | None], features: Sequence[Tensor]) -> Tensor | None:
-    if all(mask is None for mask in masks):
-        return None
-    full = [
-        torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        for mask, x in zip(masks, features, strict=True)
-    ]
-    return torch.cat(full, dim=1)
+    return torch.cat(features, dim=1), joint, join_masks(masks, [x.shape[:-1] for x in features])
 
 
 def _from_sequence(x: Tensor, pyramid: Pyramid) -> Pyramid:

@@ -17,13 +17,13 @@ from timm.models import checkpoint, eva, generate_default_cfgs, register_model, 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..grid import Grid, Tokens, axis_values, channels_first, field_center, fill, integers, spacing_numbers
-from ..layers.masking import check_mask
+from ..grid import Grid, Tokens, axis_values, channels_first, field_center, fill, integers, merge_axes, spacing_numbers
+from ..layers.masking import check_mask, join_masks
 from ..layers.patches import patchify, physical_patchify, resample_kernel
 from ..layers.rope import FAMILIES, Frame, extend_along_z, rotary_embedding
-from ..layers.sequence import POOLS, TokenSequence, attention_mask, join_masks, pool_valid
+from ..layers.sequence import POOLS, TokenSequence, attention_mask, pool_valid
 from .build import build
-from .convert import check_names, fit, unwrap, warn_of_dropped_classifier
+from .convert import check_names, fit, inflate, unwrap, warn_of_dropped_classifier
 from .inputs import read_images
 
 __all__ = ["RatVit"]
@@ -102,7 +102,7 @@ class RatVit(eva.Eva):
             dtype=flat.weight.dtype,
         )
         with torch.no_grad():
-            deep.weight.copy_(flat.weight.unsqueeze(2).expand_as(deep.weight) / depth)
+            deep.weight.copy_(inflate(flat.weight, deep.weight.shape))
         deep.bias = flat.bias
         self.patch_embed.proj = deep
         if isinstance(self.rope, RotaryEmbeddingMixed):
@@ -256,10 +256,9 @@ class RatVit(eva.Eva):
     def model_args(self) -> dict[str, Any]:
         """Returns the keywords beside timm's that make this model again, as JSON has them."""
         deep = self.spatial_dims == 3
-        spacing = self.reference_spacing
         return {
             "spatial_dims": self.spatial_dims,
-            "spacing": spacing[0] if len(set(spacing)) == 1 else list(spacing),
+            "spacing": merge_axes(self.reference_spacing),
             "reference_size": list(self.reference_size),
             "patch_depth": self.patch_embed.proj.kernel_size[0] if deep else None,
             "physical_patches": self.physical_patches,
