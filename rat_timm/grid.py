@@ -16,12 +16,18 @@ class Positions(NamedTuple):
     """Where tokens are as seen by one layer, in that layer's unit of length.
 
     Attributes:
-        offset: Displacement from the layer's centre, float32 ``[1 or B, ..., axes]``. Zero means "not rotated".
-        spacing: Distance between neighbours on the token's own grid, float32, broadcastable to ``offset``.
+        offset: Displacement from the layer's centre, one float32 tensor per axis, together broadcastable to
+            ``[1 or B, *grid]``: on a grid each depends on the place along its own axis only. Zero means "not rotated".
+        spacing: Distance between neighbours on the token's own grid, likewise, broadcastable to ``offset``.
     """
 
-    offset: Tensor
-    spacing: Tensor
+    offset: tuple[Tensor, ...]
+    spacing: tuple[Tensor, ...]
+
+    def dense(self) -> "Positions":
+        """Returns the same with ``[1 or B, *grid]`` for every axis."""
+        full = torch.broadcast_tensors(*self.offset)
+        return Positions(full, tuple(s.expand_as(o) for s, o in zip(self.spacing, full, strict=True)))
 
 
 class Grid(NamedTuple):
@@ -81,15 +87,23 @@ class Grid(NamedTuple):
 
     def coordinates(self) -> Tensor:
         """Returns the physical position of every centre, ``[1 or B, *shape, axes]``."""
-        ticks = [torch.arange(n, device=self.origin.device, dtype=self.origin.dtype) for n in self.shape]
-        index = torch.stack(torch.meshgrid(*ticks, indexing="ij"), dim=-1)  # [*shape, axes]
+        ticks = [self._ticks(axis) for axis in range(len(self.shape))]
+        index = torch.stack(torch.broadcast_tensors(*ticks), dim=-1)  # [*shape, axes]
         return self._rows(self.origin) + index * self._rows(self.spacing)
 
     def positions(self, center: Tensor, unit: Sequence[float]) -> Positions:
         """Returns the centres as displacements from ``center`` ``[1 or B, axes]``, divided by ``unit`` per axis."""
-        scale = self.spacing.new_tensor(list(unit))
-        offset = (self.coordinates() - self._rows(center)) / scale
-        return Positions(offset.float(), (self._rows(self.spacing) / scale).float())
+        offset, spacing = [], []
+        for axis, length in enumerate(unit):
+            shape = [-1, *(1 for _ in self.shape)]
+            step, start = self.spacing[:, axis].view(shape), (self.origin - center)[:, axis].view(shape)
+            offset.append(((start + self._ticks(axis) * step) / length).float())
+            spacing.append((step / length).float())
+        return Positions(tuple(offset), tuple(spacing))
+
+    def _ticks(self, axis: int) -> Tensor:
+        ticks = torch.arange(self.shape[axis], device=self.origin.device, dtype=self.origin.dtype)
+        return ticks.view([-1 if other == axis else 1 for other in range(len(self.shape))])
 
     def _rows(self, values: Tensor) -> Tensor:
         return values.reshape(-1, *(1 for _ in self.shape), len(self.shape))  # [1 or B, 1.., axes]

@@ -29,7 +29,7 @@ def test_shares_are_what_grouping_takes_values_with(grouping, fine, masked):
     mask = torch.rand(2, *fine) > 0.3 if masked else None
     value = torch.eye(count).view(1, *fine, 1, count).expand(2, *fine, 2, count)
     padded = [torch.nn.functional.pad(x, (0, count - 4)) for x in (query, key)]
-    taken = layer.attn(*padded, value, mask, None).mean(dim=-2).flatten(1, -2)  # [B, M, N]
+    taken = layer.prepare(padded[1], value, mask, None).take(padded[0]).mean(dim=-2).flatten(1, -2)  # [B, M, N]
     shares = compose([layer.assign(query, key, mask, None)]).flatten(1, -2)  # [B, N, M]
     torch.testing.assert_close(shares.mT, taken, rtol=0, atol=1e-6)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import references
-from rat_timm.grid import Grid, field_center
+from rat_timm.grid import Grid, Positions, field_center
 from rat_timm.layers import Attention, Block, RotarySpatialEmbedding
 
 
@@ -18,9 +18,11 @@ def reference(layer, x, positions, mask):
     """Projections, rotation by the formula, attention by the definition; x [B, *grid, C]."""
     query, key, value = (t.unflatten(-1, (layer.num_heads, -1)) for t in layer.qkv(x).chunk(3, dim=-1))
 
+    offset = torch.stack(positions.dense().offset, dim=-1)[0]
+
     def turned(t):
         rows = [
-            torch.stack([references.rotate(s[p], positions.offset[(0, *p)], layer.rose.freqs) for s in t])
+            torch.stack([references.rotate(s[p], offset[p], layer.rose.freqs) for s in t])
             for p in references.places(t.shape[1:-2])
         ]
         return torch.stack(rows, dim=1).unflatten(1, t.shape[1:-2])
@@ -39,7 +41,7 @@ def test_follows_the_definition(shape, kernel, masked):
     x = torch.randn(2, *shape, 12, dtype=torch.float64)
     mask = torch.rand(2, *shape) > 0.4 if masked else None
     if kernel is None:  # all tokens in a line
-        flat = positions._replace(offset=positions.offset.flatten(1, -2), spacing=positions.spacing.flatten(1, -2))
+        flat = Positions(*([t.flatten(1) for t in parts] for parts in positions.dense()))
         out = layer(x.flatten(1, -2), flat, None if mask is None else mask.flatten(1)).view_as(x)
     else:
         out = layer(x, positions, mask)

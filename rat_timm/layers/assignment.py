@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import tiling
+from .tiling import Tiles
 
 
 class Assignment(NamedTuple):
@@ -20,18 +20,14 @@ class Assignment(NamedTuple):
     Attributes:
         attn_q: Ah of `rat_timm.layers.grouping`, a token's share in each group, ``[tiles, B, heads, groups, tokens]``.
         attn_k: A, a group's attention to each token, same shape.
-        groups: Group index of the tiles per axis, ``[T, b]``.
-        tokens: Token index of the tiles per axis, ``[T, w]``.
+        tiles: Where the tiles' tokens (as queries) and groups (as keys) stand.
         coarse: Shape of the groups' grid.
-        fine: Shape of the tokens' grid.
     """
 
     attn_q: Tensor
     attn_k: Tensor
-    groups: list[Tensor]
-    tokens: list[Tensor]
+    tiles: Tiles
     coarse: tuple[int, ...]
-    fine: tuple[int, ...]
 
     def carry_up(self, x: Tensor) -> Tensor:
         """Gives each token the mixture of its groups' features, averaged over heads.
@@ -42,11 +38,9 @@ class Assignment(NamedTuple):
         Returns:
             ``[B, *fine, C]``, zero for a masked token.
         """
-        counted = tiling.first_queries(self.groups)[:, None, :, None]
-        shares = self.attn_q.mean(dim=2) * counted  # [tiles, B, groups, tokens]
-        values = tiling.gather(x.unsqueeze(-2), self.groups)[:, :, 0]  # [tiles, B, groups, C]
-        out = shares.to(x.dtype).mT @ values
-        return tiling.scatter_add(out.unsqueeze(2), self.tokens, self.fine).squeeze(-2)
+        tiles = self.tiles.of_one_head()
+        groups = tiles.keys.take(x.unsqueeze(-2))  # [tiles, B, 1, groups, C]
+        return tiles.untile(self.attn_q.mean(dim=2, keepdim=True).to(x.dtype).mT @ groups).squeeze(-2)
 
 
 def carry_up(chain: Sequence[Assignment], x: Tensor) -> Tensor:

@@ -53,14 +53,13 @@ class Attention(nn.Module):
 
         Args:
             x: ``[B, *grid, C]``, or ``[B, N, C]`` without a neighbourhood.
-            positions: Where the tokens are, ``[1 or B, *grid, axes]`` or ``[1 or B, N, axes]``.
+            positions: Where the tokens are.
             mask: ``[B, *grid]`` or ``[B, N]``, bool, True = valid: others are not attended to.
         """
-        query_key, value = self._project(x)
-        rotation = self.rose.rotation(positions, query_key.dtype)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, ..., heads, d]
+        rotation = self.rose.rotation(positions, query.dtype)
         if rotation is not None:
-            query_key = rotation.broadcast()(query_key)
-        query, key = query_key.unbind(-3)
+            query, key = rotation(query), rotation(key)
         dropout_p = self.attn_drop if self.training else 0.0
         if self.kernel_size is not None:
             out = neighborhood_attention(query, key, value, self.kernel_size, mask, dropout_p)
@@ -69,11 +68,6 @@ class Attention(nn.Module):
             query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, heads, N, d]
             out = masked_attention(query, key, value, allowed, dropout_p).transpose(1, 2)
         return self.proj_drop(self.proj(out.flatten(-2)))
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns queries and keys ``[B, ..., 2, heads, d]``, and values ``[B, ..., heads, d]``."""
-        query_key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=-3)
-        return query_key, value.squeeze(-3)
 
     def extra_repr(self) -> str:
         """Describes the module in a printed model."""

@@ -12,7 +12,7 @@ Parameters and their names are those of the package ``spatial-grouping-attention
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import spatial_grouping_attention as upstream
 import torch
@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from ..grid import Tokens, axis_values, channels_first, channels_last, field_center, integers
 from . import tiling
 from .assignment import Assignment
-from .masking import check_mask, masked_log_softmax, nothing, pool_mask
+from .masking import check_mask, exp_beside_one, nothing, pool_mask
 from .rose import RotarySpatialEmbedding, check_heads
 
-_CHUNK_ELEMENTS = 1 << 24  # logits that dense grouping holds at a time
+_CHUNK_ELEMENTS = 1 << 22  # logits that dense grouping holds at a time
 
 
 def grouping_attention(
@@ -38,7 +38,8 @@ def grouping_attention(
 ) -> Tensor:
     """Dense grouping: every group takes from every token, each token shares itself out among the groups.
 
-    The M x N matrix is made in chunks of groups and, where it does not fit one chunk, made again in the backward pass.
+    The M x N matrix is made in chunks of tokens, twice: first for what each group's attention sums to, then for the
+    tokens' shares. Where it does not fit one chunk, it is made again in the backward pass.
 
     Args:
         query: Groups, ``[B, heads, M, d]``, scaled already: logits are plain dot products.
@@ -47,7 +48,7 @@ def grouping_attention(
         mask: ``[B, N]``, bool, True = valid token. Masked keys and values may hold anything, NaN included.
         group_mask: ``[B, M]``, bool, True = valid group. An invalid group takes nothing, so that it has no share in
             any token.
-        chunk_size: Number of groups handled at a time; None chooses by memory.
+        chunk_size: Number of tokens handled at a time; None chooses by memory.
 
     Returns:
         ``sum over n of Ah[m, n] v_n``, ``[B, heads, M, d]``; zeros for an invalid group, and if no token is valid.
@@ -56,62 +57,68 @@ def grouping_attention(
         ValueError: If shapes or the mask's dtype do not fit.
     """
     _check_dense(query, key, value, mask, group_mask)
-    allowed = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, N]
-    groups = None if group_mask is None else group_mask[:, None, :, None]  # [B, 1, M, 1]
+    allowed = _dense_pairs(mask, group_mask)
     if mask is not None:
-        key, value = (torch.where(mask[:, None, :, None], x, 0.0) for x in (key, value))
-    chunk_size = chunk_size or max(1, _CHUNK_ELEMENTS // max(1, key.shape[:3].numel()))
-    if chunk_size >= query.shape[2]:
-        weights = _log_weights(query, key, allowed, groups)
-        return _shares(weights, *_column_sum(weights)).to(value.dtype) @ value
-    chunks = query.split(chunk_size, dim=2)
-    masks = [None] * len(chunks) if groups is None else groups.split(chunk_size, dim=2)
+        key = torch.where(mask[:, None, :, None], key, 0.0)
+    if allowed is not None:
+        value = torch.where(allowed.any(dim=-1, keepdim=True), value, 0.0)
+    chunk_size = chunk_size or max(1, _CHUNK_ELEMENTS // max(1, query.shape[:3].numel()))
+    if chunk_size >= key.shape[2]:
+        logits = _logits(query, key, allowed)
+        return _take(logits, _log_sum(logits), value)
+    keys, values = key.split(chunk_size, dim=2), value.split(chunk_size, dim=2)
+    pairs = [None] * len(keys) if allowed is None else allowed.expand(-1, -1, key.shape[2], -1).split(chunk_size, dim=2)
     again = functools.partial(checkpoint, use_reentrant=False)
-    columns = [again(_chunk_column_sum, q, key, allowed, m) for q, m in zip(chunks, masks, strict=True)]
-    peak = functools.reduce(torch.maximum, [p for p, _ in columns])
-    total = functools.reduce(torch.add, [t * (p - peak).exp() for p, t in columns])
-    outs = [again(_chunk_output, q, key, value, allowed, m, peak, total) for q, m in zip(chunks, masks, strict=True)]
-    return torch.cat(outs, dim=2)
+    sums = [again(_chunk_log_sum, query, k, p) for k, p in zip(keys, pairs, strict=True)]
+    log_sum = _log_sum(torch.cat(sums, dim=-2))
+    parts = (again(_chunk_take, query, k, p, log_sum, v) for k, p, v in zip(keys, pairs, values, strict=True))
+    return functools.reduce(torch.add, parts)
 
 
-def _log_weights(query: Tensor, key: Tensor, allowed: Tensor | None, groups: Tensor | None) -> Tensor:
-    weights = masked_log_softmax(query @ key.mT, allowed)  # log A, [B, heads, M, N]
-    return weights if groups is None else weights.masked_fill(~groups, nothing(weights.dtype))
+def _dense_pairs(mask: Tensor | None, group_mask: Tensor | None) -> Tensor | None:
+    """Returns which token and group may interact, broadcastable to ``[B, 1, N, M]``."""
+    parts = []
+    if mask is not None:
+        parts.append(mask[:, None, :, None])
+    if group_mask is not None:
+        parts.append(group_mask[:, None, None, :])
+    return functools.reduce(torch.logical_and, parts) if parts else None
 
 
-def _column_peak(weights: Tensor) -> Tensor:
-    # above what stands for zero, of which a difference then underflows; a constant, on which no result depends
-    return weights.detach().amax(dim=-2, keepdim=True).clamp(min=nothing(weights.dtype) / 2)
+def _logits(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
+    """Returns ``[..., N, M]``, at least in float32, with `nothing` where a pair is not allowed."""
+    logits = key @ query.mT
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if allowed is None else logits.masked_fill(~allowed, nothing(logits.dtype))
 
 
-def _column_sum(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the largest of ``weights`` over the groups, and the sum of their exponentials in units of its own."""
-    peak = _column_peak(weights)
-    return peak, (weights - peak).exp().sum(dim=-2, keepdim=True)
+def _log_sum(logits: Tensor) -> Tensor:
+    """Logarithm of the sum of exponentials over the tokens, ``[..., 1, M]``; `nothing` stays about that."""
+    peak = logits.detach().amax(dim=-2, keepdim=True)  # on which no result depends
+    return peak + exp_beside_one(logits - peak).sum(dim=-2, keepdim=True).log()
 
 
-def _shares(weights: Tensor, peak: Tensor, total: Tensor) -> Tensor:
-    # relative to the peak, instead of upstream's eps: a token that no group looks at is shared out as exactly as any
-    # other. The peak itself adds 1 to the total, so that the limit is for tokens without a group
-    return (weights - peak).exp() / total.clamp(min=0.5)
+def _shares(logits: Tensor, log_sum: Tensor) -> Tensor:
+    """Returns each token's shares in the groups, Ah transposed: ``[..., N, M]``, sums of 1 over the groups.
+
+    Ah = A / (sum of A over the groups) is the softmax of log A over the groups, so that a token that no group looks at
+    is shared out as exactly as any, where upstream's eps would take its share. A token without an allowed group has
+    shares too: its value has to be zero.
+    """
+    # above what stands for zero, so that a group without tokens is far below any other
+    return (logits - log_sum.clamp(min=nothing(logits.dtype) / 2)).softmax(dim=-1)
 
 
-def _chunk_column_sum(
-    query: Tensor, key: Tensor, allowed: Tensor | None, groups: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _column_sum(_log_weights(query, key, allowed, groups))
+def _take(logits: Tensor, log_sum: Tensor, value: Tensor) -> Tensor:
+    return _shares(logits, log_sum).to(value.dtype).mT @ value  # [..., M, d]
 
 
-def _chunk_output(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    allowed: Tensor | None,
-    groups: Tensor | None,
-    peak: Tensor,
-    total: Tensor,
-) -> Tensor:
-    return _shares(_log_weights(query, key, allowed, groups), peak, total).to(value.dtype) @ value
+def _chunk_log_sum(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
+    return _log_sum(_logits(query, key, allowed))
+
+
+def _chunk_take(query: Tensor, key: Tensor, allowed: Tensor | None, log_sum: Tensor, value: Tensor) -> Tensor:
+    return _take(_logits(query, key, allowed), log_sum, value)
 
 
 def local_grouping_attention(
@@ -144,46 +151,127 @@ def local_grouping_attention(
     Raises:
         ValueError: If shapes, stride, window or the mask's dtype do not fit.
     """
-    steps, cells = _check_local(query, key, value, stride, window, mask)
-    if mask is not None:
-        value = torch.where(mask[..., None, None], value, 0.0)
-    assignment = _assign(query, key, steps, cells, mask, group_mask)
-    out = assignment.attn_q.to(value.dtype) @ tiling.gather(value, assignment.tokens)
-    return tiling.untile(out, assignment.groups, assignment.coarse)
+    steps, cells = _check_local(query, key, value, stride, window, mask, group_mask)
+    return LocalGrouping.create(key, value, steps, cells, mask, group_mask).take(query)
 
 
-def _assign(
-    query: Tensor,
-    key: Tensor,
-    stride: Sequence[int],
-    window: Sequence[int],
-    mask: Tensor | None,
-    group_mask: Tensor | None,
-) -> Assignment:
-    check_mask(group_mask, query.shape[:-2], "group_mask")
-    coarse, fine = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
-    tiles = [_axis_tiles(m, n, s, w, query.device) for m, n, s, w in zip(coarse, fine, stride, window, strict=True)]
-    groups, tokens = [axis.queries for axis in tiles], [axis.keys for axis in tiles]
-    allowed = tiling.allowed_pairs(tiles)[:, None, None]  # [tiles, 1, 1, groups, tokens]
-    if mask is not None:
-        key = torch.where(mask[..., None, None], key, 0.0)
-        allowed = allowed & tiling.gather_mask(mask, tokens)[:, :, None, None]
-    valid_groups = None if group_mask is None else tiling.gather_mask(group_mask, groups)[:, :, None, :, None]
-    weights = _log_weights(tiling.gather(query, groups), tiling.gather(key, tokens), allowed, valid_groups)
-    peak = tiling.scatter_max(_column_peak(weights).mT, tokens, fine)  # [B, *fine, heads, 1], over all tiles
-    parts = (weights - tiling.gather(peak, tokens).mT).exp()
-    counted = tiling.first_queries(groups)[:, None, None, :, None]
-    total = tiling.scatter_add((parts * counted).sum(dim=-2).unsqueeze(-1), tokens, fine)
-    shares = parts / tiling.gather(total, tokens).mT.clamp(min=0.5)
-    return Assignment(shares, weights.exp(), groups, tokens, coarse, fine)
+class Grouping(Protocol):
+    """Tokens that groups can take from."""
+
+    def take(self, query: Tensor) -> Tensor:
+        """Takes values into groups ``[B, *coarse, heads, d]``."""
 
 
-def _axis_tiles(groups: int, tokens: int, stride: int, window: int, device: torch.device) -> tiling.AxisTiles:
-    reach = window // 2
-    queries = tiling.query_tiles(groups, stride + reach + 1, device)
-    keys = tiling.key_tiles((queries[:, 0] - reach) * stride, (queries.shape[1] + 2 * reach) * stride, tokens)
-    distance = keys[:, None, :] // stride - queries[:, :, None]  # [T, b, w], in cells
-    return tiling.AxisTiles(queries, keys, distance.abs() <= reach)
+class DenseGrouping(NamedTuple):
+    """The tokens of a dense grouping: the arguments of `grouping_attention`, on grids.
+
+    Attributes:
+        key: ``[B, *fine, heads, d]``.
+        value: Same shape.
+        mask: ``[B, *fine]``.
+        group_mask: ``[B, *coarse]``.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    group_mask: Tensor | None
+
+    def take(self, query: Tensor) -> Tensor:
+        """Takes values into groups ``[B, *coarse, heads, d]``."""
+        coarse = query.shape[1:-2]
+        query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (query, self.key, self.value))
+        mask, group_mask = (None if m is None else m.flatten(1) for m in (self.mask, self.group_mask))
+        return grouping_attention(query, key, value, mask, group_mask).transpose(1, 2).unflatten(1, coarse)
+
+
+class LocalGrouping(NamedTuple):
+    """The tokens of a sparse grouping in tiles, each with all the groups in reach: the same for every iteration.
+
+    Attributes:
+        tiles: Tokens as queries, groups as keys.
+        key: ``[tiles, B, heads, tokens, d]``.
+        value: Same shape; zero for a token without an allowed group, and where an earlier tile has the token.
+        allowed: Which token and group interact, broadcastable to ``[tiles, B, heads, tokens, groups]``.
+        coarse: The groups' grid.
+    """
+
+    tiles: tiling.Tiles
+    key: Tensor
+    value: Tensor
+    allowed: Tensor
+    coarse: tuple[int, ...]
+
+    @classmethod
+    def create(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        stride: tuple[int, ...],
+        window: tuple[int, ...],
+        mask: Tensor | None,
+        group_mask: Tensor | None,
+    ) -> "LocalGrouping":
+        """Takes tokens apart into tiles; see `local_grouping_attention`."""
+        fine, batch, heads = tuple(key.shape[1:-2]), key.shape[0], key.shape[-2]
+        tiles = _tiles(fine, stride, window, batch, heads, key.device)
+        allowed = tiles.allowed()[:, None, None]  # [tiles, 1, 1, tokens, groups]
+        if tiles.repeated is not None:
+            allowed = allowed & ~tiles.repeated[:, None, None, :, None]
+        if mask is not None:
+            key = torch.where(mask[..., None, None], key, 0.0)
+            allowed = allowed & tiles.queries.take_mask(mask)[:, :, None, :, None]
+        if group_mask is not None:
+            allowed = allowed & tiles.keys.take_mask(group_mask)[:, :, None, None, :]
+        keys, values = tiles.queries.take(key), tiles.queries.take(value)
+        if not (mask is None and group_mask is None and tiles.repeated is None):
+            values = torch.where(allowed.any(dim=-1, keepdim=True), values, 0.0)
+        coarse = tuple(-(-n // s) for n, s in zip(fine, stride, strict=True))
+        return cls(tiles, keys, values, allowed, coarse)
+
+    def take(self, query: Tensor) -> Tensor:
+        """Takes values into groups ``[B, *coarse, heads, d]``."""
+        logits, log_sum = self._logits(query)
+        return self.tiles.keys.add(_take(logits, log_sum, self.value), self.coarse)
+
+    def assign(self, query: Tensor) -> Assignment:
+        """Returns the matrices behind `take`."""
+        logits, log_sum = self._logits(query)
+        shares = torch.where(self.allowed, _shares(logits, log_sum), 0.0)
+        attention = torch.where(self.allowed, (logits - log_sum).exp(), 0.0)
+        return Assignment(shares.mT, attention.mT, self.tiles, self.coarse)
+
+    def _logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits ``[tiles, B, heads, tokens, groups]``, and the logarithm of their sum over all tokens."""
+        logits = _logits(self.tiles.keys.take(query), self.key, self.allowed)
+        sums = _log_sum(logits).squeeze(-2)  # over one tile's tokens
+        return logits, self.tiles.keys.log_sum_exp(sums, self.coarse).unsqueeze(-2)
+
+
+@tiling.per_geometry
+def _tiles(
+    fine: tuple[int, ...],
+    stride: tuple[int, ...],
+    window: tuple[int, ...],
+    batch: int,
+    heads: int,
+    device: torch.device,
+) -> tiling.Tiles:
+    axes = [_axis_tiles(n, s, w // 2, device) for n, s, w in zip(fine, stride, window, strict=True)]
+    return tiling.Tiles.create(axes, batch, heads)
+
+
+def _axis_tiles(tokens: int, stride: int, reach: int, device: torch.device) -> tiling.AxisTiles:
+    groups = -(-tokens // stride)
+    count = -(-groups // max(2, 2 * reach))
+    size = min(-(-groups // count) * stride, tokens)
+    queries = tiling.query_tiles(tokens, size, device)
+    inside = (tokens - size) % stride > 0  # the last tile, moved inwards, starts inside a cell
+    halo = reach if len(queries) == 2 else 2 * reach  # windows at the border reach inwards only
+    cell = queries.div(stride, rounding_mode="floor")
+    keys = tiling.key_tiles(cell[:, 0] - reach, -(-size // stride) + inside + halo, groups)
+    distance = keys[:, None, :] - cell[:, :, None]  # [T, b, w]
+    return tiling.AxisTiles(queries, keys, distance.abs() <= reach, tokens, groups)
 
 
 def _check_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> None:
@@ -204,6 +292,7 @@ def _check_local(
     stride: int | Sequence[int],
     window: int | Sequence[int],
     mask: Tensor | None,
+    group_mask: Tensor | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     axes = key.ndim - 3
     if axes < 1 or query.ndim != key.ndim or key.shape != value.shape:
@@ -221,6 +310,7 @@ def _check_local(
             f"got {list(query.shape)}"
         )
     check_mask(mask, key.shape[:-2])
+    check_mask(group_mask, query.shape[:-2], "group_mask")
     return steps, cells
 
 
@@ -298,13 +388,14 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         self.unit = axis_values(unit, "unit", spatial_dims)
         self.to(dtype=dtype)
 
-    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
-        """Takes values ``[B, *fine, heads, d]`` into groups ``[B, *coarse, heads, d]``; masks lack two axes."""
+    def prepare(self, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> "Grouping":
+        """Makes ready to take values ``[B, *fine, heads, d]``; masks ``[B, *fine]`` and ``[B, *coarse]``."""
         raise NotImplementedError
 
     def assign(self, query: Tensor, key: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Assignment:
-        """Returns the matrices behind `attn`."""
-        return _assign(query, key, self.stride, self._window(query.shape[1:-2]), mask, group_mask)
+        """Returns the matrices behind what groups ``[B, *coarse, heads, d]`` take."""
+        window = self._window(query.shape[1:-2])
+        return LocalGrouping.create(key, key, self.stride, window, mask, group_mask).assign(query)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         raise NotImplementedError
@@ -323,10 +414,11 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         groups = self.norm1(channels_last(self.strider(channels_first(x))))
         group_mask = None if mask is None else pool_mask(mask, self.stride)
         rotation = self.rose.rotation(coarse.positions(center, self.unit), key.dtype)
+        grouping = self.prepare(key, value, mask, group_mask)
         for _ in range(self.iters):
             (query,) = self._split_heads(self.q(groups), 1)
             query = query if rotation is None else rotation(query)
-            groups = groups + self.norm2(self.attn(query, key, value, mask, group_mask).flatten(-2))
+            groups = groups + self.norm2(grouping.take(query).flatten(-2))
             groups = groups + self.norm3(self.mlp(groups))
         assignment = self.assign(query, key, mask, group_mask) if return_assignment else None
         return Tokens(groups, coarse, group_mask), assignment
@@ -344,13 +436,9 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
 class DenseSpatialGroupingAttention(SpatialGroupingAttention):
     """Spatial grouping attention between all groups and all tokens."""
 
-    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
+    def prepare(self, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> "Grouping":
         """See the base class."""
-        coarse = query.shape[1:-2]
-        query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # [B, heads, N, d]
-        mask, group_mask = (None if m is None else m.flatten(1) for m in (mask, group_mask))
-        out = grouping_attention(query, key, value, mask, group_mask)
-        return out.transpose(1, 2).unflatten(1, coarse)
+        return DenseGrouping(key, value, mask, group_mask)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         return tuple(2 * n + 1 for n in coarse)
@@ -369,9 +457,10 @@ class SparseSpatialGroupingAttention(SpatialGroupingAttention):
         super().__init__(*args, **kwargs)
         self.neighborhood_kernel = neighborhood_kernel
 
-    def attn(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
+    def prepare(self, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> "Grouping":
         """See the base class."""
-        return local_grouping_attention(query, key, value, self.stride, self.neighborhood_kernel, mask, group_mask)
+        window = self._window(key.shape[1:-2])
+        return LocalGrouping.create(key, value, self.stride, window, mask, group_mask)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         return integers(self.neighborhood_kernel, "neighborhood_kernel", len(coarse))

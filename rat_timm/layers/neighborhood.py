@@ -11,12 +11,13 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..grid import integers
 from . import tiling
 from .masking import check_mask, masked_attention
 
-_WHOLE_AXIS = 2  # an axis of up to this many kernels is one tile: its keys are shared anyway
+_CHUNK_NUMBERS = (1 << 19, 1 << 28)  # keys' entries that are gathered at a time, on the CPU and on a GPU
 
 
 def neighborhood_attention(
@@ -56,34 +57,56 @@ def neighborhood_attention(
 
 
 def _tiled_attention(
-    query: Tensor, key: Tensor, value: Tensor, kernel: Sequence[int], mask: Tensor | None, dropout_p: float
+    query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, ...], mask: Tensor | None, dropout_p: float
 ) -> Tensor:
-    grid, (batch, heads, width) = query.shape[1:-2], (query.shape[0], *query.shape[-2:])
-    tiles = [_axis_tiles(length, k, query.device) for length, k in zip(grid, kernel, strict=True)]
-    queries, keys = [axis.queries for axis in tiles], [axis.keys for axis in tiles]
-    allowed = tiling.allowed_pairs(tiles)[:, None]  # [tiles, 1, places, keys]
-    # samples count as heads where their windows are the same, so that one mask per tile serves all of them
-    merged = 1
-    if mask is not None:
-        merged = 0
-        allowed = (allowed & tiling.gather_mask(mask, keys)[:, :, None]).flatten(0, 1).unsqueeze(1)
-    q, k, v = (
-        tiling.gather(x, places).flatten(merged, merged + 1)
-        for x, places in ((query, queries), (key, keys), (value, keys))
-    )
-    out = masked_attention(q, k, v, allowed, dropout_p)
-    out = out.reshape(math.prod([len(places) for places in queries]), batch, heads, q.shape[-2], width)
-    return tiling.untile(out, queries, grid)
+    grid, (batch, heads) = tuple(query.shape[1:-2]), (query.shape[0], query.shape[-2])
+    tiles = _tiles(grid, kernel, batch, heads, query.device)
+    attend = functools.partial(_attend, mask=mask, dropout_p=dropout_p)
+    outs = [attend(query, key, value, part) for part in tiles.split(_chunk_size(tiles, query))]
+    return tiles.untile(outs[0] if len(outs) == 1 else torch.cat(outs))
+
+
+def _chunk_size(tiles: tiling.Tiles, query: Tensor) -> int:
+    """Returns how many tiles to attend to at a time: as many as caches hold, but all where a gradient is needed."""
+    count, batch, heads, size = tiles.keys.sizes
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return count  # each chunk would have a gradient of the whole grid's size
+    return max(1, _CHUNK_NUMBERS[query.is_cuda] // (batch * heads * size * query.shape[-1]))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, tiles: tiling.Tiles, mask: Tensor | None, dropout_p: float
+) -> Tensor:
+    """Attends from the queries of some tiles, ``[tiles, B, heads, queries, d]``, to the keys in their windows."""
+    q, k, v = tiles.queries.take(query), tiles.keys.take(key), tiles.keys.take(value)
+    if mask is None:
+        # samples count as heads, since their windows are the same: one bias per tile serves all of them
+        kinds = torch.zeros_like(tiles.kinds, dtype=q.dtype).masked_fill(~tiles.kinds, -math.inf)
+        bias = kinds.index_select(0, tiles.kind).unsqueeze(1)  # [tiles, 1, queries, keys]
+        flat = (x.flatten(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*flat, attn_mask=bias, dropout_p=dropout_p).view_as(q)
+    valid = tiles.keys.take_mask(mask)[:, :, None]  # [tiles, B, 1, keys]
+    allowed = (tiles.allowed()[:, None] & valid).flatten(0, 1).unsqueeze(1)  # [tiles * B, 1, queries, keys]
+    return masked_attention(*(x.flatten(0, 1) for x in (q, k, v)), allowed, dropout_p).view_as(q)
+
+
+@tiling.per_geometry
+def _tiles(
+    grid: tuple[int, ...], kernel: tuple[int, ...], batch: int, heads: int, device: torch.device
+) -> tiling.Tiles:
+    axes = [_axis_tiles(length, min(k, length), device) for length, k in zip(grid, kernel, strict=True)]
+    return tiling.Tiles.create(axes, batch, heads)
 
 
 def _axis_tiles(length: int, kernel: int, device: torch.device) -> tiling.AxisTiles:
-    kernel = min(kernel, length)
-    size = length if length <= _WHOLE_AXIS * kernel else kernel + 1
+    count = max(1, round(length / kernel))  # tiles about as long as a window
+    size = -(-length // count)
     queries = tiling.query_tiles(length, size, device)
-    keys = tiling.key_tiles(queries[:, 0] - kernel // 2, queries.shape[1] + kernel - 1, length)
+    halo = kernel // 2 if len(queries) == 2 else kernel - 1  # windows of a tile at the border reach inwards only
     start = (queries - kernel // 2).clamp(0, length - kernel)
+    keys = tiling.key_tiles(start[:, 0], size + halo, length)
     place = keys[:, None, :] - start[:, :, None]  # [T, b, w]
-    return tiling.AxisTiles(queries, keys, (place >= 0) & (place < kernel))
+    return tiling.AxisTiles(queries, keys, (place >= 0) & (place < kernel), length, length)
 
 
 def _check(

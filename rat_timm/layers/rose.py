@@ -6,6 +6,7 @@ Parameters and their names are those of the package ``rotary-spatial-embeddings`
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import RoSE
@@ -18,23 +19,39 @@ INITIAL_SCALINGS = (None, "log", "rope", "identity", "linear", "power")
 
 
 class Rotation(NamedTuple):
-    """A rotation of every plane of every token, in the tokens' dtype: ``[1 or B, ..., rotary heads, planes]``."""
+    """A rotation of every plane of every token.
 
-    cos: Tensor
-    sin: Tensor
+    Attributes:
+        table: Cosine and sine in the tokens' dtype, ``[1 or B, ..., rotary heads, planes, 2]``.
+    """
+
+    table: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass."""
-        heads = self.cos.shape[-2]
-        real, imaginary = x[..., :heads, :].unflatten(-1, (-1, 2)).unbind(-1)  # [B, ..., rotary heads, planes]
-        rotated = torch.stack(
-            (real * self.cos - imaginary * self.sin, real * self.sin + imaginary * self.cos), dim=-1
-        ).flatten(-2)
+        heads = self.table.shape[-3]
+        planes = x[..., :heads, :].unflatten(-1, (-1, 2))  # [B, ..., rotary heads, planes, 2]
+        rotated = (self._complex(planes) if _complex_runs(x) else self._real(planes)).flatten(-2)
         return rotated if heads == x.shape[-2] else torch.cat((rotated, x[..., heads:, :]), dim=-2)
 
-    def broadcast(self) -> "Rotation":
-        """Returns the rotation for several tensors stacked before the heads, ``[B, ..., several, heads, d]``."""
-        return Rotation(self.cos.unsqueeze(-3), self.sin.unsqueeze(-3))
+    def _complex(self, planes: Tensor) -> Tensor:
+        if planes.stride(-1) != 1 or any(stride % 2 for stride in planes.stride()[:-1]):
+            planes = planes.contiguous()
+        return torch.view_as_real(torch.view_as_complex(planes) * torch.view_as_complex(self.table))
+
+    def _real(self, planes: Tensor) -> Tensor:
+        real, imaginary = planes.unbind(-1)
+        cos, sin = self.table.unbind(-1)
+        return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+
+
+def _complex_runs(x: Tensor) -> bool:
+    """Tells whether planes can be rotated as complex numbers: one pass over memory instead of several.
+
+    Half precisions have none, and compilers fuse the real formula but not complex numbers.
+    """
+    fits = x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
+    return fits and not torch.compiler.is_compiling()
 
 
 class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
@@ -105,21 +122,33 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
             return None
         offset = positions.offset
         if self.learnable_scale or self.initial_scaling:
-            offset = offset * self._scaling(positions.spacing)
+            offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
         # no matrix product, whose precision autocast and TF32 lower
-        parts = [d[..., None, None] * f for d, f in zip(offset.unbind(-1), self.freqs.float().unbind(-1), strict=True)]
-        phase = functools.reduce(torch.add, parts)  # [1 or B, ..., rotary heads, planes]
-        return Rotation(phase.cos().to(dtype), phase.sin().to(dtype))
+        phases = [o[..., None, None] * f for o, f in zip(offset, self.freqs.float().unbind(-1), strict=True)]
+        return Rotation(_turns(phases).to(dtype))
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
-        """Rotates ``x`` ``[B, ..., heads, d]`` by the tokens' positions ``[1 or B, ..., axes]``."""
+        """Rotates ``x`` ``[B, ..., heads, d]`` by the tokens' positions."""
         rotation = self.rotation(positions, x.dtype)
         return x if rotation is None else rotation(x)
 
-    def _scaling(self, spacing: Tensor) -> Tensor:
-        """Returns the factor on displacements that turns a grid's spacing s into a * s^b + c * log(s / d)."""
-        a, b, c, d = (getattr(self, f"scale_{name}").float() for name in "abcd")
-        return (a * spacing**b + c * torch.log(spacing / d.clamp(min=1e-8))) / spacing
+    def _scaling(self, spacing: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the factors on displacements that turn a grid's spacing s into a * s^b + c * log(s / d), per axis."""
+        a, b, c, d = (getattr(self, f"scale_{name}").float().expand(len(spacing)).unbind() for name in "abcd")
+        parts = zip(spacing, a, b, c, d, strict=True)
+        return [(a * s**b + c * torch.log(s / d.clamp(min=1e-8))) / s for s, a, b, c, d in parts]
+
+
+def _turns(phases: Sequence[Tensor]) -> Tensor:
+    """Returns cosine and sine of the sum of phases that broadcast together, ``[1 or B, ..., heads, planes, 2]``.
+
+    Phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a sine.
+    """
+    apart = len({phase.shape for phase in phases}) > 1
+    if not apart or not _complex_runs(phases[0]):
+        phase = functools.reduce(torch.add, phases)
+        return torch.stack((phase.cos(), phase.sin()), dim=-1)
+    return torch.view_as_real(functools.reduce(torch.mul, [torch.complex(p.cos(), p.sin()) for p in phases]))
 
 
 def check_heads(feature_dims: int, num_heads: int) -> None:

@@ -1,10 +1,23 @@
-"""Windowed attention as a few dense products: tiles of queries, each with all the keys that its windows reach."""
+"""Windowed attention as a few dense products: tiles of queries, each with all the keys that its windows reach.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+What depends on sizes alone, and not on data, is made once per geometry and kept.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from .masking import exp_beside_one
+
+_KEPT = 64  # plans kept, for as many sizes of grids, windows and batches
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class AxisTiles(NamedTuple):
@@ -14,18 +27,171 @@ class AxisTiles(NamedTuple):
         queries: Query index, ``[T, b]``. The last tile is moved inwards where tiles do not fit: it repeats queries.
         keys: Key index, ``[T, w]``.
         allowed: Which key lies in which query's window, ``[T, b, w]``, bool.
+        query_length: Number of queries on the axis.
+        key_length: Number of keys on the axis.
     """
 
     queries: Tensor
     keys: Tensor
     allowed: Tensor
+    query_length: int
+    key_length: int
+
+    def once(self) -> tuple[Tensor, Tensor]:
+        """Returns the first tile of each query and its place there, each ``[1, query_length]``."""
+        count, size = self.queries.shape
+        place = torch.arange(self.query_length, device=self.queries.device)
+        last = (count - 1) * size
+        place = torch.where(place < last, place, place + last + size - self.query_length)
+        tile = place.div(size, rounding_mode="floor")
+        return tile[None], (place - tile * size)[None]
+
+    def repeated(self) -> Tensor:
+        """Returns whether a query stands in an earlier tile too, ``[T, b]``."""
+        count, size = self.queries.shape
+        return self.queries < (torch.arange(count, device=self.queries.device) * size)[:, None]
+
+    def kinds(self) -> tuple[Tensor, Tensor]:
+        """Returns the distinct patterns of ``allowed``, ``[kinds, b, w]``, and which of them a tile has, ``[T, 1]``."""
+        if is_traced():  # how many there are depends on data
+            return self.allowed, torch.arange(len(self.allowed), device=self.allowed.device)[:, None]
+        kinds, kind = torch.unique(self.allowed, dim=0, return_inverse=True)
+        return kinds, kind[:, None]
+
+
+class Places(NamedTuple):
+    """Where the tiles' places stand in tensors ``[B, *grid, heads, d]``.
+
+    Attributes:
+        rows: Index of rows of d numbers, flat over ``[tiles, B, heads, places]``.
+        sizes: The number of tiles, samples, heads and places.
+    """
+
+    rows: Tensor
+    sizes: tuple[int, int, int, int]
+
+    def take(self, x: Tensor) -> Tensor:
+        """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``."""
+        return _rows(x).index_select(0, self.rows).view(*self.sizes, x.shape[-1])
+
+    def add(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """``[tiles, B, heads, places, d]`` -> ``[B, *shape, heads, d]``, summing overlaps: `take` transposed."""
+        out = x.new_zeros((self.sizes[1], *shape, self.sizes[2], x.shape[-1]))
+        return _rows(out).index_add(0, self.rows, _rows(x)).view_as(out)
+
+    def log_sum_exp(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Adds up overlaps of ``[tiles, B, heads, places]``, given and returned as logarithms, in all their tiles."""
+        flat = x.flatten()
+        lowest = x.new_full((self.sizes[1] * self.sizes[2] * math.prod(shape),), torch.finfo(x.dtype).min)
+        peak = lowest.scatter_reduce(0, self.rows, flat.detach(), "amax")
+        parts = exp_beside_one(flat - peak.index_select(0, self.rows))
+        total = torch.zeros_like(peak).index_add(0, self.rows, parts)
+        return (peak + total.log()).index_select(0, self.rows).view_as(x)
+
+    def split(self, size: int) -> "list[Places]":
+        """Returns the places of ``size`` tiles at a time."""
+        parts = self.rows.split(size * math.prod(self.sizes[1:]))
+        return [Places(rows, (rows.numel() // math.prod(self.sizes[1:]), *self.sizes[1:])) for rows in parts]
+
+    def of_one_head(self) -> "Places":
+        """Returns the same places in tensors of one head."""
+        tiles, batch, heads, places = self.sizes
+        rows = self.rows.view(self.sizes)[:, :, 0].flatten().div(heads, rounding_mode="floor")
+        return Places(rows, (tiles, batch, 1, places))
+
+    def take_mask(self, mask: Tensor) -> Tensor:
+        """``[B, *grid]`` -> ``[tiles, B, places]``."""
+        return self.of_one_head().take(mask[..., None, None])[:, :, 0, :, 0]
+
+
+class Tiles(NamedTuple):
+    """How queries and keys on their grids are cut into tiles.
+
+    Attributes:
+        queries: Where the tiles' queries stand.
+        keys: Where the tiles' keys stand.
+        once: Where each query stands in its first tile: rows of ``[tiles, B, heads, places, d]``, flat over
+            ``[B, *shape, heads]``.
+        repeated: Whether a query stands in an earlier tile too, ``[tiles, queries]``; None if none does.
+        kinds: The distinct patterns of which key lies in which query's window, ``[kinds, queries, keys]``, bool.
+        kind: Which of them a tile has, ``[tiles]``.
+        shape: The queries' grid.
+    """
+
+    queries: Places
+    keys: Places
+    once: Tensor
+    repeated: Tensor | None
+    kinds: Tensor
+    kind: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def create(cls, axes: Sequence[AxisTiles], batch: int, heads: int) -> "Tiles":
+        """Combines the tiles of all axes, for tensors of ``batch`` samples and ``heads`` heads."""
+        shape, key_shape = [axis.query_length for axis in axes], [axis.key_length for axis in axes]
+        counts, sizes = zip(*(axis.queries.shape for axis in axes), strict=True)
+        tile, place = (
+            _ravel(parts, n) for parts, n in zip(zip(*(a.once() for a in axes), strict=True), (counts, sizes))
+        )
+        kinds, kind = zip(*(axis.kinds() for axis in axes), strict=True)
+        moved = any(count * size != length for count, size, length in zip(counts, sizes, shape, strict=True))
+        return cls(
+            queries=_places(_ravel([axis.queries for axis in axes], shape), math.prod(shape), batch, heads),
+            keys=_places(_ravel([axis.keys for axis in axes], key_shape), math.prod(key_shape), batch, heads),
+            once=_once(tile[0], place[0], math.prod(sizes), batch, heads),
+            repeated=_combine(operator.or_, [axis.repeated()[..., None] for axis in axes])[..., 0] if moved else None,
+            kinds=_combine(operator.and_, kinds),
+            kind=_ravel(kind, [len(k) for k in kinds])[:, 0],
+            shape=tuple(shape),
+        )
+
+    def untile(self, x: Tensor) -> Tensor:
+        """``[tiles, B, heads, queries, d]`` -> ``[B, *shape, heads, d]``, taking each query once."""
+        _, batch, heads, _ = self.queries.sizes
+        return _rows(x).index_select(0, self.once).view(batch, *self.shape, heads, x.shape[-1])
+
+    def of_one_head(self) -> "Tiles":
+        """Returns the same tiles for tensors of one head."""
+        tiles, batch, heads, size = self.queries.sizes
+        count = math.prod(self.shape)
+        rows = self.once.view(batch, count, heads)[:, :, 0]
+        place = rows % size
+        first = rows.div(size * heads, rounding_mode="floor") * size + place
+        return self._replace(queries=self.queries.of_one_head(), keys=self.keys.of_one_head(), once=first.flatten())
+
+    def split(self, size: int) -> "list[Tiles]":
+        """Returns the tiles in parts of ``size`` tiles."""
+        parts = zip(self.queries.split(size), self.keys.split(size), self.kind.split(size), strict=True)
+        return [self._replace(queries=q, keys=k, kind=kind) for q, k, kind in parts]
+
+    def allowed(self) -> Tensor:
+        """Returns which key lies in which query's window, ``[tiles, queries, keys]``, bool."""
+        return self.kinds.index_select(0, self.kind)
+
+
+def per_geometry(build: Callable[P, R]) -> Callable[P, R]:
+    """Keeps what a function of numbers, tuples and a device makes, but for tensors that belong to a tracer."""
+    kept = functools.lru_cache(_KEPT)(build)
+
+    @functools.wraps(build)
+    def find(*args: P.args, **kwargs: P.kwargs) -> R:
+        if is_traced():
+            return build(*args, **kwargs)
+        with torch.inference_mode(False):  # what is kept serves training too
+            return kept(*args, **kwargs)  # type: ignore[arg-type]
+
+    return find
+
+
+def is_traced() -> bool:
+    """Tells whether tensors made here and now stand for others: those of a compiler, an exporter, a fake mode."""
+    return torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
 
 
 def query_tiles(length: int, size: int, device: torch.device) -> Tensor:
-    """Cuts ``length`` queries into tiles of about ``size``: their index, ``[T, b]``."""
-    tiles = -(-length // size)
-    size = -(-length // tiles)
-    start = (torch.arange(tiles, device=device) * size).clamp(max=length - size)
+    """Cuts ``length`` queries into tiles of ``size``: their index, ``[T, b]``."""
+    start = (torch.arange(-(-length // size), device=device) * size).clamp(max=length - size)
     return start[:, None] + torch.arange(size, device=device)
 
 
@@ -35,82 +201,35 @@ def key_tiles(start: Tensor, size: int, length: int) -> Tensor:
     return start.clamp(0, length - size)[:, None] + torch.arange(size, device=start.device)
 
 
-def gather(x: Tensor, index: Sequence[Tensor]) -> Tensor:
-    """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``, by one index ``[T, n]`` per axis."""
-    for axis, places in enumerate(index, start=1):
-        if places.numel() != x.shape[axis]:  # as many places as the axis has are the axis itself
-            x = x.index_select(axis, places.flatten())
-    for axis, places in reversed(list(enumerate(index, start=1))):
-        x = x.unflatten(axis, tuple(places.shape))  # [B, T1, n1, T2, n2, ..., heads, d]
-    axes = len(index)
-    tiles, places_ = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
-    x = x.permute(*tiles, 0, 2 * axes + 1, *places_, 2 * axes + 2)
-    return x.flatten(0, axes - 1).flatten(3, 2 + axes)
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
-def spread(x: Tensor, index: Sequence[Tensor]) -> Tensor:
-    """``[tiles, B, heads, places, d]`` -> ``[B, T1 * n1, T2 * n2, ..., heads, d]``: undoes the layout of `gather`."""
-    axes = len(index)
-    x = x.unflatten(0, [places.shape[0] for places in index]).unflatten(-2, [places.shape[1] for places in index])
-    pairs = [dim for axis in range(axes) for dim in (axis, axes + 2 + axis)]
-    x = x.permute(axes, *pairs, axes + 1, 2 * axes + 2)  # [B, T1, n1, T2, n2, ..., heads, d]
-    for axis in range(1, axes + 1):
-        x = x.flatten(axis, axis + 1)
-    return x
+def _ravel(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Combines an index ``[T, n]`` per axis of a grid into one of the flat grid, ``[tiles, places]``."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    scaled = [(part * stride)[..., None] for part, stride in zip(parts, strides, strict=True)]
+    return _combine(operator.add, scaled)[..., 0]
 
 
-def untile(x: Tensor, index: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """``[tiles, B, heads, places, d]`` -> ``[B, *shape, heads, d]``, taking each query once."""
-    x = spread(x, index)
-    for axis, (places, length) in enumerate(zip(index, shape, strict=True), start=1):
-        tiles, size = places.shape
-        if tiles * size != length:
-            place = torch.arange(length, device=x.device)
-            last = (tiles - 1) * size
-            x = x.index_select(axis, torch.where(place < last, place, place + tiles * size - length))
-    return x
-
-
-def scatter_add(x: Tensor, index: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """``[tiles, B, heads, places, d]`` -> ``[B, *shape, heads, d]``, summing overlaps: `gather` transposed."""
-    x = spread(x, index)
-    for axis, (places, length) in enumerate(zip(index, shape, strict=True), start=1):
-        if places.numel() != length:
-            out = x.new_zeros((*x.shape[:axis], length, *x.shape[axis + 1 :]))
-            x = out.index_add(axis, places.flatten(), x)
-    return x
-
-
-def scatter_max(x: Tensor, index: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """`scatter_add` with the largest instead of the sum."""
-    x = spread(x, index)
-    for axis, (places, length) in enumerate(zip(index, shape, strict=True), start=1):
-        if places.numel() != length:
-            out = x.new_full((*x.shape[:axis], length, *x.shape[axis + 1 :]), torch.finfo(x.dtype).min)
-            across = places.view(-1, *[1] * (x.ndim - axis - 1)).expand_as(x)
-            x = out.scatter_reduce(axis, across, x, "amax")
-    return x
-
-
-def allowed_pairs(tiles: Sequence[AxisTiles]) -> Tensor:
-    """Returns which key lies in which query's window, ``[tiles, queries, keys]``, bool."""
-    return _product([axis.allowed for axis in tiles])
-
-
-def first_queries(index: Sequence[Tensor]) -> Tensor:
-    """Returns ``[tiles, queries]``, bool: False where a query of an earlier tile is repeated."""
-    starts = [torch.arange(len(places), device=places.device)[:, None] * places.shape[1] for places in index]
-    return _product([(places >= start)[..., None] for places, start in zip(index, starts, strict=True)])[..., 0]
-
-
-def _product(parts: Sequence[Tensor]) -> Tensor:
-    pairs = parts[0]  # [T, n, m] per axis
+def _combine(operation: Callable[[Any, Any], Any], parts: Sequence[Tensor]) -> Tensor:
+    """Combines every entry of ``[T, n, m]`` per axis with those of the other axes: ``[tiles, places, others]``."""
+    pairs = parts[0]
     for part in parts[1:]:
-        pairs = pairs[:, None, :, None, :, None] & part[None, :, None, :, None, :]
+        pairs = operation(pairs[:, None, :, None, :, None], part[None, :, None, :, None, :])
         pairs = pairs.flatten(0, 1).flatten(1, 2).flatten(2, 3)
     return pairs
 
 
-def gather_mask(mask: Tensor, index: Sequence[Tensor]) -> Tensor:
-    """``[B, *grid]`` -> ``[tiles, B, places]``."""
-    return gather(mask[..., None, None], index)[:, :, 0, :, 0]
+def _places(index: Tensor, count: int, batch: int, heads: int) -> Places:
+    """Takes places ``[tiles, places]`` of a grid of ``count`` to those of ``[B, *grid, heads]``."""
+    sample, head = (torch.arange(n, device=index.device) for n in (batch, heads))
+    rows = (sample[:, None, None] * count + index[:, None, None, :]) * heads + head[:, None]
+    return Places(rows.flatten(), (index.shape[0], batch, heads, index.shape[1]))
+
+
+def _once(tile: Tensor, place: Tensor, size: int, batch: int, heads: int) -> Tensor:
+    """Takes tile and place ``[N]`` to rows of ``[tiles, B, heads, size]``, flat over ``[B, N, heads]``."""
+    sample, head = (torch.arange(n, device=tile.device) for n in (batch, heads))
+    rows = (tile[:, None] * batch + sample[:, None, None]) * heads + head
+    return (rows * size + place[:, None]).flatten()

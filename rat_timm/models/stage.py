@@ -165,25 +165,28 @@ class PyramidNorm(nn.LayerNorm):
 
 
 def _to_sequence(pyramid: Pyramid, unit: Sequence[float]) -> tuple[Tensor, Positions, Tensor | None]:
-    """Lines up prefix and levels: features ``[B, N, C]``, positions ``[1 or B, N, axes]``, mask ``[B, N]`` or None.
+    """Lines up prefix and levels: features ``[B, N, C]``, positions ``[1 or B, N]`` per axis, mask ``[B, N]``.
 
     Prefix tokens stand at the centre of the field, where the rotation is none.
     """
     center = field_center([tokens.grid for tokens in pyramid.levels])
-    positions = [tokens.grid.positions(center, unit) for tokens in pyramid.levels]
-    offsets = [p.offset.flatten(1, -2) for p in positions]
-    spacings = [p.spacing.expand_as(p.offset).flatten(1, -2) for p in positions]
     features = [tokens.x.flatten(1, -2) for tokens in pyramid.levels]
+    positions = [tokens.grid.positions(center, unit).dense() for tokens in pyramid.levels]
     masks = pyramid.masks
     if pyramid.prefix is not None:
-        count = pyramid.prefix.shape[1]
         features.insert(0, pyramid.prefix)
-        offsets.insert(0, offsets[0].new_zeros(offsets[0].shape[0], count, offsets[0].shape[2]))
-        spacings.insert(0, torch.ones_like(offsets[0]))
+        nowhere = positions[0].offset[0].new_zeros(1, pyramid.prefix.shape[1])
+        axes = len(unit)
+        positions.insert(0, Positions((nowhere,) * axes, (torch.ones_like(nowhere),) * axes))
         masks.insert(0, None)
-    rows = max(offset.shape[0] for offset in offsets)
-    joint = Positions(*(torch.cat([t.expand(rows, -1, -1) for t in parts], dim=1) for parts in (offsets, spacings)))
+    joint = Positions(*(_join(parts) for parts in zip(*positions, strict=True)))
     return torch.cat(features, dim=1), joint, join_masks(masks, [x.shape[:-1] for x in features])
+
+
+def _join(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """Lines up what each part has per axis, ``[1 or B, *grid]``, into ``[1 or B, N]`` per axis."""
+    rows = max(part[0].shape[0] for part in parts)
+    return tuple(torch.cat([t.flatten(1).expand(rows, -1) for t in along], dim=1) for along in zip(*parts, strict=True))
 
 
 def _from_sequence(x: Tensor, pyramid: Pyramid) -> Pyramid:
