@@ -1,23 +1,42 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rat_timm.layers.masking import join_masks, masked_attention, masked_log_softmax, nothing, pool_mask
+from rat_timm.layers.masking import (
+    attention,
+    exp_beside_one,
+    join_masks,
+    masked_attention,
+    nothing,
+    pool_mask,
+)
 from references import places
 
 
-def test_softmax_over_the_allowed_entries_only():
-    logits = torch.tensor([[1.0, 2.0, 1e4], [3.0, 3.0, 3.0]])
-    allowed = torch.tensor([[True, True, False], [False, False, False]])
-    expected = torch.tensor([[1, torch.e, 0], [0, 0, 0]]) / (1 + torch.e)
-    found = masked_log_softmax(logits, allowed)
-    torch.testing.assert_close(found.exp(), expected)
-    assert torch.equal(found == nothing(torch.float32), ~allowed)
+def test_exponentials_beside_one_are_right_where_they_show():
+    x = torch.linspace(-80, 0, 81, dtype=torch.float32)
+    assert torch.equal(exp_beside_one(x), x.exp())
+    low = torch.tensor([-90.0, nothing(torch.float32), -torch.inf])
+    assert torch.equal(1 + exp_beside_one(low), torch.ones(3))
+    assert exp_beside_one(torch.tensor(-700.0, dtype=torch.float64)) == torch.tensor(-700.0, dtype=torch.float64).exp()
 
 
-def test_softmax_of_half_precision_is_float32():
-    assert masked_log_softmax(torch.zeros(2, 3, dtype=torch.bfloat16), None).dtype == torch.float32
-    assert masked_log_softmax(torch.zeros(2, 3, dtype=torch.float64), None).dtype == torch.float64
+@pytest.mark.parametrize("places", [3, 300])  # either side of what is few
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_agrees_with_its_definition(places, biased):
+    tensors = [torch.randn(2, 8, places, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    query, key, value = tensors
+    bias = torch.randn(2, 1, places, places, dtype=torch.float64) if biased else None
+    weights = ((query[..., None, :] * key[..., None, :, :]).sum(-1) / 2 + (bias if biased else 0)).exp()
+    expected = (weights / weights.sum(-1, keepdim=True)) @ value
+    out = attention(query, key, value, bias)
+    torch.testing.assert_close(out, expected)
+    grads = (torch.autograd.grad(o.square().sum(), tensors, retain_graph=True) for o in (out, expected))
+    for ours, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, reference)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(query, key, value, bias), expected)
 
 
 def test_attention_leaves_out_what_is_not_allowed():

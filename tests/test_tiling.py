@@ -1,57 +1,139 @@
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rat_timm.layers import tiling
 
-lengths = st.lists(st.tuples(st.integers(1, 15), st.integers(1, 6)), min_size=1, max_size=3)
+CPU = torch.device("cpu")
+axes = st.lists(st.tuples(st.integers(1, 13), st.integers(2, 6)), min_size=1, max_size=3)
 
 
-@given(lengths)
-def test_untile_undoes_gather_of_query_tiles(axes):
-    shape = [length for length, _ in axes]
-    index = [tiling.query_tiles(length, size, torch.device("cpu")) for length, size in axes]
+def make(axes, batch=2, heads=3):
+    """Tiles of about the given sizes; each query sees the keys that are at most one place away."""
+
+    def axis(length, size):
+        queries = tiling.query_tiles(length, min(size, length), CPU)
+        keys = tiling.key_tiles(queries[:, 0] - 1, queries.shape[1] + 2, length)
+        near = (keys[:, None, :] - queries[:, :, None]).abs() <= 1
+        return tiling.AxisTiles(queries, keys, near, length, length)
+
+    return tiling.Tiles.create([axis(*entry) for entry in axes], batch, heads), [length for length, _ in axes]
+
+
+def numbered(shape, batch=2, heads=3, width=4):
+    return torch.arange(float(batch * heads * width * torch.Size(shape).numel())).view(batch, *shape, heads, width)
+
+
+@given(axes)
+def test_untile_undoes_take(axes):
+    tiles, shape = make(axes)
+    x = numbered(shape)
+    assert torch.equal(tiles.untile(tiles.queries.take(x)), x)
+    assert torch.equal(tiles.of_one_head().untile(tiles.of_one_head().queries.take(x[..., :1, :])), x[..., :1, :])
+
+
+@given(axes)
+def test_every_query_is_new_once(axes):
+    tiles, shape = make(axes, batch=1, heads=1)
+    place = tiles.queries.take(torch.arange(torch.Size(shape).numel()).view(1, *shape, 1, 1))[:, 0, 0, :, 0]
+    new = place if tiles.repeated is None else place[~tiles.repeated]
+    assert sorted(new.flatten().tolist()) == list(range(torch.Size(shape).numel()))
+
+
+@given(axes)
+def test_queries_see_the_keys_around_them(axes):
+    tiles, shape = make(axes, batch=1, heads=1)
+    where = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij"), dim=-1)[None, ..., None, :]
+    query, key = tiles.queries.take(where)[:, 0, 0], tiles.keys.take(where)[:, 0, 0]  # [tiles, places, axes]
+    near = ((query[:, :, None] - key[:, None]).abs() <= 1).all(-1)
+    assert torch.equal(tiles.allowed(), near)
+    inside = [sum(0 <= i + step < n for step in (-1, 0, 1)) for n in shape for i in (0, n // 2)]
+    assert near.sum(-1).max() == math.prod(max(pair) for pair in zip(inside[::2], inside[1::2], strict=True))
+
+
+@given(axes)
+def test_add_is_take_transposed(axes):
+    tiles, shape = make(axes)
+    x = torch.randn(2, *shape, 3, 4, dtype=torch.float64, requires_grad=True)
+    taken = tiles.keys.take(x)
+    other = torch.randn_like(taken, requires_grad=True)
+    added = tiles.keys.add(other, shape)
+    torch.testing.assert_close((taken * other).sum(), (x * added).sum())
+    (grad,) = torch.autograd.grad((taken * other).sum(), x)
+    torch.testing.assert_close(grad, added)
+    (grad,) = torch.autograd.grad((x * added).sum(), other)
+    torch.testing.assert_close(grad, taken)
+
+
+def test_take_and_add_have_second_derivatives():
+    tiles, shape = make([(5, 2), (4, 3)], batch=1, heads=1)
+    x = torch.randn(1, *shape, 1, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: tiles.keys.add(tiles.keys.take(x) ** 3, shape), (x,))
+
+
+@given(axes)
+def test_log_sum_exp_adds_up_overlaps(axes):
+    tiles, shape = make(axes)
+    x = torch.randn(*tiles.keys.sizes, dtype=torch.float64)
+    expected = tiles.keys.take(tiles.keys.add(x.exp().unsqueeze(-1), shape).log())[..., 0]
+    torch.testing.assert_close(tiles.keys.log_sum_exp(x), expected)
+
+
+@given(axes, st.integers(1, 9))
+def test_parts_are_the_whole(axes, size):
+    tiles, shape = make(axes)
+    x, mask = numbered(shape), torch.rand(2, *shape) > 0.5
+    parts = tiles.split(size)
+    assert all(len(part.kind) <= size for part in parts)
+    assert torch.equal(torch.cat([part.keys.take(x) for part in parts]), tiles.keys.take(x))
+    assert torch.equal(torch.cat([part.allowed() for part in parts]), tiles.allowed())
+    assert torch.equal(torch.cat([part.keys.take_mask(mask) for part in parts]), tiles.keys.take_mask(mask))
+    if tiles.repeated is not None:
+        assert torch.equal(torch.cat([part.repeated for part in parts]), tiles.repeated)
+
+
+def test_take_mask_takes_the_named_places():
+    tiles, _ = make([(6, 3)])
+    mask = torch.arange(12).view(2, 6) % 3 > 0
+    assert torch.equal(tiles.keys.take_mask(mask)[:, 1], mask[1][torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]])])
+
+
+def test_plans_are_kept_per_argument_and_serve_training():
+    calls = []
+
+    @tiling.per_geometry
+    def plan(size, device):
+        calls.append(size)
+        return torch.arange(size, device=device)
+
+    with torch.inference_mode():
+        first = plan(3, CPU)
+    assert plan(3, CPU) is first
+    assert not first.is_inference()
+    assert plan(4, CPU).tolist() == [0, 1, 2, 3]
+    assert calls == [3, 4]
+
+
+def test_a_tracers_tensors_are_not_kept():
+    @tiling.per_geometry
+    def plan(size, device):
+        return torch.arange(size, device=device)
+
+    with FakeTensorMode():
+        fake = plan(3, CPU)
+    assert type(plan(3, CPU)) is torch.Tensor
+    with FakeTensorMode():
+        assert type(plan(3, CPU)) is type(fake)
+
+
+@pytest.mark.parametrize("function", ["take", "add"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(function, dtype):
+    tiles, shape = make([(7, 3), (5, 2)])
     x = torch.randn(2, *shape, 3, 4)
-    assert torch.equal(tiling.untile(tiling.gather(x, index), index, shape), x)
-
-
-@given(lengths)
-def test_scatter_add_is_gather_transposed(axes):
-    shape = [length for length, _ in axes]
-    index = [
-        tiling.key_tiles(tiling.query_tiles(length, size, torch.device("cpu"))[:, 0] - 1, size + 2, length)
-        for length, size in axes
-    ]
-    x = torch.randn(2, *shape, 3, 4, dtype=torch.float64)
-    tiles = torch.randn_like(tiling.gather(x, index))
-    product = (tiling.gather(x, index) * tiles).sum()
-    torch.testing.assert_close((x * tiling.scatter_add(tiles, index, shape)).sum(), product)
-
-
-@given(lengths)
-def test_scatter_max_takes_the_largest(axes):
-    shape = [length for length, _ in axes]
-    index = [
-        tiling.key_tiles(tiling.query_tiles(length, size, torch.device("cpu"))[:, 0] - 1, size + 2, length)
-        for length, size in axes
-    ]
-    x = torch.randn(2, *shape, 3, 4)
-    tiles = tiling.gather(x, index)
-    lower = tiles - torch.rand(len(tiles), 1, 1, 1, 1)  # another amount in each tile
-    lowest = torch.stack([tiling.scatter_max(lower, index, shape), x]).amin(0)
-    assert torch.equal(tiling.scatter_max(tiles, index, shape), x)
-    assert torch.equal(tiling.scatter_max(lower, index, shape), lowest)
-    assert (tiling.gather(lowest, index) >= lower).all()
-
-
-@given(st.integers(1, 40), st.integers(1, 9))
-def test_every_query_is_first_once(length, size):
-    queries = tiling.query_tiles(length, size, torch.device("cpu"))
-    assert sorted(queries[tiling.first_queries([queries])].tolist()) == list(range(length))
-
-
-def test_gather_takes_the_named_places():
-    x = torch.arange(6.0).view(1, 6, 1, 1)
-    index = torch.tensor([[0, 1, 2], [3, 4, 5], [1, 2, 3]])
-    assert tiling.gather(x, [index])[:, 0, 0, :, 0].tolist() == index.tolist()
-    assert tiling.gather_mask(x[..., 0, 0] > 2, [index])[:, 0].tolist() == (index > 2).tolist()
+    call = tiles.keys.take if function == "take" else lambda x: tiles.keys.add(tiles.keys.take(x), shape)
+    torch.testing.assert_close(call(x.to(dtype)).float(), call(x), rtol=0.03, atol=0.1)

@@ -89,7 +89,7 @@ def _logits(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
     """Returns ``[..., N, M]``, at least in float32, with `nothing` where a pair is not allowed."""
     logits = key @ query.mT
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if allowed is None else logits.masked_fill(~allowed, nothing(logits.dtype))
+    return logits if allowed is None else logits.masked_fill_(~allowed, nothing(logits.dtype))
 
 
 def _log_sum(logits: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class LocalGrouping(NamedTuple):
         """Returns logits ``[tiles, B, heads, tokens, groups]``, and the logarithm of their sum over all tokens."""
         logits = _logits(self.tiles.keys.take(query), self.key, self.allowed)
         sums = _log_sum(logits).squeeze(-2)  # over one tile's tokens
-        return logits, self.tiles.keys.log_sum_exp(sums, self.coarse).unsqueeze(-2)
+        return logits, self.tiles.keys.log_sum_exp(sums).unsqueeze(-2)
 
 
 @tiling.per_geometry

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_FEW = 1 << 20  # logits up to which PyTorch's fused attention takes longer on the CPU, forward and backward
+
 
 def nothing(dtype: torch.dtype) -> float:
     """Returns the logarithm that stands for zero: finite, so that no difference of two of them is NaN."""
@@ -18,7 +20,25 @@ def exp_beside_one(x: Tensor) -> Tensor:
 
     PyTorch's exponential takes ten times as long on the CPU where its result is subnormal or zero.
     """
-    return x.clamp(min=math.log(torch.finfo(x.dtype).tiny) + 1).exp()
+    return x.clamp(min=math.log(torch.finfo(x.dtype).tiny) + 1).exp_()
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        query: ``[B, heads, M, d]``.
+        key: ``[B, heads, N, d]``.
+        value: ``[B, heads, N, d]``.
+        bias: What is added to the logits, broadcastable to ``[B, heads, M, N]``.
+        dropout_p: Probability of dropping an attention weight.
+    """
+    count = query.shape[:3].numel() * key.shape[2]
+    if dropout_p > 0.0 or not query.requires_grad or query.device.type != "cpu" or count > _FEW:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
+    logits = (query * query.shape[-1] ** -0.5) @ key.mT
+    logits = logits if bias is None else logits + bias
+    return logits.softmax(dim=-1).to(value.dtype) @ value
 
 
 def masked_attention(
@@ -34,7 +54,7 @@ def masked_attention(
         dropout_p: Probability of dropping an attention weight.
     """
     if allowed is None:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p)
+        return attention(query, key, value, dropout_p=dropout_p)
     reached = allowed.any(dim=-1, keepdim=True)  # [B, heads, M, 1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | ~reached, dropout_p=dropout_p)
     return torch.where(reached, out, 0.0)

@@ -11,13 +11,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..grid import integers
 from . import tiling
-from .masking import check_mask, masked_attention
+from .masking import attention, check_mask, masked_attention
 
-_CHUNK_NUMBERS = (1 << 19, 1 << 28)  # keys' entries that are gathered at a time, on the CPU and on a GPU
+_NUMBERS = 1 << 23  # entries of keys that are gathered at a time
 
 
 def neighborhood_attention(
@@ -61,33 +60,34 @@ def _tiled_attention(
 ) -> Tensor:
     grid, (batch, heads) = tuple(query.shape[1:-2]), (query.shape[0], query.shape[-2])
     tiles = _tiles(grid, kernel, batch, heads, query.device)
-    attend = functools.partial(_attend, mask=mask, dropout_p=dropout_p)
-    outs = [attend(query, key, value, part) for part in tiles.split(_chunk_size(tiles, query))]
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    parts = tiles.split(_part_size(tiles, query))
+    outs = [_attend(query, key, value, part, mask, dropout_p) for part in parts]
     return tiles.untile(outs[0] if len(outs) == 1 else torch.cat(outs))
 
 
-def _chunk_size(tiles: tiling.Tiles, query: Tensor) -> int:
-    """Returns how many tiles to attend to at a time: as many as caches hold, but all where a gradient is needed."""
-    count, batch, heads, size = tiles.keys.sizes
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return count  # each chunk would have a gradient of the whole grid's size
-    return max(1, _CHUNK_NUMBERS[query.is_cuda] // (batch * heads * size * query.shape[-1]))
+def _part_size(tiles: tiling.Tiles, query: Tensor) -> int:
+    """Returns how many tiles to attend to at a time: all where there may be gradients, which have the grid's size."""
+    count, batch, heads, keys = tiles.keys.sizes
+    if torch.is_grad_enabled() or tiling.is_traced():
+        return count
+    return max(1, _NUMBERS // (batch * heads * keys * query.shape[-1]))
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, tiles: tiling.Tiles, mask: Tensor | None, dropout_p: float
 ) -> Tensor:
-    """Attends from the queries of some tiles, ``[tiles, B, heads, queries, d]``, to the keys in their windows."""
+    """Attends from the tiles' queries to the keys in their windows, ``[tiles, B, heads, queries, d]``."""
     q, k, v = tiles.queries.take(query), tiles.keys.take(key), tiles.keys.take(value)
-    if mask is None:
-        # samples count as heads, since their windows are the same: one bias per tile serves all of them
-        kinds = torch.zeros_like(tiles.kinds, dtype=q.dtype).masked_fill(~tiles.kinds, -math.inf)
-        bias = kinds.index_select(0, tiles.kind).unsqueeze(1)  # [tiles, 1, queries, keys]
-        flat = (x.flatten(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*flat, attn_mask=bias, dropout_p=dropout_p).view_as(q)
-    valid = tiles.keys.take_mask(mask)[:, :, None]  # [tiles, B, 1, keys]
-    allowed = (tiles.allowed()[:, None] & valid).flatten(0, 1).unsqueeze(1)  # [tiles * B, 1, queries, keys]
-    return masked_attention(*(x.flatten(0, 1) for x in (q, k, v)), allowed, dropout_p).view_as(q)
+    if mask is not None:
+        valid = tiles.keys.take_mask(mask)[:, :, None]  # [tiles, B, 1, keys]
+        allowed = (tiles.allowed()[:, None] & valid).flatten(0, 1).unsqueeze(1)  # [tiles * B, 1, queries, keys]
+        out = masked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), allowed, dropout_p)
+        return out.view_as(q)
+    # samples count as heads, since their windows are the same: one bias per tile serves all of them
+    bias = torch.zeros_like(tiles.kinds, dtype=q.dtype).masked_fill(~tiles.kinds, -math.inf)
+    bias = bias.index_select(0, tiles.kind).unsqueeze(1)  # [tiles, 1, queries, keys]
+    return attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias, dropout_p).view_as(q)
 
 
 @tiling.per_geometry

@@ -3,6 +3,7 @@
 What depends on sizes alone, and not on data, is made once per geometry and kept.
 """
 
+import dataclasses
 import functools
 import math
 import operator
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .masking import exp_beside_one
 
@@ -59,30 +61,51 @@ class AxisTiles(NamedTuple):
         return kinds, kind[:, None]
 
 
-class Places(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Places:
     """Where the tiles' places stand in tensors ``[B, *grid, heads, d]``.
 
     Attributes:
         rows: Index of rows of d numbers, flat over ``[tiles, B, heads, places]``.
         sizes: The number of tiles, samples, heads and places.
+        count: The number of rows that the index is for.
     """
 
     rows: Tensor
     sizes: tuple[int, int, int, int]
+    count: int
 
     def take(self, x: Tensor) -> Tensor:
         """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``."""
-        return _rows(x).index_select(0, self.rows).view(*self.sizes, x.shape[-1])
+        rows = _rows(x)
+        taken = rows.index_select(0, self.rows) if self._plain(x) else _Take.apply(rows, self)
+        return taken.view(*self.sizes, x.shape[-1])
 
     def add(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         """``[tiles, B, heads, places, d]`` -> ``[B, *shape, heads, d]``, summing overlaps: `take` transposed."""
-        out = x.new_zeros((self.sizes[1], *shape, self.sizes[2], x.shape[-1]))
-        return _rows(out).index_add(0, self.rows, _rows(x)).view_as(out)
+        rows = _rows(x)
+        if self._plain(x):
+            total = x.new_zeros((self.count, x.shape[-1])).index_add(0, self.rows, rows)
+        else:
+            total = _Add.apply(rows, self)
+        return total.view(self.sizes[1], *shape, self.sizes[2], x.shape[-1])
 
-    def log_sum_exp(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+    def _plain(self, x: Tensor) -> bool:
+        """Tells whether PyTorch's own scatter has to do: a compiler fuses it, and not every device has bags."""
+        return is_traced() or x.device.type not in ("cpu", "cuda")
+
+    @functools.cached_property
+    def bags(self) -> tuple[Tensor, Tensor]:
+        """Which places stand at each row: their index, sorted by row, and where each row's begin."""
+        with torch.inference_mode(False):
+            sizes = torch.bincount(self.rows, minlength=self.count)
+            starts = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
+            return self.rows.argsort(stable=True), starts
+
+    def log_sum_exp(self, x: Tensor) -> Tensor:
         """Adds up overlaps of ``[tiles, B, heads, places]``, given and returned as logarithms, in all their tiles."""
         flat = x.flatten()
-        lowest = x.new_full((self.sizes[1] * self.sizes[2] * math.prod(shape),), torch.finfo(x.dtype).min)
+        lowest = x.new_full((self.count,), torch.finfo(x.dtype).min)
         peak = lowest.scatter_reduce(0, self.rows, flat.detach(), "amax")
         parts = exp_beside_one(flat - peak.index_select(0, self.rows))
         total = torch.zeros_like(peak).index_add(0, self.rows, parts)
@@ -91,17 +114,51 @@ class Places(NamedTuple):
     def split(self, size: int) -> "list[Places]":
         """Returns the places of ``size`` tiles at a time."""
         parts = self.rows.split(size * math.prod(self.sizes[1:]))
-        return [Places(rows, (rows.numel() // math.prod(self.sizes[1:]), *self.sizes[1:])) for rows in parts]
+        tiles = [rows.numel() // math.prod(self.sizes[1:]) for rows in parts]
+        return [Places(rows, (n, *self.sizes[1:]), self.count) for rows, n in zip(parts, tiles, strict=True)]
 
     def of_one_head(self) -> "Places":
         """Returns the same places in tensors of one head."""
         tiles, batch, heads, places = self.sizes
         rows = self.rows.view(self.sizes)[:, :, 0].flatten().div(heads, rounding_mode="floor")
-        return Places(rows, (tiles, batch, 1, places))
+        return Places(rows, (tiles, batch, 1, places), self.count // heads)
 
     def take_mask(self, mask: Tensor) -> Tensor:
         """``[B, *grid]`` -> ``[tiles, B, places]``."""
         return self.of_one_head().take(mask[..., None, None])[:, :, 0, :, 0]
+
+
+class _Take(torch.autograd.Function):
+    """`Places.take` of rows, whose gradient is summed in one pass and not row by row."""
+
+    @staticmethod
+    def forward(x: Tensor, places: Places) -> Tensor:
+        return x.index_select(0, places.rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Places], output: Tensor) -> None:
+        ctx.places = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Add.apply(grad, ctx.places), None
+
+
+class _Add(torch.autograd.Function):
+    """`Places.add` of rows."""
+
+    @staticmethod
+    def forward(x: Tensor, places: Places) -> Tensor:
+        order, starts = places.bags
+        return F.embedding_bag(order, x, starts, mode="sum", include_last_offset=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Places], output: Tensor) -> None:
+        ctx.places = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Take.apply(grad, ctx.places), None
 
 
 class Tiles(NamedTuple):
@@ -131,9 +188,8 @@ class Tiles(NamedTuple):
         """Combines the tiles of all axes, for tensors of ``batch`` samples and ``heads`` heads."""
         shape, key_shape = [axis.query_length for axis in axes], [axis.key_length for axis in axes]
         counts, sizes = zip(*(axis.queries.shape for axis in axes), strict=True)
-        tile, place = (
-            _ravel(parts, n) for parts, n in zip(zip(*(a.once() for a in axes), strict=True), (counts, sizes))
-        )
+        tiles, places = zip(*(axis.once() for axis in axes), strict=True)
+        tile, place = _ravel(tiles, counts), _ravel(places, sizes)
         kinds, kind = zip(*(axis.kinds() for axis in axes), strict=True)
         moved = any(count * size != length for count, size, length in zip(counts, sizes, shape, strict=True))
         return cls(
@@ -153,7 +209,7 @@ class Tiles(NamedTuple):
 
     def of_one_head(self) -> "Tiles":
         """Returns the same tiles for tensors of one head."""
-        tiles, batch, heads, size = self.queries.sizes
+        _, batch, heads, size = self.queries.sizes
         count = math.prod(self.shape)
         rows = self.once.view(batch, count, heads)[:, :, 0]
         place = rows % size
@@ -162,8 +218,12 @@ class Tiles(NamedTuple):
 
     def split(self, size: int) -> "list[Tiles]":
         """Returns the tiles in parts of ``size`` tiles."""
-        parts = zip(self.queries.split(size), self.keys.split(size), self.kind.split(size), strict=True)
-        return [self._replace(queries=q, keys=k, kind=kind) for q, k, kind in parts]
+        if size >= len(self.kind):
+            return [self]
+        kind = self.kind.split(size)
+        repeated = [None] * len(kind) if self.repeated is None else self.repeated.split(size)
+        parts = zip(self.queries.split(size), self.keys.split(size), repeated, kind, strict=True)
+        return [self._replace(queries=q, keys=k, repeated=r, kind=n) for q, k, r, n in parts]
 
     def allowed(self) -> Tensor:
         """Returns which key lies in which query's window, ``[tiles, queries, keys]``, bool."""
@@ -225,7 +285,7 @@ def _places(index: Tensor, count: int, batch: int, heads: int) -> Places:
     """Takes places ``[tiles, places]`` of a grid of ``count`` to those of ``[B, *grid, heads]``."""
     sample, head = (torch.arange(n, device=index.device) for n in (batch, heads))
     rows = (sample[:, None, None] * count + index[:, None, None, :]) * heads + head[:, None]
-    return Places(rows.flatten(), (index.shape[0], batch, heads, index.shape[1]))
+    return Places(rows.flatten(), (index.shape[0], batch, heads, index.shape[1]), batch * count * heads)
 
 
 def _once(tile: Tensor, place: Tensor, size: int, batch: int, heads: int) -> Tensor:
