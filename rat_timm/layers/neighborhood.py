@@ -71,7 +71,7 @@ def _part_size(tiles: tiling.Tiles, query: Tensor) -> int:
     count, batch, heads, keys = tiles.keys.sizes
     if torch.is_grad_enabled() or tiling.is_traced():
         return count
-    return max(1, _NUMBERS // (batch * heads * keys * query.shape[-1]))
+    return max(1, _NUMBERS // max(1, batch * heads * keys * query.shape[-1]))
 
 
 def _attend(

@@ -31,27 +31,18 @@ class Rotation(NamedTuple):
         """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass."""
         heads = self.table.shape[-3]
         planes = x[..., :heads, :].unflatten(-1, (-1, 2))  # [B, ..., rotary heads, planes, 2]
-        rotated = (self._complex(planes) if _complex_runs(x) else self._real(planes)).flatten(-2)
+        rotated = _turn(planes, self.table).flatten(-2)
         return rotated if heads == x.shape[-2] else torch.cat((rotated, x[..., heads:, :]), dim=-2)
-
-    def _complex(self, planes: Tensor) -> Tensor:
-        if planes.stride(-1) != 1 or any(stride % 2 for stride in planes.stride()[:-1]):
-            planes = planes.contiguous()
-        return torch.view_as_real(torch.view_as_complex(planes) * torch.view_as_complex(self.table))
-
-    def _real(self, planes: Tensor) -> Tensor:
-        real, imaginary = planes.unbind(-1)
-        cos, sin = self.table.unbind(-1)
-        return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
 
 
 def _complex_runs(x: Tensor) -> bool:
-    """Tells whether planes can be rotated as complex numbers: one pass over memory instead of several.
+    """Tells whether planes ``[..., 2]`` can be turned as complex numbers: one pass over memory instead of several.
 
     Half precisions have none, and compilers fuse the real formula but not complex numbers.
     """
     fits = x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
-    return fits and not torch.compiler.is_compiling()
+    viewable = x.stride(-1) == 1 and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    return fits and not torch.compiler.is_compiling() and viewable
 
 
 class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
@@ -125,7 +116,8 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
             offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
         # no matrix product, whose precision autocast and TF32 lower
         phases = [o[..., None, None] * f for o, f in zip(offset, self.freqs.float().unbind(-1), strict=True)]
-        return Rotation(_turns(phases).to(dtype))
+        exact = dtype if dtype == torch.float64 else torch.float32
+        return Rotation(_turns([phase.to(exact) for phase in phases]).to(dtype))
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Rotates ``x`` ``[B, ..., heads, d]`` by the tokens' positions."""
@@ -144,11 +136,18 @@ def _turns(phases: Sequence[Tensor]) -> Tensor:
 
     Phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a sine.
     """
-    apart = len({phase.shape for phase in phases}) > 1
-    if not apart or not _complex_runs(phases[0]):
-        phase = functools.reduce(torch.add, phases)
-        return torch.stack((phase.cos(), phase.sin()), dim=-1)
-    return torch.view_as_real(functools.reduce(torch.mul, [torch.complex(p.cos(), p.sin()) for p in phases]))
+    if len({phase.shape for phase in phases}) == 1:
+        phases = [functools.reduce(torch.add, phases)]
+    turns = [torch.stack((phase.cos(), phase.sin()), dim=-1) for phase in phases]
+    return functools.reduce(_turn, turns)
+
+
+def _turn(x: Tensor, by: Tensor) -> Tensor:
+    """Multiplies complex numbers ``[..., 2]``."""
+    if _complex_runs(x):
+        return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(by))
+    (real, imaginary), (cos, sin) = x.unbind(-1), by.unbind(-1)
+    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
 
 
 def check_heads(feature_dims: int, num_heads: int) -> None:

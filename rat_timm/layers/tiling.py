@@ -55,7 +55,7 @@ class AxisTiles(NamedTuple):
 
     def kinds(self) -> tuple[Tensor, Tensor]:
         """Returns the distinct patterns of ``allowed``, ``[kinds, b, w]``, and which of them a tile has, ``[T, 1]``."""
-        if is_traced():  # how many there are depends on data
+        if is_traced() or self.allowed.is_meta:  # how many there are depends on data
             return self.allowed, torch.arange(len(self.allowed), device=self.allowed.device)[:, None]
         kinds, kind = torch.unique(self.allowed, dim=0, return_inverse=True)
         return kinds, kind[:, None]
