@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import spatial_grouping_attention as upstream
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..grid import Tokens, axis_values, channels_first, channels_last, field_center, integers
@@ -66,6 +67,8 @@ def grouping_attention(
     if chunk_size >= key.shape[2]:
         logits = _logits(query, key, allowed)
         return _take(logits, _log_sum(logits), value)
+    if _fused_can_run(query, key, value):
+        return _fused(query, key, value, mask, group_mask).to(value.dtype)
     keys, values = key.split(chunk_size, dim=2), value.split(chunk_size, dim=2)
     pairs = [None] * len(keys) if allowed is None else allowed.expand(-1, -1, key.shape[2], -1).split(chunk_size, dim=2)
     again = functools.partial(checkpoint, use_reentrant=False)
@@ -73,6 +76,53 @@ def grouping_attention(
     log_sum = _log_sum(torch.cat(sums, dim=-2))
     parts = (again(_chunk_take, query, k, p, log_sum, v) for k, p, v in zip(keys, pairs, values, strict=True))
     return functools.reduce(torch.add, parts)
+
+
+def _fused_can_run(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Tells whether PyTorch's fused attention on the CPU can do it; its logarithms of sums have no gradient."""
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return query.device.type == "cpu" and not needed and not tiling.is_traced()
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
+    """Dense grouping as three passes of fused attention, which hold no part of the M x N matrix.
+
+    With r_m the logarithm of what group m's exponentials sum to and c_n that of token n's column of A, the result is
+    ``sum over n of exp(s_mn - r_m - c_n) v_n``: attention with the bias -c_n, up to a factor per group.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    none = torch.zeros_like(key[..., 0])
+    tokens = torch.ones_like(none, dtype=torch.bool) if mask is None else mask[:, None].expand_as(none)
+    rows = _attend(query, key, key, none, tokens)[1]  # r, [B, heads, M]
+    groups = rows > nothing(dtype) / 2
+    if group_mask is not None:
+        groups = groups & group_mask[:, None]
+    columns = _attend(key, query, query, rows, groups)[1]  # c, [B, heads, N]
+    out, sums = _attend(query, key, value, columns, tokens & (columns > nothing(dtype) / 2))
+    factor = torch.where(groups, sums - rows, nothing(dtype)).exp()
+    return out * factor.unsqueeze(-1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, less: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Attends with logits ``less`` what is given per key; returns the logarithms of the exponentials' sums too.
+
+    Args:
+        query: ``[B, heads, M, d]``.
+        key: ``[B, heads, N, d]``.
+        value: ``[B, heads, N, d]``.
+        less: ``[B, heads, N]``.
+        valid: Which keys are attended to, likewise.
+    """
+    width = query.shape[-1]
+    # as one more channel: a mask of this shape is slower, and so are odd numbers of channels
+    pad = -(width + 1) % 16
+    bias = torch.where(valid, -less, nothing(less.dtype)).unsqueeze(-1)
+    query = F.pad(torch.cat((query, torch.ones_like(query[..., :1])), dim=-1), (0, pad))
+    key = F.pad(torch.cat((key, bias), dim=-1), (0, pad))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, sums = attend(query, key, F.pad(value, (0, pad + 1)), scale=1.0)
+    return out[..., :width], sums
 
 
 def _dense_pairs(mask: Tensor | None, group_mask: Tensor | None) -> Tensor | None:
