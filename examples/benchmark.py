@@ -8,14 +8,15 @@
     python examples/benchmark.py --models rat_tiny_3d --peers monai_swin_vit --features --size 96 --batch 1
     python examples/benchmark.py --operations
 
-Every model is a name of timm's registry, or one of: NAME+conv, a hierarchical RAT with a strided convolution in place of
-spatial grouping attention; upstream_rat, the seed's network with its defaults; monai_swin_vit, the encoder of MONAI's
-SwinUNETR (feature size 24). A ratio is the median over the runs of a peer's time divided by the model's in the same
-run: above 1 the model is faster. Memory is what one step needs beside the imported packages and the model, in a process
-of its own; share is that of the rate at which the device multiplies large matrices, measured in the same run.
+Every model is a name of timm's registry, or NAME+conv, a hierarchical RAT with a strided convolution instead of spatial
+grouping attention; upstream_rat, the seed's network with its defaults; monai_swin_vit, the encoder of MONAI's SwinUNETR
+(feature size 24). A ratio is the median over the runs of a peer's time divided by the model's in the same run: above 1
+the model is faster. Memory is what one step needs beside the imported packages and the model, in a process of its own;
+share is that of the rate at which the device multiplies large matrices, measured in the same run.
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -198,8 +199,9 @@ def contender(name: str, size: str, setting: Setting) -> Contender:
 
 def count_macs(model: nn.Module, levels: list[Tensor]) -> int:
     """Counts the multiplications of matrix products and convolutions in the forward pass of one sample."""
+    shapes, levels = copy.deepcopy(model).to("meta"), [level.to("meta") for level in levels]  # computes nothing
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(levels[0] if len(levels) == 1 else levels)
+        shapes(levels[0] if len(levels) == 1 else levels)
     return counter.get_total_flops() // 2
 
 
@@ -410,17 +412,18 @@ def main() -> None:
     setting = Setting(
         arguments.device, arguments.dtype, arguments.batch, arguments.mode, arguments.compile, arguments.features
     )
+    names, peers = [*arguments.models, *arguments.peers], arguments.peers
+    entries = [(name, size) for size in arguments.size for name in names]
+    # first, since a new process's peak starts from the size of the one that starts it
+    used = [in_new_process(measure_memory, *e, setting) for e in track(entries, "memory")] if arguments.memory else []
     if arguments.operations:
         contenders, peers = operations(setting), ["windows 7x7", "NATTEN 7x7", "grouping, explicit matrices"]
     else:
-        names, peers = [*arguments.models, *arguments.peers], arguments.peers
-        contenders = [contender(name, size, setting) for size in arguments.size for name in names]
+        contenders = [contender(name, size, setting) for name, size in entries]
     contenders.append(roof(setting))
     results = rows(contenders, alternate(contenders, arguments.runs), peers)
-    if arguments.memory and not arguments.operations:
-        for result in track(results, "memory", transient=True):
-            measured = in_new_process(measure_memory, result["model"], result["size"], setting)
-            result["step_bytes"], result["peak_bytes"] = measured
+    for result, (step, peak) in zip(results, used, strict=False):
+        result["step_bytes"], result["peak_bytes"] = step, peak
     device = torch.cuda.get_device_name() if setting.device == "cuda" else f"{torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, timm {timm.__version__}"
     show(results, peers, f"{setting.mode}, {setting.dtype}, batch {setting.batch}, {device}, {versions}")

@@ -4,8 +4,17 @@ Spacing is physical, in array-axis order (z, y, x). Masks are True where valid.
 """
 
 from .grid import Grid
+from .layers.backend import attention_backend, set_attention_backend
 from .models import RatConfig, RatVit, ResolutionAwareTransformer
 
 __version__ = "0.1.0"
 
-__all__ = ["Grid", "RatConfig", "RatVit", "ResolutionAwareTransformer", "__version__"]
+__all__ = [
+    "Grid",
+    "RatConfig",
+    "RatVit",
+    "ResolutionAwareTransformer",
+    "__version__",
+    "attention_backend",
+    "set_attention_backend",
+]

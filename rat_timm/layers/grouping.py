@@ -65,8 +65,10 @@ def grouping_attention(
         value = torch.where(allowed.any(dim=-1, keepdim=True), value, 0.0)
     chunk_size = chunk_size or max(1, _CHUNK_ELEMENTS // max(1, query.shape[:3].numel()))
     if chunk_size >= key.shape[2]:
-        logits = _logits(query, key, allowed)
-        return _take(logits, _log_sum(logits), value)
+        attention = _logits(query, key, allowed).log_softmax(dim=-2)  # log A transposed
+        if allowed is not None:
+            attention = attention.masked_fill(~allowed, nothing(attention.dtype))
+        return attention.softmax(dim=-1).to(value.dtype).mT @ value
     if _fused_can_run(query, key, value):
         return _fused(query, key, value, mask, group_mask).to(value.dtype)
     keys, values = key.split(chunk_size, dim=2), value.split(chunk_size, dim=2)

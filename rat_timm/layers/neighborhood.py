@@ -6,14 +6,17 @@ NATTEN's definition (arXiv 2204.07143) and layout, in 1D, 2D and 3D.
 import functools
 import math
 import warnings
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from ..grid import integers
 from . import tiling
+from .backend import VARIABLE, attention_backend
 from .masking import attention, check_mask, masked_attention
 
 _NUMBERS = 1 << 23  # entries of keys that are gathered at a time
@@ -30,7 +33,7 @@ def neighborhood_attention(
     """Attends from every place to the window of places around it, with scale ``head_dim ** -0.5``.
 
     At a border the window is moved inwards, so that every query sees the same number of keys; a kernel larger than the
-    grid is clamped to it. Runs NATTEN's kernels where they are built for the tensors' GPU, and PyTorch elsewhere.
+    grid is clamped to it. What it runs on is chosen by `rat_timm.set_attention_backend`.
 
     Args:
         query: ``[B, *grid, heads, head_dim]``.
@@ -44,15 +47,29 @@ def neighborhood_attention(
         ``[B, *grid, heads, head_dim]``; zero for a query whose window has no valid key.
 
     Raises:
-        ValueError: If shapes, the kernel or the mask's dtype do not fit.
+        ValueError: If shapes, the kernel or the mask's dtype do not fit, or the chosen backend cannot run.
     """
     kernel = _check(query, key, value, kernel_size, mask)
-    if mask is None and dropout_p == 0.0 and _natten_can_run(query, kernel):
-        return _natten_attention(query, key, value, kernel)
+    call = _Call(query, kernel, mask, dropout_p)
+    backend = attention_backend()
+    if backend == "auto":
+        backend = "natten" if _natten_is_best(call) else "torch"
+    elif (obstacle := _OBSTACLES[backend](call)) is not None:
+        raise ValueError(
+            f"attention backend {backend!r} cannot run here: {obstacle}; "
+            f"choose another by rat_timm.set_attention_backend or the environment variable {VARIABLE}"
+        )
     if mask is not None:
         valid = mask[..., None, None]
         key, value = torch.where(valid, key, 0.0), torch.where(valid, value, 0.0)
-    return _tiled_attention(query, key, value, kernel, mask, dropout_p)
+    return _BACKENDS[backend](query, key, value, kernel, mask, dropout_p)
+
+
+class _Call(NamedTuple):
+    query: Tensor
+    kernel: tuple[int, ...]
+    mask: Tensor | None
+    dropout_p: float
 
 
 def _tiled_attention(
@@ -123,31 +140,114 @@ def _check(
     return kernel
 
 
+def _natten_is_best(call: _Call) -> bool:
+    return call.query.is_cuda and _natten_obstacle(call) is None
+
+
+def _natten_obstacle(call: _Call) -> str | None:
+    """Says why NATTEN cannot run a call."""
+    query, kernel, mask, dropout_p = call
+    grid, width = tuple(query.shape[1:-2]), query.shape[-1]
+    reasons = [
+        (find_spec("natten") is None, "natten is not installed: pip install 'rat-timm[natten]'"),
+        (mask is not None, "it has no masks"),
+        (dropout_p > 0.0, "it has no dropout"),
+        (torch.compiler.is_compiling(), "torch.compile cannot look into it"),
+        (len(kernel) > 3, f"it takes up to 3 axes, not {len(kernel)}"),
+        (min(*kernel, *grid) < 2, f"it needs windows and axes longer than 1, not {kernel} on {grid}"),
+        (query.is_cuda and query.dtype == torch.float64, "its kernels have no float64"),
+        (query.is_cuda and width % 8 > 0, f"its kernels need head_dim divisible by 8, not {width}"),
+    ]
+    found = next((reason for holds, reason in reasons if holds), None)
+    if found is None and query.is_cuda and not _has_kernels():
+        return "natten is installed without its CUDA kernels (libnatten)"
+    return found
+
+
 @functools.cache
-def _natten() -> ModuleType | None:
-    try:
-        import natten
-    except ImportError:
-        return None
+def _has_kernels() -> bool:
+    import natten
+
     if not natten.HAS_LIBNATTEN:
         warnings.warn(
-            "natten is installed without its CUDA kernels (libnatten); neighbourhood attention runs on PyTorch",
+            "natten is installed without its CUDA kernels (libnatten); neighbourhood attention does not use it",
             stacklevel=2,
         )
-        return None
-    return natten
+    return natten.HAS_LIBNATTEN
 
 
-def _natten_can_run(query: Tensor, kernel: Sequence[int]) -> bool:
-    if torch.compiler.is_compiling():
-        return False  # the compiler fuses PyTorch's operations; NATTEN's would break the graph
-    fits = query.is_cuda and query.dtype != torch.float64 and query.ndim <= 6 and query.shape[-1] % 8 == 0
-    return fits and min(kernel) > 1 and min(query.shape[1:-2]) > 1 and _natten() is not None
-
-
-def _natten_attention(query: Tensor, key: Tensor, value: Tensor, kernel: Sequence[int]) -> Tensor:
+def _natten_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, ...], mask: Tensor | None, dropout_p: float
+) -> Tensor:
     import natten
 
     run = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}[len(kernel)]
     size = tuple(min(k, length) for k, length in zip(kernel, query.shape[1:-2], strict=True))
     return run(query, key, value, kernel_size=size)
+
+
+def _flex_obstacle(call: _Call) -> str | None:
+    """Says why FlexAttention cannot run a call."""
+    query = call.query
+    reasons = [
+        (call.dropout_p > 0.0, "it has no dropout"),
+        (not query.is_cuda and torch.is_grad_enabled() and query.requires_grad, "it has no gradient on the CPU"),
+        (query.is_cuda and query.dtype == torch.float64, "its kernels have no float64"),
+        (query.is_cuda and find_spec("triton") is None, "triton is not installed"),
+    ]
+    return next((reason for holds, reason in reasons if holds), None)
+
+
+def _flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, ...], mask: Tensor | None, dropout_p: float
+) -> Tensor:
+    grid = tuple(query.shape[1:-2])
+    near = _near(grid, kernel)
+    if mask is None:
+        block_mask = _block_mask(grid, kernel, query.device)
+    else:
+        valid, count = mask.flatten(1), math.prod(grid)
+        block_mask = create_block_mask(
+            lambda b, h, i, j: near(b, h, i, j) & valid[b, j], len(mask), None, count, count, device=query.device.type
+        )
+    run = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # [B, heads, N, d]
+    return run(q, k, v, block_mask=block_mask).transpose(1, 2).view(query.shape)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@tiling.per_geometry
+def _block_mask(grid: tuple[int, ...], kernel: tuple[int, ...], device: torch.device) -> BlockMask:
+    count = math.prod(grid)
+    return create_block_mask(_near(grid, kernel), None, None, count, count, device=str(device))
+
+
+def _near(grid: tuple[int, ...], kernel: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Returns the function of sample, head, query and key that tells whether the key is in the query's window."""
+    sizes = [min(k, length) for k, length in zip(kernel, grid, strict=True)]
+    strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+
+    def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        inside = []
+        for length, size, stride in zip(grid, sizes, strides, strict=True):
+            place = j // stride % length - (i // stride % length - size // 2).clamp(0, length - size)
+            inside.append((place >= 0) & (place < size))
+        return functools.reduce(torch.logical_and, inside)
+
+    return near
+
+
+_OBSTACLES: dict[str, Callable[[_Call], str | None]] = {
+    "torch": lambda call: None,
+    "natten": _natten_obstacle,
+    "flex": _flex_obstacle,
+}
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "torch": _tiled_attention,
+    "natten": _natten_attention,
+    "flex": _flex_attention,
+}

@@ -167,8 +167,8 @@ class Tiles(NamedTuple):
     Attributes:
         queries: Where the tiles' queries stand.
         keys: Where the tiles' keys stand.
-        once: Where each query stands in its first tile: rows of ``[tiles, B, heads, places, d]``, flat over
-            ``[B, *shape, heads]``.
+        once: Where each query stands in its first tile: rows of ``[tiles, B, heads, places, d]``, for one tile with the
+            grid's places.
         repeated: Whether a query stands in an earlier tile too, ``[tiles, queries]``; None if none does.
         kinds: The distinct patterns of which key lies in which query's window, ``[kinds, queries, keys]``, bool.
         kind: Which of them a tile has, ``[tiles]``.
@@ -177,7 +177,7 @@ class Tiles(NamedTuple):
 
     queries: Places
     keys: Places
-    once: Tensor
+    once: Places
     repeated: Tensor | None
     kinds: Tensor
     kind: Tensor
@@ -195,7 +195,7 @@ class Tiles(NamedTuple):
         return cls(
             queries=_places(_ravel([axis.queries for axis in axes], shape), math.prod(shape), batch, heads),
             keys=_places(_ravel([axis.keys for axis in axes], key_shape), math.prod(key_shape), batch, heads),
-            once=_once(tile[0], place[0], math.prod(sizes), batch, heads),
+            once=_once(tile[0], place[0], math.prod(counts), math.prod(sizes), batch, heads),
             repeated=_combine(operator.or_, [axis.repeated()[..., None] for axis in axes])[..., 0] if moved else None,
             kinds=_combine(operator.and_, kinds),
             kind=_ravel(kind, [len(k) for k in kinds])[:, 0],
@@ -205,16 +205,15 @@ class Tiles(NamedTuple):
     def untile(self, x: Tensor) -> Tensor:
         """``[tiles, B, heads, queries, d]`` -> ``[B, *shape, heads, d]``, taking each query once."""
         _, batch, heads, _ = self.queries.sizes
-        return _rows(x).index_select(0, self.once).view(batch, *self.shape, heads, x.shape[-1])
+        return self.once.take(x).view(batch, *self.shape, heads, x.shape[-1])
 
     def of_one_head(self) -> "Tiles":
         """Returns the same tiles for tensors of one head."""
-        _, batch, heads, size = self.queries.sizes
-        count = math.prod(self.shape)
-        rows = self.once.view(batch, count, heads)[:, :, 0]
-        place = rows % size
-        first = rows.div(size * heads, rounding_mode="floor") * size + place
-        return self._replace(queries=self.queries.of_one_head(), keys=self.keys.of_one_head(), once=first.flatten())
+        tiles, batch, heads, size = self.queries.sizes
+        rows = self.once.rows.view(batch, -1, heads)[:, :, 0].flatten()
+        first = rows.div(size * heads, rounding_mode="floor") * size + rows % size
+        once = Places(first, (1, batch, len(first) // batch, 1), tiles * batch * size)
+        return self._replace(queries=self.queries.of_one_head(), keys=self.keys.of_one_head(), once=once)
 
     def split(self, size: int) -> "list[Tiles]":
         """Returns the tiles in parts of ``size`` tiles."""
@@ -288,8 +287,8 @@ def _places(index: Tensor, count: int, batch: int, heads: int) -> Places:
     return Places(rows.flatten(), (index.shape[0], batch, heads, index.shape[1]), batch * count * heads)
 
 
-def _once(tile: Tensor, place: Tensor, size: int, batch: int, heads: int) -> Tensor:
-    """Takes tile and place ``[N]`` to rows of ``[tiles, B, heads, size]``, flat over ``[B, N, heads]``."""
+def _once(tile: Tensor, place: Tensor, tiles: int, size: int, batch: int, heads: int) -> Places:
+    """Takes tile and place ``[N]`` of each query to rows of ``[tiles, B, heads, size]``, for ``[B, N, heads]``."""
     sample, head = (torch.arange(n, device=tile.device) for n in (batch, heads))
-    rows = (tile[:, None] * batch + sample[:, None, None]) * heads + head
-    return (rows * size + place[:, None]).flatten()
+    rows = ((tile[:, None] * batch + sample[:, None, None]) * heads + head) * size + place[:, None]
+    return Places(rows.flatten(), (1, batch, len(tile), heads), tiles * batch * heads * size)

@@ -1,0 +1,94 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rat_timm
+import references
+from rat_timm.layers import neighborhood, neighborhood_attention
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    yield
+    rat_timm.set_attention_backend("auto")
+
+
+def inputs(grid, width=16):
+    return [torch.randn(2, *grid, 2, width) for _ in range(3)]
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match=r"name must be one of \('auto', 'torch', 'natten', 'flex'\), got 'cuda'"):
+        rat_timm.set_attention_backend("cuda")
+    assert rat_timm.attention_backend() == "auto"
+
+
+@pytest.mark.parametrize(("value", "expected"), [("flex", "flex"), ("fast", "RAT_TIMM_ATTENTION must be one of")])
+def test_the_environment_variable_chooses(value, expected):
+    command = [sys.executable, "-c", "import rat_timm; print(rat_timm.attention_backend())"]
+    done = subprocess.run(command, env=os.environ | {"RAT_TIMM_ATTENTION": value}, capture_output=True, text=True)
+    assert expected in done.stdout + done.stderr
+    assert (done.returncode == 0) == (value == "flex")
+
+
+@pytest.mark.parametrize("backend", ["torch", "natten"])
+def test_backends_agree(backend):
+    if backend == "natten":
+        pytest.importorskip("natten")
+    tensors = inputs((9, 12))
+    expected = references.neighborhood_attention(*(t.double() for t in tensors), (3, 5))
+    rat_timm.set_attention_backend(backend)
+    out = neighborhood_attention(*tensors, (3, 5))
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(9, 12), (4, 5, 6)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_flex_agrees(grid, masked, monkeypatch):
+    """Without compilation, which changes how FlexAttention is run and not what it is told; see the next test."""
+    monkeypatch.setattr(neighborhood, "_compiled_flex_attention", lambda: neighborhood.flex_attention)
+    tensors, mask = inputs(grid), torch.rand(2, *grid) > 0.5 if masked else None
+    if masked:
+        mask[1] = False
+    kernel = (3,) * len(grid)
+    expected = references.neighborhood_attention(*(t.double() for t in tensors), kernel, mask)
+    rat_timm.set_attention_backend("flex")
+    torch.testing.assert_close(neighborhood_attention(*tensors, kernel, mask).double(), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_flex_is_compiled():
+    torch._dynamo.reset()
+    tensors = inputs((9, 12))
+    expected = neighborhood_attention(*tensors, 3)
+    rat_timm.set_attention_backend("flex")
+    torch.testing.assert_close(neighborhood_attention(*tensors, 3), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "change", "reason"),
+    [
+        ("flex", {"dropout_p": 0.1}, "it has no dropout"),
+        ("flex", {"grad": True}, "it has no gradient on the CPU"),
+        ("natten", {"mask": torch.ones(2, 9, 12, dtype=torch.bool)}, "it has no masks"),
+        ("natten", {"dropout_p": 0.1}, "it has no dropout"),
+        ("natten", {"kernel_size": (1, 3)}, "it needs windows and axes longer than 1"),
+    ],
+)
+def test_what_cannot_run_says_why(backend, change, reason):
+    pytest.importorskip("natten")
+    query, key, value = inputs((9, 12))
+    query.requires_grad_(change.pop("grad", False))
+    rat_timm.set_attention_backend(backend)
+    with pytest.raises(ValueError, match=f"'{backend}' cannot run here: {reason}.*RAT_TIMM_ATTENTION"):
+        neighborhood_attention(query, key, value, **({"kernel_size": 3} | change))
+
+
+def test_natten_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(neighborhood, "find_spec", lambda name: None)
+    rat_timm.set_attention_backend("natten")
+    with pytest.raises(ValueError, match=r"natten is not installed: pip install 'rat-timm\[natten\]'"):
+        neighborhood_attention(*inputs((9, 12)), 3)
