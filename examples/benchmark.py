@@ -285,11 +285,9 @@ def roof(setting: Setting) -> Contender:
 
 
 def alternate(contenders: Sequence[Contender], runs: int) -> list[list[float]]:
-    """Times the contenders in turns, ``runs`` times after a warm-up, in seconds."""
+    """Times the contenders in turns, ``runs`` times, in seconds; PyTorch's timer warms each up before every turn."""
     threads = torch.get_num_threads()
     timers = [Timer("step()", globals={"step": c.step}, num_threads=threads) for c in contenders]
-    for timer in track(timers, "warming up", transient=True):
-        timer.timeit(2)
     turns = [[timer.timeit(1).median for timer in timers] for _ in track(range(runs), "timing", transient=True)]
     return [list(times) for times in zip(*turns, strict=True)]
 

@@ -92,6 +92,8 @@ def test_peaked_chunks_are_peaked_matrices():
     for ours, expected in zip(*grads, strict=True):
         assert torch.isfinite(ours).all()
         torch.testing.assert_close(ours, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(grouping_attention(query, key, value, chunk_size=5), outs[0])
 
 
 def test_return_assignments_needs_a_dict():

@@ -68,6 +68,32 @@ def test_dense_agrees_with_explicit_matrices(chunk_size, masked):
     assert_same(ours, gradients(references.grouping_attention, tensors, allowed))
 
 
+@pytest.mark.parametrize("masked", ["nothing", "tokens", "groups and tokens", "groups"])
+@pytest.mark.parametrize("width", [4, 15, 16])  # with the channel for the bias: below, at and above a multiple of 16
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+@torch.no_grad()
+def test_without_gradients_dense_is_fused(masked, width, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr("rat_timm.layers.grouping_dense._chunk_take", None)
+    tensors = [torch.randn(3, 2, n, width).to(dtype) / width**0.25 for n in (7, 23, 23)]
+    mask = torch.rand(3, 23) > 0.4 if "tokens" in masked else None
+    group_mask = torch.rand(3, 7) > 0.4 if "groups" in masked else None
+    allowed = torch.ones(3, 7, 23, dtype=torch.bool)
+    if mask is not None:
+        mask[1] = False
+        tensors[1][~mask[:, None].expand(-1, 2, -1)] = torch.nan
+        allowed = allowed & mask[:, None]
+    if group_mask is not None:
+        group_mask[2] = False
+        allowed = allowed & group_mask[..., None]
+    out = grouping_attention(*tensors, mask, group_mask, chunk_size=4)
+    clean = [torch.nan_to_num(t).double() for t in tensors]
+    expected = references.grouping_attention(*clean, allowed)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(("fine", "stride", "window"), GRIDS)
 @pytest.mark.parametrize("masked", ["nothing", "tokens", "groups and tokens"])
 def test_sparse_agrees_with_explicit_matrices(fine, stride, window, masked):

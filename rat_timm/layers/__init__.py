@@ -6,9 +6,9 @@ from .grouping import (
     DenseSpatialGroupingAttention,
     SparseSpatialGroupingAttention,
     SpatialGroupingAttention,
-    grouping_attention,
-    local_grouping_attention,
 )
+from .grouping_dense import grouping_attention
+from .grouping_local import local_grouping_attention
 from .neighborhood import neighborhood_attention
 from .rose import RotarySpatialEmbedding, Rotation
 from .stem import Stem

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,9 +84,9 @@ def _tiled_attention(
 
 
 def _part_size(tiles: tiling.Tiles, query: Tensor) -> int:
-    """Returns how many tiles to attend to at a time: all where there may be gradients, which have the grid's size."""
+    """Returns how many tiles to attend to at a time: all where there are gradients, each of the whole grid's size."""
     count, batch, heads, keys = tiles.keys.sizes
-    if torch.is_grad_enabled() or tiling.is_traced():
+    if query.requires_grad or tiling.is_traced():
         return count
     return max(1, _NUMBERS // max(1, batch * heads * keys * query.shape[-1]))
 
@@ -210,9 +210,12 @@ def _flex_attention(
         block_mask = create_block_mask(
             lambda b, h, i, j: near(b, h, i, j) & valid[b, j], len(mask), None, count, count, device=query.device.type
         )
-    run = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # [B, heads, N, d]
-    return run(q, k, v, block_mask=block_mask).transpose(1, 2).view(query.shape)
+    if torch.compiler.is_compiling():
+        out: Any = flex_attention(q, k, v, block_mask=block_mask)
+    else:
+        out = _compiled_flex_attention()(q, k, v, block_mask=block_mask)
+    return out.transpose(1, 2).reshape(query.shape)
 
 
 @functools.cache
