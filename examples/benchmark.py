@@ -16,9 +16,9 @@ share is that of the rate at which the device multiplies large matrices, measure
 """
 
 import argparse
-import copy
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import multiprocessing
@@ -29,6 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import timm
@@ -38,10 +39,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
+from rat_timm.cost import count_macs
 from rat_timm.grid import Pyramid, Tokens, channels_first, channels_last
 from rat_timm.layers import grouping_attention, local_grouping_attention, neighborhood_attention
 
@@ -104,17 +104,21 @@ class Peer(NamedTuple):
 
 def upstream_rat() -> nn.Module:
     """Builds the network of the package ``resolution-aware-transformer`` with its defaults."""
-    from resolution_aware_transformer import ResolutionAwareTransformer
-
-    return ResolutionAwareTransformer()
+    return wanted("resolution_aware_transformer").ResolutionAwareTransformer()
 
 
 def monai_swin_vit() -> nn.Module:
     """Builds the encoder of MONAI's SwinUNETR, feature size 24, for one channel."""
-    from monai.networks.nets.swin_unetr import SwinTransformer
+    build = wanted("monai.networks.nets.swin_unetr").SwinTransformer
+    return build(1, 24, window_size=(7,) * 3, patch_size=(2,) * 3, depths=(2,) * 4, num_heads=(3, 6, 12, 24))
 
-    heads = (3, 6, 12, 24)
-    return SwinTransformer(1, 24, window_size=(7, 7, 7), patch_size=(2, 2, 2), depths=(2, 2, 2, 2), num_heads=heads)
+
+def wanted(module: str) -> ModuleType:
+    """Imports a peer's module."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is not installed: pip install 'rat-timm[benchmark]'") from error
 
 
 PEERS = {"upstream_rat": Peer(upstream_rat, 3, 2), "monai_swin_vit": Peer(monai_swin_vit, 1, 3)}
@@ -193,16 +197,8 @@ def contender(name: str, size: str, setting: Setting) -> Contender:
         images=setting.batch,
         pixels=sum(level[:, 0].numel() for level in levels),
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=setting.batch * count_macs(model, [level[:1] for level in levels]),
+        macs=count_macs(model, x),
     )
-
-
-def count_macs(model: nn.Module, levels: list[Tensor]) -> int:
-    """Counts the multiplications of matrix products and convolutions in the forward pass of one sample."""
-    shapes, levels = copy.deepcopy(model).to("meta"), [level.to("meta") for level in levels]  # computes nothing
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        shapes(levels[0] if len(levels) == 1 else levels)
-    return counter.get_total_flops() // 2
 
 
 def operations(setting: Setting) -> list[Contender]:
