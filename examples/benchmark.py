@@ -371,7 +371,7 @@ def plot(results: Sequence[dict], file: Path) -> None:
         own = [r for r in results if r["model"] == name]
         axes[0].plot([r["size"] for r in own], [r["images_per_second"] for r in own], "o-", label=name)
         axes[1].plot([r["size"] for r in own], [r["nanoseconds_per_pixel"] for r in own], "o-", label=name)
-    axes[0].set(xlabel="size", ylabel="images per second")
+    axes[0].set(xlabel="size", ylabel="images per second", ylim=(0, None))
     axes[1].set(xlabel="size", ylabel="nanoseconds per pixel", ylim=(0, None))
     axes[0].legend()
     figure.savefig(file, dpi=120)

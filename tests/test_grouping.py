@@ -86,6 +86,7 @@ def test_without_gradients_dense_is_fused(masked, width, dtype, tolerance, monke
         allowed = allowed & mask[:, None]
     if group_mask is not None:
         group_mask[2] = False
+        tensors[0][~group_mask[:, None].expand(-1, 2, -1)] = torch.nan
         allowed = allowed & group_mask[..., None]
     out = grouping_attention(*tensors, mask, group_mask, chunk_size=4)
     clean = [torch.nan_to_num(t).double() for t in tensors]
@@ -147,6 +148,15 @@ def test_groups_without_valid_tokens_are_zero_with_finite_gradients():
     out, grads = gradients(local_grouping_attention, tensors, 2, 3, mask)
     assert out.abs().max() == 0
     assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@torch.no_grad()
+def test_autocast_gives_one_dtype_whatever_the_chunks():
+    tensors = [torch.randn(1, 2, n, 16) for n in (5, 12, 12)]
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, fused = (grouping_attention(*tensors, chunk_size=chunk) for chunk in (None, 4))
+    assert whole.dtype == fused.dtype == torch.bfloat16
+    torch.testing.assert_close(fused, whole, rtol=0.05, atol=0.05)
 
 
 def test_memory_of_dense_grouping_is_bounded_by_chunks():

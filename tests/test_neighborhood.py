@@ -90,6 +90,52 @@ def test_dropout_drops_weights():
     assert abs(dropped.mean() - 1) < 0.05
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("scale", [1, 4])
+def test_training_in_half_precision_is_as_exact_as_inference(dtype, tolerance, scale):
+    query, key, value = (t.to(dtype) for t in inputs((12, 12), width=32))
+    query, key = scale * query, scale * key
+    expected = references.neighborhood_attention(*(t.double() for t in (query, key, value)), (5, 5))
+    for grad in (False, True):
+        out = neighborhood_attention(query.clone().requires_grad_(grad), key, value, 5)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    large = torch.full((1, 8, 1, 64), 100.0, dtype=dtype, requires_grad=True)
+    assert torch.isfinite(neighborhood_attention(large, large, large, 3)).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_batch_may_be_dynamic_in_an_export(masked):
+    class Layer(torch.nn.Module):
+        def forward(self, query, key, value, mask=None):
+            return neighborhood_attention(query, key, value, 3, mask)
+
+    def tensors(batch):
+        mask = [torch.rand(batch, 9, 4) > 0.3] if masked else []
+        return [*(t.float() for t in inputs((9, 4), batch)), *mask]
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = [{0: batch}] * len(tensors(2)) + ([] if masked else [None])
+    arguments = tuple(tensors(2)) + (() if masked else (None,))
+    program = torch.export.export(Layer(), arguments, dynamic_shapes=tuple(shapes), strict=False).module()
+    for count in (1, 5):
+        given = tensors(count) + ([] if masked else [None])
+        torch.testing.assert_close(program(*given), Layer()(*given), rtol=0, atol=1e-5)
+
+
+def test_function_transforms():
+    tensors = [t[0] for t in inputs((7, 5))]
+    stacked = [torch.stack([t, 2 * t, -t])[:, None] for t in tensors]
+
+    def loss(query, key, value):
+        return neighborhood_attention(query, key, value, 3).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss))(*stacked)
+    for i, grad in enumerate(per_sample):
+        query, key, value = (t[i].clone().requires_grad_() for t in stacked)
+        (expected,) = torch.autograd.grad(loss(query, key, value), query)
+        torch.testing.assert_close(grad, expected)
+
+
 @pytest.mark.parametrize(("grid", "kernel"), [((14, 10), 7), ((6, 9), 3), ((5, 6, 7), 3)])
 def test_agrees_with_natten(grid, kernel):
     natten = pytest.importorskip("natten")

@@ -65,6 +65,17 @@ def test_any_dtype(dtype):
     torch.testing.assert_close(out.float(), rose(x, where), rtol=0, atol=3e-2)
 
 
+def test_any_layout():
+    rose, where = RotarySpatialEmbedding(16, 2, 2), positions(Grid.create((5, 5)))
+    x = torch.randn(1, 5, 5, 2, 8)
+    expected = rose(x, where)
+    shifted = torch.cat((torch.zeros(1), x.flatten()))[1:].view_as(x)  # starts between two complex numbers
+    assert torch.equal(rose(shifted, where), expected)
+    assert torch.equal(rose(x.mT.contiguous().mT, where), expected)
+    mixed = rose.rotation(where, torch.bfloat16)(x)
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=3e-2)
+
+
 def test_phases_stay_float32_under_autocast():
     rose, where = RotarySpatialEmbedding(16, 2, 2), positions(Grid.create((64, 64)))
     expected = rose.rotation(where, torch.float32)

@@ -130,6 +130,39 @@ def test_a_tracers_tensors_are_not_kept():
         assert type(plan(3, CPU)) is type(fake)
 
 
+def test_a_transforms_tensors_are_not_kept():
+    @tiling.per_geometry
+    def plan(size, device):
+        return torch.arange(size, device=device)
+
+    torch.func.grad(lambda x: (x * plan(3, CPU)).sum())(torch.ones(3))
+    assert plan(3, CPU).untyped_storage() is not None  # a wrapper has none
+
+
+def test_an_empty_batch_passes():
+    tiles, shape = make([(5, 2)], batch=0)
+    x = numbered(shape, batch=0)
+    assert tiles.of_one_head().untile(tiles.of_one_head().queries.take(x[..., :1, :])).shape == (0, 5, 1, 4)
+
+
+def test_forward_derivatives():
+    tiles, shape = make([(5, 2), (4, 3)])
+    x = torch.randn(2, *shape, 3, 4, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, 2 * x)
+        out = tiles.keys.add(tiles.keys.take(dual), shape)
+        value, tangent = torch.autograd.forward_ad.unpack_dual(out)
+    torch.testing.assert_close(tangent, 2 * value)
+
+
+def test_trees_of_tensors_reach_into_tiles():
+    tiles, _ = make([(5, 2)])
+    moved = torch.utils._pytree.tree_map(lambda t: t.to("meta") if isinstance(t, torch.Tensor) else t, tiles)
+    assert moved.keys.rows.is_meta
+    assert moved.once.rows.is_meta
+    assert moved.keys.sizes == tiles.keys.sizes
+
+
 @pytest.mark.parametrize("function", ["take", "add"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(function, dtype):

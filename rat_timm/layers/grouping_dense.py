@@ -28,8 +28,9 @@ def grouping_attention(
 ) -> Tensor:
     """Dense grouping: every group takes from every token, each token shares itself out among the groups.
 
-    The M x N matrix is made in chunks of tokens, twice: first for what each group's attention sums to, then for the
-    tokens' shares. Where it does not fit one chunk, it is made again in the backward pass.
+    Where the M x N matrix does not fit one chunk, it is made in chunks of tokens, twice: first for what each group's
+    attention sums to, then for the tokens' shares; and again in the backward pass. Without gradients PyTorch's fused
+    attention on the CPU holds still less of it.
 
     Args:
         query: Groups, ``[B, heads, M, d]``, scaled already: logits are plain dot products.
@@ -59,7 +60,9 @@ def grouping_attention(
             attention = attention.masked_fill(~allowed, nothing(attention.dtype))
         return attention.softmax(dim=-1).to(value.dtype).mT @ value
     if _fused_can_run(query, key, value):
-        return _fused(query, key, value, mask, group_mask).to(value.dtype)
+        lower = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if lower else value.dtype  # as of the products below
+        return _fused(query, key, value, mask, group_mask).to(dtype)
     keys, values = key.split(chunk_size, dim=2), value.split(chunk_size, dim=2)
     pairs = [None] * len(keys) if allowed is None else allowed.expand(-1, -1, key.shape[2], -1).split(chunk_size, dim=2)
     again = functools.partial(checkpoint, use_reentrant=False)
@@ -83,6 +86,8 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if group_mask is not None:
+        query = torch.where(group_mask[:, None, :, None], query, 0.0)
     none = torch.zeros_like(key[..., 0])
     tokens = torch.ones_like(none, dtype=torch.bool) if mask is None else mask[:, None].expand_as(none)
     rows = _attend(query, key, key, none, tokens)[1]  # r, [B, heads, M]

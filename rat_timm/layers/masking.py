@@ -33,12 +33,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
         bias: What is added to the logits, broadcastable to ``[B, heads, M, N]``.
         dropout_p: Probability of dropping an attention weight.
     """
-    count = query.shape[:3].numel() * key.shape[2]
-    if dropout_p > 0.0 or not query.requires_grad or query.device.type != "cpu" or count > _FEW:
+    if dropout_p > 0.0 or not _explicit_is_best(query, key):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
     logits = (query * query.shape[-1] ** -0.5) @ key.mT
     logits = logits if bias is None else logits + bias
-    return logits.softmax(dim=-1).to(value.dtype) @ value
+    return logits.softmax(dim=-1) @ value
+
+
+def _explicit_is_best(query: Tensor, key: Tensor) -> bool:
+    """Tells whether to make the weights: few, on the CPU, for training, in a precision that products keep."""
+    if query.device.type != "cpu" or not query.requires_grad or torch.compiler.is_compiling():
+        return False
+    exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return exact and query.shape[:3].numel() * key.shape[2] <= _FEW
 
 
 def masked_attention(

@@ -19,6 +19,7 @@ from . import tiling
 from .backend import VARIABLE, attention_backend
 from .masking import attention, check_mask, masked_attention
 
+_SIZES = 256  # programs that FlexAttention is compiled to, one per size; beyond that it would hold all pairs
 _NUMBERS = 1 << 23  # entries of keys that are gathered at a time
 
 
@@ -50,7 +51,7 @@ def neighborhood_attention(
         ValueError: If shapes, the kernel or the mask's dtype do not fit, or the chosen backend cannot run.
     """
     kernel = _check(query, key, value, kernel_size, mask)
-    call = _Call(query, kernel, mask, dropout_p)
+    call = _Call(query, kernel, mask, dropout_p, _need_grad(query, key, value))
     backend = attention_backend()
     if backend == "auto":
         backend = "natten" if _natten_is_best(call) else "torch"
@@ -70,6 +71,11 @@ class _Call(NamedTuple):
     kernel: tuple[int, ...]
     mask: Tensor | None
     dropout_p: float
+    needs_grad: bool
+
+
+def _need_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _tiled_attention(
@@ -78,15 +84,15 @@ def _tiled_attention(
     grid, (batch, heads) = tuple(query.shape[1:-2]), (query.shape[0], query.shape[-2])
     tiles = _tiles(grid, kernel, batch, heads, query.device)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    parts = tiles.split(_part_size(tiles, query))
+    parts = tiles.split(_part_size(tiles, query, _need_grad(query, key, value)))
     outs = [_attend(query, key, value, part, mask, dropout_p) for part in parts]
     return tiles.untile(outs[0] if len(outs) == 1 else torch.cat(outs))
 
 
-def _part_size(tiles: tiling.Tiles, query: Tensor) -> int:
-    """Returns how many tiles to attend to at a time: all where there are gradients, each of the whole grid's size."""
+def _part_size(tiles: tiling.Tiles, query: Tensor, needs_grad: bool) -> int:
+    """Returns how many tiles to attend to at a time: all in training, since each part's gradient is a whole grid."""
     count, batch, heads, keys = tiles.keys.sizes
-    if query.requires_grad or tiling.is_traced():
+    if needs_grad or tiling.is_traced():
         return count
     return max(1, _NUMBERS // max(1, batch * heads * keys * query.shape[-1]))
 
@@ -101,9 +107,12 @@ def _attend(
         allowed = (tiles.allowed()[:, None] & valid).flatten(0, 1).unsqueeze(1)  # [tiles * B, 1, queries, keys]
         out = masked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), allowed, dropout_p)
         return out.view_as(q)
-    # samples count as heads, since their windows are the same: one bias per tile serves all of them
     bias = torch.zeros_like(tiles.kinds, dtype=q.dtype).masked_fill(~tiles.kinds, -math.inf)
     bias = bias.index_select(0, tiles.kind).unsqueeze(1)  # [tiles, 1, queries, keys]
+    if tiling.is_traced():  # the number of heads is a constant of a program, that of samples is not
+        bias = bias.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1).flatten(0, 1)
+        return attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, dropout_p).view_as(q)
+    # samples count as heads, since their windows are the same: one bias per tile serves all of them
     return attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias, dropout_p).view_as(q)
 
 
@@ -116,7 +125,7 @@ def _tiles(
 
 
 def _axis_tiles(length: int, kernel: int, device: torch.device) -> tiling.AxisTiles:
-    count = max(1, round(length / kernel))  # tiles about as long as a window
+    count = max(1, (2 * length + kernel) // (2 * kernel))  # tiles about as long as a window
     size = -(-length // count)
     queries = tiling.query_tiles(length, size, device)
     halo = kernel // 2 if len(queries) == 2 else kernel - 1  # windows of a tile at the border reach inwards only
@@ -144,12 +153,17 @@ def _natten_is_best(call: _Call) -> bool:
     return call.query.is_cuda and _natten_obstacle(call) is None
 
 
+@functools.cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
 def _natten_obstacle(call: _Call) -> str | None:
     """Says why NATTEN cannot run a call."""
-    query, kernel, mask, dropout_p = call
+    query, kernel, mask, dropout_p, _ = call
     grid, width = tuple(query.shape[1:-2]), query.shape[-1]
     reasons = [
-        (find_spec("natten") is None, "natten is not installed: pip install 'rat-timm[natten]'"),
+        (not _installed("natten"), "natten is not installed: pip install 'rat-timm[natten]'"),
         (mask is not None, "it has no masks"),
         (dropout_p > 0.0, "it has no dropout"),
         (torch.compiler.is_compiling(), "torch.compile cannot look into it"),
@@ -191,9 +205,10 @@ def _flex_obstacle(call: _Call) -> str | None:
     query = call.query
     reasons = [
         (call.dropout_p > 0.0, "it has no dropout"),
-        (not query.is_cuda and torch.is_grad_enabled() and query.requires_grad, "it has no gradient on the CPU"),
+        (query.device.type not in ("cpu", "cuda"), f"it does not run on {query.device.type}"),
+        (not query.is_cuda and call.needs_grad, "it has no gradient on the CPU"),
         (query.is_cuda and query.dtype == torch.float64, "its kernels have no float64"),
-        (query.is_cuda and find_spec("triton") is None, "triton is not installed"),
+        (query.is_cuda and not _installed("triton"), "triton is not installed"),
     ]
     return next((reason for holds, reason in reasons if holds), None)
 
@@ -208,13 +223,14 @@ def _flex_attention(
     else:
         valid, count = mask.flatten(1), math.prod(grid)
         block_mask = create_block_mask(
-            lambda b, h, i, j: near(b, h, i, j) & valid[b, j], len(mask), None, count, count, device=query.device.type
+            lambda b, h, i, j: near(b, h, i, j) & valid[b, j], len(mask), None, count, count, device=str(query.device)
         )
     q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # [B, heads, N, d]
     if torch.compiler.is_compiling():
         out: Any = flex_attention(q, k, v, block_mask=block_mask)
     else:
-        out = _compiled_flex_attention()(q, k, v, block_mask=block_mask)
+        with torch._dynamo.config.patch(recompile_limit=_SIZES):
+            out = _compiled_flex_attention()(q, k, v, block_mask=block_mask)
     return out.transpose(1, 2).reshape(query.shape)
 
 

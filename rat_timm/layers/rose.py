@@ -41,7 +41,7 @@ def _complex_runs(x: Tensor) -> bool:
     Half precisions have none, and compilers fuse the real formula but not complex numbers.
     """
     fits = x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
-    viewable = x.stride(-1) == 1 and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    viewable = x.stride(-1) == 1 and all(step % 2 == 0 for step in (x.storage_offset(), *x.stride()[:-1]))
     return fits and not torch.compiler.is_compiling() and viewable
 
 
@@ -49,8 +49,8 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
     """Rotates queries and keys by where their tokens are, coherently over grids of any spacing and origin.
 
     Keywords as in ``RoSE.RotarySpatialEmbedding``. What differs: frequency vectors point in directions spread over the
-    sphere instead of along the diagonal; positions are physical displacements instead of index times spacing; the
-    rotation is real-valued with phases in float32, so that every dtype works.
+    sphere instead of along the diagonal; positions are physical displacements instead of index times spacing;
+    phases are float32, and every dtype can be rotated.
 
     Args:
         feature_dims: Width of all heads together.
@@ -144,7 +144,7 @@ def _turns(phases: Sequence[Tensor]) -> Tensor:
 
 def _turn(x: Tensor, by: Tensor) -> Tensor:
     """Multiplies complex numbers ``[..., 2]``."""
-    if _complex_runs(x):
+    if _complex_runs(x) and _complex_runs(by) and x.dtype == by.dtype:
         return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(by))
     (real, imaginary), (cos, sin) = x.unbind(-1), by.unbind(-1)
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)

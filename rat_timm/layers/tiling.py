@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .masking import exp_beside_one
 
-_KEPT = 64  # plans kept, for as many sizes of grids, windows and batches
+_KEPT = 24  # plans kept, for as many sizes of grids, windows and batches
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -128,6 +128,9 @@ class Places:
         return self.of_one_head().take(mask[..., None, None])[:, :, 0, :, 0]
 
 
+torch.utils._pytree.register_dataclass(Places, field_names=["rows", "sizes", "count"])
+
+
 class _Take(torch.autograd.Function):
     """`Places.take` of rows, whose gradient is summed in one pass and not row by row."""
 
@@ -138,6 +141,10 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Places], output: Tensor) -> None:
         ctx.places = inputs[1]
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, places: None) -> Tensor:
+        return x.index_select(0, ctx.places.rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -155,6 +162,10 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Places], output: Tensor) -> None:
         ctx.places = inputs[1]
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, places: None) -> Tensor:
+        return _Add.forward(x, ctx.places)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -210,9 +221,10 @@ class Tiles(NamedTuple):
     def of_one_head(self) -> "Tiles":
         """Returns the same tiles for tensors of one head."""
         tiles, batch, heads, size = self.queries.sizes
-        rows = self.once.rows.view(batch, -1, heads)[:, :, 0].flatten()
+        count = math.prod(self.shape)
+        rows = self.once.rows.view(batch, count, heads)[:, :, 0].flatten()
         first = rows.div(size * heads, rounding_mode="floor") * size + rows % size
-        once = Places(first, (1, batch, len(first) // batch, 1), tiles * batch * size)
+        once = Places(first, (1, batch, count, 1), tiles * batch * size)
         return self._replace(queries=self.queries.of_one_head(), keys=self.keys.of_one_head(), once=once)
 
     def split(self, size: int) -> "list[Tiles]":
@@ -244,8 +256,10 @@ def per_geometry(build: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_traced() -> bool:
-    """Tells whether tensors made here and now stand for others: those of a compiler, an exporter, a fake mode."""
-    return torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
+    """Tells whether tensors made here and now stand for others: those of a compiler, a fake mode, `torch.func`."""
+    if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
+        return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def query_tiles(length: int, size: int, device: torch.device) -> Tensor:
