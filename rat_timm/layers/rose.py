@@ -40,9 +40,10 @@ def _complex_runs(x: Tensor) -> bool:
 
     Half precisions have none, and compilers fuse the real formula but not complex numbers.
     """
+    if torch.compiler.is_compiling():
+        return False
     fits = x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
-    viewable = x.stride(-1) == 1 and all(step % 2 == 0 for step in (x.storage_offset(), *x.stride()[:-1]))
-    return fits and not torch.compiler.is_compiling() and viewable
+    return fits and x.stride(-1) == 1 and all(step % 2 == 0 for step in (x.storage_offset(), *x.stride()[:-1]))
 
 
 class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
