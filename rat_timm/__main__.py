@@ -13,8 +13,8 @@ import torch
 
 from .cost import count_macs
 
-FAMILIES = ("rat", "vit")  # the modules of `rat_timm.models` that register names, the first of which starts with:
-OURS = ("rat_", "test_rat")
+FAMILIES = ("rat", "vit")  # the modules of `rat_timm.models` that register names
+OURS = ("rat_", "test_rat")  # how these start: timm may have modules of the same name
 
 
 class Variant(NamedTuple):
@@ -40,20 +40,19 @@ def describe(name: str) -> Variant:
     with torch.device("meta"):
         model = timm.create_model(name).eval()
     image = torch.empty(1, *cfg.input_size, device="meta")
-    spacing = model.cfg.reference if hasattr(model, "cfg") else model.reference_spacing
     return Variant(
         name=name,
         parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         macs=f"{count_macs(model, image) / 1e9:.2f} G",
         size="x".join(map(str, cfg.input_size)),
         strides="/".join(dict.fromkeys(str(info["reduction"]) for info in model.feature_info)),
-        spacing="x".join(f"{s:g}" for s in spacing),
+        spacing="x".join(f"{s:g}" for s in model.reference_spacing),
         weights=weights(name),
     )
 
 
 def weights(name: str) -> str:
-    """Says where a variant's weights are to be had: tags, or "shipped"; "-" for none."""
+    """Returns the tags of the weights that a variant has; "-" for none."""
     tagged = timm.list_pretrained(f"{name}*")
     tags = [full.partition(".")[2] for full in tagged if full.partition(".")[0] == name]
     return ", ".join(tag or "untagged" for tag in tags) or "-"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import tiling
-from .masking import check_mask, exp_beside_one, nothing
+from .masking import check_mask, exp_beside_one, need_grad, nothing
 
 _CHUNK_ELEMENTS = 1 << 22  # logits that dense grouping holds at a time
 
@@ -74,8 +74,7 @@ def grouping_attention(
 
 def _fused_can_run(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tells whether PyTorch's fused attention on the CPU can do it; its logarithms of sums have no gradient."""
-    needed = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return query.device.type == "cpu" and not needed and not tiling.is_traced()
+    return query.device.type == "cpu" and not need_grad(query, key, value) and not tiling.is_traced()
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:

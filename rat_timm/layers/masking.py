@@ -23,6 +23,11 @@ def exp_beside_one(x: Tensor) -> Tensor:
     return x.clamp(min=math.log(torch.finfo(x.dtype).tiny) + 1).exp_()
 
 
+def need_grad(*tensors: Tensor) -> bool:
+    """Tells whether a result of these tensors will have a gradient."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """Scaled dot-product attention.
 

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from ..grid import integers
 from . import tiling
 from .backend import VARIABLE, attention_backend
-from .masking import attention, check_mask, masked_attention
+from .masking import attention, check_mask, masked_attention, need_grad
 
 _SIZES = 256  # programs that FlexAttention is compiled to, one per size; beyond that it would hold all pairs
 _NUMBERS = 1 << 23  # entries of keys that are gathered at a time
@@ -51,7 +51,7 @@ def neighborhood_attention(
         ValueError: If shapes, the kernel or the mask's dtype do not fit, or the chosen backend cannot run.
     """
     kernel = _check(query, key, value, kernel_size, mask)
-    call = _Call(query, kernel, mask, dropout_p, _need_grad(query, key, value))
+    call = _Call(query, kernel, mask, dropout_p, need_grad(query, key, value))
     backend = attention_backend()
     if backend == "auto":
         backend = "natten" if _natten_is_best(call) else "torch"
@@ -74,17 +74,13 @@ class _Call(NamedTuple):
     needs_grad: bool
 
 
-def _need_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def _tiled_attention(
     query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, ...], mask: Tensor | None, dropout_p: float
 ) -> Tensor:
     grid, (batch, heads) = tuple(query.shape[1:-2]), (query.shape[0], query.shape[-2])
     tiles = _tiles(grid, kernel, batch, heads, query.device)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    parts = tiles.split(_part_size(tiles, query, _need_grad(query, key, value)))
+    parts = tiles.split(_part_size(tiles, query, need_grad(query, key, value)))
     outs = [_attend(query, key, value, part, mask, dropout_p) for part in parts]
     return tiles.untile(outs[0] if len(outs) == 1 else torch.cat(outs))
 

@@ -131,7 +131,15 @@ class Places:
 torch.utils._pytree.register_dataclass(Places, field_names=["rows", "sizes", "count"])
 
 
-class _Take(torch.autograd.Function):
+class _OfPlaces(torch.autograd.Function):
+    """A linear function of rows ``[rows, d]`` that `Places` describe."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Places], output: Tensor) -> None:
+        ctx.places = inputs[1]
+
+
+class _Take(_OfPlaces):
     """`Places.take` of rows, whose gradient is summed in one pass and not row by row."""
 
     @staticmethod
@@ -139,29 +147,21 @@ class _Take(torch.autograd.Function):
         return x.index_select(0, places.rows)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Places], output: Tensor) -> None:
-        ctx.places = inputs[1]
-
-    @staticmethod
     def jvp(ctx: Any, x: Tensor, places: None) -> Tensor:
-        return x.index_select(0, ctx.places.rows)
+        return _Take.forward(x, ctx.places)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Add.apply(grad, ctx.places), None
 
 
-class _Add(torch.autograd.Function):
+class _Add(_OfPlaces):
     """`Places.add` of rows."""
 
     @staticmethod
     def forward(x: Tensor, places: Places) -> Tensor:
         order, starts = places.bags
         return F.embedding_bag(order, x, starts, mode="sum", include_last_offset=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Places], output: Tensor) -> None:
-        ctx.places = inputs[1]
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, places: None) -> Tensor:

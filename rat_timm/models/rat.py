@@ -299,11 +299,16 @@ class ResolutionAwareTransformer(nn.Module):
         """Number of axes of the images: 2 or 3."""
         return self.cfg.spatial_dims
 
+    @property
+    def reference_spacing(self) -> tuple[float, ...]:
+        """The spacing at which tokens sit one rotary unit apart, per axis."""
+        return self.cfg.reference
+
     def model_args(self) -> dict[str, Any]:
         """Returns the keywords that make this model again, as JSON has them; without ``num_classes`` and rates."""
         args = dataclasses.asdict(self.cfg)
         args["reg_tokens"], args["leading_tokens"] = self.cfg.prefix_tokens, 0
-        args["spacing"] = merge_axes(self.cfg.reference)
+        args["spacing"] = merge_axes(self.reference_spacing)
         return {**args, "in_chans": self.in_chans, "global_pool": self.head.pool_type}
 
     def _check_pool(self, global_pool: str | None) -> None:
@@ -312,7 +317,7 @@ class ResolutionAwareTransformer(nn.Module):
 
     @property
     def _image_limits(self) -> tuple[tuple[float, ...], int, tuple[int, ...]]:
-        return self.cfg.reference, self.in_chans, self.cfg.stem_strides
+        return self.reference_spacing, self.in_chans, self.cfg.stem_strides
 
 
 def _maps(pyramid: Pyramid, output_fmt: str) -> Any:
