@@ -293,10 +293,10 @@ def per_axis(
     else:
         rows = _as_rows(values, name, dtype, device)
         _check_tensor(rows, name, positive)
-    allowed = [(axes,), (1, axes), (batch_size, axes)]
     if rows.ndim == 0:
         return rows.expand(1, axes)
-    if tuple(rows.shape) not in allowed:
+    # the rows' number last, and with the batch's first: a comparison fixes a dynamic size in an export
+    if rows.ndim > 2 or rows.shape[-1] != axes or (rows.ndim == 2 and rows.shape[0] not in (batch_size, 1)):
         raise ValueError(
             f"{name} must be a number, {axes} values (one per axis, in array order), "
             f"or have shape [{batch_size}, {axes}] (one row per sample), got shape {list(rows.shape)}"

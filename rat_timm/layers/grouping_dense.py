@@ -5,6 +5,7 @@ two softmaxes along the two sides of one matrix, of which no more than a part is
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def grouping_attention(
         key = torch.where(mask[:, None, :, None], key, 0.0)
     if allowed is not None:
         value = torch.where(allowed.any(dim=-1, keepdim=True), value, 0.0)
-    chunk_size = chunk_size or max(1, _CHUNK_ELEMENTS // max(1, query.shape[:3].numel()))
+    chunk_size = chunk_size or _chunk_size(query)
     if chunk_size >= key.shape[2]:
         attention = logits_of(query, key, allowed).log_softmax(dim=-2)  # log A transposed
         if allowed is not None:
@@ -70,6 +71,12 @@ def grouping_attention(
     log_sum = log_sum_of(torch.cat(sums, dim=-2))
     parts = (again(_chunk_take, query, k, p, log_sum, v) for k, p, v in zip(keys, pairs, values, strict=True))
     return functools.reduce(torch.add, parts)
+
+
+def _chunk_size(query: Tensor) -> int:
+    """Returns the number of tokens whose logits fill a chunk."""
+    sizes = query.shape[1:3] if tiling.is_traced() else query.shape[:3]  # a comparison would fix a dynamic batch
+    return max(1, _CHUNK_ELEMENTS // max(1, math.prod(sizes)))
 
 
 def _fused_can_run(query: Tensor, key: Tensor, value: Tensor) -> bool:

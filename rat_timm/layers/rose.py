@@ -137,7 +137,7 @@ def _turns(phases: Sequence[Tensor]) -> Tensor:
 
     Phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a sine.
     """
-    if len({phase.shape for phase in phases}) == 1:
+    if all(phase.shape == phases[0].shape for phase in phases):
         phases = [functools.reduce(torch.add, phases)]
     turns = [torch.stack((phase.cos(), phase.sin()), dim=-1) for phase in phases]
     return functools.reduce(_turn, turns)

@@ -1,0 +1,92 @@
+"""Pixel size as something that torchvision's transforms (v2) transform, as they do images and masks."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional
+
+_EVEN = 1e-3  # by how much an angle's cosine may differ from a right angle's, and a scale along it from another
+
+
+class Spacing(tv_tensors.TVTensor):
+    """Physical size of an image's pixels, (y, x), that follows the image through ``torchvision.transforms.v2``.
+
+        transform = v2.RandomResizedCrop(224)
+        image, spacing = transform(image, Spacing((0.5, 0.5), canvas_size=image.shape[-2:]))
+
+    Resizing, cropping, padding, flipping, rotation and affine maps change it as they change the pixels. What leaves
+    pixels without one size or right angles (shears, elastic and perspective maps, anisotropic pixels turned by other
+    than right angles) is an error.
+
+    Args:
+        data: Two numbers, in array-axis order (y, x).
+        canvas_size: The image's height and width.
+
+    Raises:
+        ValueError: If it is not two positive numbers.
+    """
+
+    canvas_size: tuple[int, int]
+
+    def __new__(cls, data: Any, *, canvas_size: Sequence[int]) -> "Spacing":
+        """Reads the numbers."""
+        values = torch.as_tensor(data, dtype=torch.float64)
+        if tuple(values.shape) != (2,) or not bool((values > 0).all() & values.isfinite().all()):
+            raise ValueError(f"spacing must be two positive numbers (y, x), got {data!r}")
+        made = values.as_subclass(cls)
+        made.canvas_size = (int(canvas_size[0]), int(canvas_size[1]))
+        return made
+
+    @classmethod
+    def wrap(cls, tensor: Tensor, like: "Spacing", **kwargs: Any) -> "Spacing":
+        """Gives a tensor what another spacing has; torchvision calls it."""
+        return cls(tensor, canvas_size=kwargs.get("canvas_size", like.canvas_size))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Spacing":
+        return Spacing(self.as_subclass(Tensor).clone(), canvas_size=self.canvas_size)
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return self._make_repr(canvas_size=self.canvas_size)
+
+
+def _follow(map_: Callable, spacing: Spacing, *args: Any, **kwargs: Any) -> Spacing:
+    """Transforms a spacing by what happens to the image's first corner and its two neighbours."""
+    height, width = spacing.canvas_size
+    corners = torch.tensor([[0, 0], [width, 0], [0, height]], dtype=torch.float64)  # x, y
+    moved = map_(tv_tensors.KeyPoints(corners, canvas_size=spacing.canvas_size), *args, **kwargs)
+    points = moved.as_subclass(Tensor)
+    # columns: where a step of one pixel along x, along y, of the image before, leads to in the image after
+    steps = torch.stack((points[1] - points[0], points[2] - points[0]), dim=1) / torch.tensor([width, height])
+    # columns: the physical way, x and y, of one step along x, along y, of the image after
+    ways = spacing.as_subclass(Tensor).flip(0)[:, None] * torch.linalg.inv(steps)
+    lengths = torch.linalg.vector_norm(ways, dim=0)
+    if abs(float((ways[:, 0] * ways[:, 1]).sum() / lengths.prod())) > _EVEN:
+        raise ValueError(f"{map_.__name__}: pixels of {spacing.tolist()} (y, x) would have no right angles")
+    return Spacing(lengths.flip(0), canvas_size=moved.canvas_size)
+
+
+def _refuse(map_: Callable, spacing: Spacing, *args: Any, **kwargs: Any) -> Spacing:
+    raise ValueError(f"{map_.__name__}: pixels would have no common size")
+
+
+_FOLLOWED = (
+    "resize",
+    "crop",
+    "center_crop",
+    "resized_crop",
+    "pad",
+    "horizontal_flip",
+    "vertical_flip",
+    "rotate",
+    "affine",
+)
+_REFUSED = ("perspective", "elastic")
+
+for _names, _kernel in ((_FOLLOWED, _follow), (_REFUSED, _refuse)):
+    for _name in _names:
+        _map = getattr(functional, _name)
+        functional.register_kernel(_map, Spacing)(functools.partial(_kernel, _map))

@@ -1,0 +1,24 @@
+import subprocess
+import sys
+
+import pytest
+
+from rat_timm.data.optional import need
+
+
+def test_a_package_that_is_there():
+    assert need("json.decoder", "data").JSONDecoder
+
+
+def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch):
+    with pytest.raises(ImportError, match=r"no_such_package is not installed: pip install 'rat-timm\[data\]'"):
+        need("no_such_package", "data")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ImportError, match="pydicom"):
+        need("pydicom", "data")
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    names = "'monai', 'tifffile', 'nibabel', 'pydicom', 'pint', 'zarr', 'ome_zarr'"
+    code = f"import sys, rat_timm.data; print([n for n in ({names}) if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,103 @@
+import copy
+import math
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
+
+from rat_timm.data import Spacing
+
+SIZE = (40, 60)
+
+
+def spacing(y=0.5, x=0.25):
+    return Spacing((y, x), canvas_size=SIZE)
+
+
+def values(result):
+    return result.tolist()
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected", "size"),
+    [
+        (v2.Resize((20, 15)), (1.0, 1.0), (20, 15)),
+        (v2.Resize(20), (1.0, 0.5), (20, 30)),
+        (v2.CenterCrop((8, 9)), (0.5, 0.25), (8, 9)),
+        (v2.RandomCrop((8, 9)), (0.5, 0.25), (8, 9)),
+        (v2.Pad((1, 2, 3, 4)), (0.5, 0.25), (46, 64)),
+        (v2.RandomHorizontalFlip(1.0), (0.5, 0.25), SIZE),
+        (v2.RandomVerticalFlip(1.0), (0.5, 0.25), SIZE),
+        (v2.RandomRotation((90, 90), expand=True), (0.25, 0.5), (60, 40)),
+        (v2.RandomRotation((180, 180)), (0.5, 0.25), SIZE),
+        (v2.RandomAffine(0, scale=(2, 2)), (0.25, 0.125), SIZE),
+        (v2.RandomAffine(0, translate=(0.5, 0.5)), (0.5, 0.25), SIZE),
+        (v2.ToDtype(torch.float32, scale=True), (0.5, 0.25), SIZE),
+        (v2.ColorJitter(0.5), (0.5, 0.25), SIZE),
+    ],
+)
+def test_it_follows_the_image(transform, expected, size):
+    image, result = transform(tv_tensors.Image(torch.rand(3, *SIZE)), spacing())
+    assert values(result) == pytest.approx(expected, rel=1e-6)
+    assert result.canvas_size == size == tuple(image.shape[-2:])
+    assert result.dtype == torch.float64
+
+
+def test_a_step_of_the_cropped_image_is_as_long_as_its_spacing_says():
+    """A ramp of physical positions goes through the transform too; its slope there is the spacing."""
+    y, x = torch.meshgrid(
+        *((torch.arange(n) + 0.5) * s for n, s in zip((400, 600), (0.5, 0.25), strict=True)), indexing="ij"
+    )
+    ramps = tv_tensors.Image(torch.stack((y, x)))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        cropped, result = v2.RandomResizedCrop((110, 120))(ramps, Spacing((0.5, 0.25), canvas_size=(400, 600)))
+        slopes = cropped[0, 5:-5, 60].diff().mean(), cropped[1, 50, 5:-5].diff().mean()
+        assert values(result) == pytest.approx([float(slope) for slope in slopes], rel=1e-3)
+
+
+@hypothesis.given(angle=st.floats(-360, 360), zoom=st.floats(0.25, 4), size=st.floats(0.01, 100))
+def test_square_pixels_may_be_turned_by_any_angle(angle, zoom, size):
+    given = Spacing((size, size), canvas_size=SIZE)
+    turned = functional.affine(given, angle=angle, translate=[3, 4], scale=zoom, shear=[0.0, 0.0])
+    assert values(turned) == pytest.approx([size / zoom] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.RandomRotation((30, 30)),
+        v2.RandomAffine(0, shear=(20, 20)),
+        v2.RandomPerspective(p=1.0),
+        v2.ElasticTransform(),
+    ],
+)
+def test_pixels_without_one_size_are_an_error(transform):
+    with pytest.raises(ValueError, match=r"pixels (of|would)"):
+        transform(torch.rand(3, *SIZE), spacing())
+
+
+def test_every_map_of_torchvision_that_moves_points_is_known():
+    known = {kernel for kernel, types in _KERNEL_REGISTRY.items() if tv_tensors.KeyPoints in types}
+    without = {kernel.__name__ for kernel in known if Spacing not in _KERNEL_REGISTRY[kernel]}
+    assert without <= {"get_size", "to_dtype"}
+    assert "rotate" in {kernel.__name__ for kernel in known}
+
+
+@pytest.mark.parametrize("data", [(1.0,), (1.0, 0.0), (1.0, -2.0), (1.0, math.nan), (1.0, 2.0, 3.0)])
+def test_it_is_two_positive_numbers(data):
+    with pytest.raises(ValueError, match="spacing must be two positive numbers"):
+        Spacing(data, canvas_size=SIZE)
+
+
+def test_it_can_be_copied_and_shown():
+    twin = copy.deepcopy(spacing())
+    assert values(twin) == [0.5, 0.25]
+    assert values(v2.Resize((20, 30))(tv_tensors.Image(torch.rand(1, *SIZE)), twin)[1]) == [1.0, 0.5]
+    assert "canvas_size=(40, 60)" in repr(spacing())
+    assert type(spacing() * 2) is torch.Tensor

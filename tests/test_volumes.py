@@ -1,0 +1,53 @@
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai import transforms
+from monai.data import MetaTensor
+
+from rat_timm.data import metatensor_spacing, to_metatensor
+
+SPACING = (2.0, 0.5, 0.25)
+
+
+def test_there_and_back_in_other_units():
+    image = to_metatensor(torch.rand(1, 4, 6, 8), SPACING, unit="mm")
+    assert metatensor_spacing(image, unit="mm") == pytest.approx(SPACING)
+    assert metatensor_spacing(image, unit="um") == pytest.approx([1000 * s for s in SPACING])
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        (transforms.Resize((8, 6, 2)), (1.0, 0.5, 1.0)),
+        (transforms.Rotate90(k=1, spatial_axes=(0, 2)), (0.25, 0.5, 2.0)),
+        (transforms.Flip(0), SPACING),
+        (transforms.CenterSpatialCrop((2, 3, 4)), SPACING),
+        (transforms.Spacing((1.0, 1.0, 1.0)), (1.0, 1.0, 1.0)),
+        (transforms.Transpose((0, 3, 2, 1)), None),
+    ],
+)
+def test_it_follows_monais_transforms(transform, expected):
+    done = transform(to_metatensor(torch.rand(1, 4, 6, 8), SPACING, unit="mm"))
+    if expected is not None:
+        assert metatensor_spacing(done) == pytest.approx(expected, rel=1e-6)
+
+
+def test_volumes_that_monai_reads(tmp_path):
+    affine = np.diag([3.0, 5.0, 7.0, 1.0])
+    for unit, name in (("micron", "a.nii"), ("unknown", "b.nii")):
+        image = nibabel.Nifti1Image(np.zeros((4, 6, 8), np.int16), affine)
+        image.header.set_xyzt_units(unit)
+        nibabel.save(image, tmp_path / name)
+    load = transforms.LoadImage(ensure_channel_first=True)
+    assert metatensor_spacing(load(tmp_path / "a.nii"), "um") == pytest.approx((3.0, 5.0, 7.0), rel=1e-6)
+    with pytest.raises(ValueError, match=r"b\.nii: pixel size 3 along axis 0 has no unit"):
+        metatensor_spacing(load(tmp_path / "b.nii"))
+    assert metatensor_spacing(load(tmp_path / "b.nii"), assumed_unit="mm") == pytest.approx((3.0, 5.0, 7.0))
+
+
+def test_no_metadata_are_no_spacing_of_one():
+    with pytest.raises(ValueError, match="MetaTensor: pixel size 1 along axis 0 has no unit"):
+        metatensor_spacing(MetaTensor(torch.rand(1, 4, 4, 4)))
+    with pytest.raises(ValueError, match="image must be a MetaTensor with an affine matrix, got Tensor"):
+        metatensor_spacing(torch.rand(1, 4, 4, 4))
