@@ -1,0 +1,185 @@
+"""`examples/finetune.py`: what it learns, how it goes on, and that processes together do what one does."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("torchmetrics")
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+tifffile = pytest.importorskip("tifffile")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+STEPS = 12  # of 3 epochs
+
+
+@pytest.fixture
+def finetune(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module("finetune")
+    torch.set_num_threads(threads)
+
+
+def start(script, output, *options, launcher=()):
+    command = [sys.executable, *launcher, EXAMPLES / script, "--output", output, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, timeout=300):
+    printed, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, printed[-4000:]
+    return printed
+
+
+def losses(output):
+    """The loss after each step, as TensorBoard shows it."""
+    events = accumulator.EventAccumulator(str(output))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    assert [scalar.step for scalar in scalars] == list(range(1, len(scalars) + 1))
+    return [scalar.value for scalar in scalars]
+
+
+def wait_for_checkpoint(output, process, least=0):
+    """Waits until a checkpoint of more than ``least`` steps is there."""
+    folder, end = output / "checkpoints", time.monotonic() + 150
+    while not any(path.name.isdigit() and int(path.name) > least for path in folder.glob("*")):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The losses of one process: three epochs of the shipped weights on digits that are alike."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    finish(start("finetune.py", output, "--epochs", 3, "--checkpoint_every", 3))
+    return output
+
+
+def test_pretrained_weights_beat_random_ones_at_equal_steps(uninterrupted, finetune, tmp_path):
+    def accuracy(output):
+        events = accumulator.EventAccumulator(str(output))
+        events.Reload()
+        return events.Scalars("validation/accuracy")[-1].value
+
+    scratch = finetune.train(finetune.Config(tmp_path, epochs=3, pretrained=False))
+    assert len(losses(uninterrupted)) == len(losses(tmp_path)) == STEPS
+    assert accuracy(tmp_path) == pytest.approx(scratch)
+    assert accuracy(uninterrupted) > max(0.85, scratch + 0.3)
+
+
+def test_the_trained_model_is_made_again(uninterrupted):
+    model = timm.create_model(f"local-dir:{uninterrupted / 'model'}", pretrained=True)
+    assert model.num_classes == 4
+    assert model.pretrained_cfg["label_names"] == ["3", "5", "8", "9"]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(uninterrupted, tmp_path):
+    options = ("--epochs", 3, "--checkpoint_every", 3)
+    process = start("finetune.py", tmp_path, *options)
+    wait_for_checkpoint(tmp_path, process)
+    process.kill()
+    process.communicate()
+    before = max(int(path.name) for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit())
+    assert before < STEPS
+    finish(start("finetune.py", tmp_path, *options))
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), abs=1e-6)
+    first, again = (timm.create_model(f"local-dir:{o / 'model'}", pretrained=True) for o in (uninterrupted, tmp_path))
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "deepspeed2", "deepspeed3"])
+def test_two_processes_do_what_one_does(uninterrupted, tmp_path, parallel):
+    if parallel.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    average = ["--ema_decay", 0] if parallel == "deepspeed3" else []  # no loss depends on it
+    options = ("--epochs", 3, "--parallel", parallel, *average)
+    finish(start("finetune.py", tmp_path, *options, launcher=TORCHRUN))
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), abs=1e-4)
+    timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    process = start("finetune.py", tmp_path, *options[:1], 4, *options[2:], launcher=TORCHRUN)
+    finish(process)
+    assert len(losses(tmp_path)) == STEPS + 4
+
+
+def test_ray_goes_on_when_a_worker_dies(finetune, tmp_path):
+    pytest.importorskip("ray.train")
+    began, options = time.monotonic(), {"batch_size": 8, "checkpoint_every": 2, "workers": 0, "quick": True}
+    finetune.train(finetune.Config(tmp_path / "one", **options))
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value).lower())]
+    process = start("finetune_ray.py", tmp_path / "two", "--num_workers", 2, *flags)
+    wait_for_checkpoint(tmp_path / "two", process)
+    first = next((tmp_path / "two").glob("events.out.*"))
+    os.kill(int(first.name.split(".")[-2]), signal.SIGKILL)  # of the process that writes them
+    finish(process)
+    assert len(list((tmp_path / "two").glob("events.out.*"))) > 1  # it did begin again
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert (tmp_path / "two" / "model" / "config.json").exists()
+    assert time.monotonic() - began < 180
+
+
+def write_folder(root, suffix):
+    """Two classes that differ in the physical size of a disc, not in its pixels."""
+    y, x = np.mgrid[:32, :32] - 15.5
+    disc = (np.hypot(y, x) < 8).astype(np.uint8) * 255
+    for part in ("train", "validation"):
+        for name, spacing in (("large", 1.0), ("small", 0.25)):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                if suffix == ".png":
+                    Image.fromarray(disc).save(folder / f"{index}.png")
+                else:
+                    metadata = {"axes": "YX", "PhysicalSizeX": spacing, "PhysicalSizeY": spacing}
+                    tifffile.imwrite(folder / f"{index}{suffix}", disc, metadata=metadata)
+
+
+def test_files_say_how_large_their_pixels_are(finetune, tmp_path):
+    write_folder(tmp_path / "data", ".ome.tif")
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"data: {tmp_path / 'data'}\nepochs: 12\nbatch_size: 8\nscale: [0.9, 1.0]\nworkers: 0\nclip_grad: 0\n"
+    )
+    printed = finish(start("finetune.py", tmp_path / "run", "--config", file, "--ema_decay", 0))
+    assert "accuracy 100.0%" in printed  # which the pixels alone do not tell
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'model'}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == ["large", "small"]
+
+
+def test_pictures_need_a_spacing(finetune, tmp_path):
+    write_folder(tmp_path / "data", ".png")
+    config = {"data": str(tmp_path / "data"), "batch_size": 8, "quick": True, "workers": 0}
+    with pytest.raises(ValueError, match=r"\.png: does not say how large a pixel is: give --spacing"):
+        finetune.train(finetune.Config(tmp_path / "a", **config))
+    finetune.train(finetune.Config(tmp_path / "b", spacing=[0.5, 0.5], precision="bf16", compile=False, **config))
+
+
+def test_volumes(finetune, tmp_path):
+    config = finetune.Config(tmp_path, model="test_rat_3d", quick=True, workers=0, flip=True, intensity="sample")
+    assert 0 <= finetune.train(config) <= 1
+    assert len(losses(tmp_path)) == 4
+
+
+def test_what_does_not_fit(finetune, tmp_path):
+    with pytest.raises(ValueError, match="batch_size must be at most the 32 samples, got 64"):
+        finetune.train(finetune.Config(tmp_path, batch_size=64, quick=True))
+    pytest.importorskip("deepspeed")
+    with pytest.raises(ValueError, match="parallel must be ddp or fsdp without torchrun, got deepspeed2"):
+        finetune.train(finetune.Config(tmp_path, parallel="deepspeed2", quick=True))
