@@ -98,7 +98,7 @@ class LocalGrouping(NamedTuple):
     def take(self, query: Tensor) -> Tensor:
         """Takes values into groups ``[B, *coarse, heads, d]``."""
         logits, log_sum = self._logits(query)
-        return self.tiles.keys.add(take_shares(logits, log_sum, self.value), self.coarse)
+        return self.tiles.add_keys(take_shares(logits, log_sum, self.value))
 
     def assign(self, query: Tensor) -> Assignment:
         """Returns the matrices behind `take`."""
@@ -111,7 +111,7 @@ class LocalGrouping(NamedTuple):
         """Returns logits ``[tiles, B, heads, tokens, groups]``, and the logarithm of their sum over all tokens."""
         logits = logits_of(self.tiles.keys.take(query), self.key, self.allowed)
         sums = log_sum_of(logits).squeeze(-2)  # over one tile's tokens
-        return logits, self.tiles.keys.log_sum_exp(sums).unsqueeze(-2)
+        return logits, self.tiles.log_sum_exp(sums).unsqueeze(-2)
 
 
 @tiling.per_geometry
@@ -131,13 +131,14 @@ def _axis_tiles(tokens: int, stride: int, reach: int, device: torch.device) -> t
     groups = -(-tokens // stride)
     count = -(-groups // max(2, 2 * reach))
     size = min(-(-groups // count) * stride, tokens)
-    queries = tiling.query_tiles(tokens, size, device)
+    queries = tiling.query_tiles(tokens, size)
     inside = (tokens - size) % stride > 0  # the last tile, moved inwards, starts inside a cell
-    halo = reach if len(queries) == 2 else 2 * reach  # windows at the border reach inwards only
-    cell = queries.div(stride, rounding_mode="floor")
-    keys = tiling.key_tiles(cell[:, 0] - reach, -(-size // stride) + inside + halo, groups)
-    distance = keys[:, None, :] - cell[:, :, None]  # [T, b, w]
-    return tiling.AxisTiles(queries, keys, distance.abs() <= reach, tokens, groups)
+    halo = reach if len(queries.starts) == 2 else 2 * reach  # windows at the border reach inwards only
+    firsts = [start // stride - reach for start in queries.starts]
+    keys = tiling.Runs.create(firsts, -(-size // stride) + inside + halo, groups)
+    cell = queries.indices(device).div(stride, rounding_mode="floor")
+    distance = keys.indices(device)[:, None, :] - cell[:, :, None]  # [T, b, w]
+    return tiling.AxisTiles(queries, keys, distance.abs() <= reach)
 
 
 def _check_local(

@@ -123,12 +123,13 @@ def _tiles(
 def _axis_tiles(length: int, kernel: int, device: torch.device) -> tiling.AxisTiles:
     count = max(1, (2 * length + kernel) // (2 * kernel))  # tiles about as long as a window
     size = -(-length // count)
-    queries = tiling.query_tiles(length, size, device)
-    halo = kernel // 2 if len(queries) == 2 else kernel - 1  # windows of a tile at the border reach inwards only
-    start = (queries - kernel // 2).clamp(0, length - kernel)
-    keys = tiling.key_tiles(start[:, 0], size + halo, length)
-    place = keys[:, None, :] - start[:, :, None]  # [T, b, w]
-    return tiling.AxisTiles(queries, keys, (place >= 0) & (place < kernel), length, length)
+    queries = tiling.query_tiles(length, size)
+    halo = kernel // 2 if len(queries.starts) == 2 else kernel - 1  # windows at the border reach inwards only
+    firsts = [min(max(start - kernel // 2, 0), length - kernel) for start in queries.starts]
+    keys = tiling.Runs.create(firsts, size + halo, length)
+    window = (queries.indices(device) - kernel // 2).clamp(0, length - kernel)  # where each query's begins
+    place = keys.indices(device)[:, None, :] - window[:, :, None]  # [T, b, w]
+    return tiling.AxisTiles(queries, keys, (place >= 0) & (place < kernel))
 
 
 def _check(

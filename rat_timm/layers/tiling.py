@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .masking import exp_beside_one
+from .masking import exp_beside_one, nothing
 
 _KEPT = 24  # plans kept, for as many sizes of grids, windows and batches
 
@@ -22,36 +22,76 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class Runs(NamedTuple):
+    """Stretches of one axis, all as long: T of n places.
+
+    Attributes:
+        starts: First place of each.
+        size: Number of places, n.
+        length: The axis' number of places.
+    """
+
+    starts: tuple[int, ...]
+    size: int
+    length: int
+
+    @classmethod
+    def create(cls, starts: Sequence[int], size: int, length: int) -> "Runs":
+        """Moves stretches inwards at the border; they are as long as the axis at most."""
+        size = min(size, length)
+        return cls(tuple(min(max(start, 0), length - size) for start in starts), size, length)
+
+    def indices(self, device: torch.device) -> Tensor:
+        """Returns the places, ``[T, n]``."""
+        return torch.tensor(self.starts, device=device)[:, None] + torch.arange(self.size, device=device)
+
+    def holders(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns where each of the axis' places stands among ``T x n``, ``[length, K]``, and whether it does there."""
+        held: list[list[int]] = [[] for _ in range(self.length)]
+        for run, start in enumerate(self.starts):
+            for place in range(self.size):
+                held[start + place].append(run * self.size + place)
+        most = max(map(len, held))
+        padded = torch.tensor([(places + [-1] * most)[:most] for places in held], device=device)
+        return padded.clamp(min=0), padded >= 0
+
+
 class AxisTiles(NamedTuple):
     """How one axis is cut: T tiles of b queries, each with w keys.
 
     Attributes:
-        queries: Query index, ``[T, b]``. The last tile is moved inwards where tiles do not fit: it repeats queries.
-        keys: Key index, ``[T, w]``.
+        query_runs: The tiles' queries. The last tile is moved inwards where tiles do not fit: it repeats queries.
+        key_runs: The tiles' keys.
         allowed: Which key lies in which query's window, ``[T, b, w]``, bool.
-        query_length: Number of queries on the axis.
-        key_length: Number of keys on the axis.
     """
 
-    queries: Tensor
-    keys: Tensor
+    query_runs: Runs
+    key_runs: Runs
     allowed: Tensor
-    query_length: int
-    key_length: int
+
+    @property
+    def queries(self) -> Tensor:
+        """Query index, ``[T, b]``."""
+        return self.query_runs.indices(self.allowed.device)
+
+    @property
+    def keys(self) -> Tensor:
+        """Key index, ``[T, w]``."""
+        return self.key_runs.indices(self.allowed.device)
 
     def once(self) -> tuple[Tensor, Tensor]:
-        """Returns the first tile of each query and its place there, each ``[1, query_length]``."""
-        count, size = self.queries.shape
-        place = torch.arange(self.query_length, device=self.queries.device)
-        last = (count - 1) * size
-        place = torch.where(place < last, place, place + last + size - self.query_length)
+        """Returns the first tile of each query and its place there, each ``[1, queries]``."""
+        starts, size, length = self.query_runs
+        place = torch.arange(length, device=self.allowed.device)
+        last = (len(starts) - 1) * size
+        place = torch.where(place < last, place, place + last + size - length)
         tile = place.div(size, rounding_mode="floor")
         return tile[None], (place - tile * size)[None]
 
     def repeated(self) -> Tensor:
         """Returns whether a query stands in an earlier tile too, ``[T, b]``."""
-        count, size = self.queries.shape
-        return self.queries < (torch.arange(count, device=self.queries.device) * size)[:, None]
+        first_new = torch.arange(len(self.query_runs.starts), device=self.allowed.device) * self.query_runs.size
+        return self.queries < first_new[:, None]
 
     def kinds(self) -> tuple[Tensor, Tensor]:
         """Returns the distinct patterns of ``allowed``, ``[kinds, b, w]``, and which of them a tile has, ``[T, 1]``."""
@@ -78,21 +118,12 @@ class Places:
     def take(self, x: Tensor) -> Tensor:
         """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``."""
         rows = _rows(x)
-        taken = rows.index_select(0, self.rows) if self._plain(x) else _Take.apply(rows, self)
+        taken = rows.index_select(0, self.rows) if is_plain(x) else _Take.apply(rows, self)
         return taken.view(*self.sizes, x.shape[-1])
 
     def add(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         """``[tiles, B, heads, places, d]`` -> ``[B, *shape, heads, d]``, summing overlaps: `take` transposed."""
-        rows = _rows(x)
-        if self._plain(x):
-            total = x.new_zeros((self.count, x.shape[-1])).index_add(0, self.rows, rows)
-        else:
-            total = _Add.apply(rows, self)
-        return total.view(self.sizes[1], *shape, self.sizes[2], x.shape[-1])
-
-    def _plain(self, x: Tensor) -> bool:
-        """Tells whether PyTorch's own scatter has to do: a compiler fuses it, and not every device has bags."""
-        return is_traced() or x.device.type not in ("cpu", "cuda")
+        return _Add.apply(_rows(x), self).view(self.sizes[1], *shape, self.sizes[2], x.shape[-1])
 
     @functools.cached_property
     def bags(self) -> tuple[Tensor, Tensor]:
@@ -101,15 +132,6 @@ class Places:
             sizes = torch.bincount(self.rows, minlength=self.count)
             starts = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
             return self.rows.argsort(stable=True), starts
-
-    def log_sum_exp(self, x: Tensor) -> Tensor:
-        """Adds up overlaps of ``[tiles, B, heads, places]``, given and returned as logarithms, in all their tiles."""
-        flat = x.flatten()
-        lowest = x.new_full((self.count,), torch.finfo(x.dtype).min)
-        peak = lowest.scatter_reduce(0, self.rows, flat.detach(), "amax")
-        parts = exp_beside_one(flat - peak.index_select(0, self.rows))
-        total = torch.zeros_like(peak).index_add(0, self.rows, parts)
-        return (peak + total.log()).index_select(0, self.rows).view_as(x)
 
     def split(self, size: int) -> "list[Places]":
         """Returns the places of ``size`` tiles at a time."""
@@ -172,6 +194,40 @@ class _Add(_OfPlaces):
         return _Take.apply(grad, ctx.places), None
 
 
+class Overlaps(NamedTuple):
+    """Where each key stands in the tiles, axis by axis, so that a sum over its tiles needs no scatter.
+
+    Attributes:
+        counts: Number of tiles per axis.
+        sizes: Number of keys in a tile per axis.
+        places: Per axis, where a key stands among ``tiles x keys``, ``[keys, K]``.
+        held: Whether it does: some keys stand in fewer tiles than others.
+    """
+
+    counts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    places: tuple[Tensor, ...]
+    held: tuple[Tensor, ...]
+
+    def reduce(self, x: Tensor, combine: Callable[[Tensor, int], Tensor], absent: float) -> Tensor:
+        """Combines overlaps of ``[tiles, B, heads, places, d]`` into ``[B, *grid, heads, d]``.
+
+        Args:
+            x: What the tiles hold.
+            combine: Reduces the dimension that it is given, in which one key's values stand.
+            absent: What changes no result of it.
+        """
+        axes = len(self.counts)
+        x = x.unflatten(-2, self.sizes).unflatten(0, self.counts)  # [*counts, B, heads, *sizes, d]
+        pairs = [part for axis in range(axes) for part in (axis, axes + 2 + axis)]
+        x = x.permute(axes, *pairs, axes + 1, -1)  # [B, count, size, count, size, ..., heads, d]
+        for axis, (places, held) in enumerate(zip(self.places, self.held, strict=True), start=1):
+            x = x.flatten(axis, axis + 1).index_select(axis, places.flatten()).unflatten(axis, places.shape)
+            x = torch.where(held.view(*held.shape, *[1] * (x.ndim - axis - 2)), x, absent)
+            x = combine(x, axis + 1)
+        return x
+
+
 class Tiles(NamedTuple):
     """How queries and keys on their grids are cut into tiles.
 
@@ -184,6 +240,7 @@ class Tiles(NamedTuple):
         kinds: The distinct patterns of which key lies in which query's window, ``[kinds, queries, keys]``, bool.
         kind: Which of them a tile has, ``[tiles]``.
         shape: The queries' grid.
+        key_runs: The tiles' keys, per axis; those of all tiles, in a part of them too.
     """
 
     queries: Places
@@ -193,12 +250,13 @@ class Tiles(NamedTuple):
     kinds: Tensor
     kind: Tensor
     shape: tuple[int, ...]
+    key_runs: tuple[Runs, ...]
 
     @classmethod
     def create(cls, axes: Sequence[AxisTiles], batch: int, heads: int) -> "Tiles":
         """Combines the tiles of all axes, for tensors of ``batch`` samples and ``heads`` heads."""
-        shape, key_shape = [axis.query_length for axis in axes], [axis.key_length for axis in axes]
-        counts, sizes = zip(*(axis.queries.shape for axis in axes), strict=True)
+        starts, sizes, shape = zip(*(axis.query_runs for axis in axes), strict=True)
+        counts, key_shape = [len(each) for each in starts], [axis.key_runs.length for axis in axes]
         tiles, places = zip(*(axis.once() for axis in axes), strict=True)
         tile, place = _ravel(tiles, counts), _ravel(places, sizes)
         kinds, kind = zip(*(axis.kinds() for axis in axes), strict=True)
@@ -210,7 +268,8 @@ class Tiles(NamedTuple):
             repeated=_combine(operator.or_, [axis.repeated()[..., None] for axis in axes])[..., 0] if moved else None,
             kinds=_combine(operator.and_, kinds),
             kind=_ravel(kind, [len(k) for k in kinds])[:, 0],
-            shape=tuple(shape),
+            shape=shape,
+            key_runs=tuple(axis.key_runs for axis in axes),
         )
 
     def untile(self, x: Tensor) -> Tensor:
@@ -236,6 +295,17 @@ class Tiles(NamedTuple):
         parts = zip(self.queries.split(size), self.keys.split(size), repeated, kind, strict=True)
         return [self._replace(queries=q, keys=k, repeated=r, kind=n) for q, k, r, n in parts]
 
+    def add_keys(self, x: Tensor) -> Tensor:
+        """``[tiles, B, heads, keys, d]`` -> ``[B, *grid, heads, d]``, summing overlaps."""
+        if is_plain(x):
+            return overlaps(self.key_runs, x.device).reduce(x, torch.sum, 0.0)
+        return self.keys.add(x, [run.length for run in self.key_runs])
+
+    def log_sum_exp(self, x: Tensor) -> Tensor:
+        """Adds up overlaps of ``[tiles, B, heads, keys]``, given and returned as logarithms, in all their tiles."""
+        total = overlaps(self.key_runs, x.device).reduce(x.unsqueeze(-1), _log_sum_exp, nothing(x.dtype))
+        return self.keys.take(total).squeeze(-1)
+
     def allowed(self) -> Tensor:
         """Returns which key lies in which query's window, ``[tiles, queries, keys]``, bool."""
         return self.kinds.index_select(0, self.kind)
@@ -255,6 +325,13 @@ def per_geometry(build: Callable[P, R]) -> Callable[P, R]:
     return find
 
 
+@per_geometry
+def overlaps(runs: tuple[Runs, ...], device: torch.device) -> Overlaps:
+    """Finds keys in the runs of each axis."""
+    places, held = zip(*(run.holders(device) for run in runs), strict=True)
+    return Overlaps(tuple(len(run.starts) for run in runs), tuple(run.size for run in runs), places, held)
+
+
 def is_traced() -> bool:
     """Tells whether tensors made here and now stand for others: those of a compiler, a fake mode, `torch.func`."""
     if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
@@ -262,16 +339,19 @@ def is_traced() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def query_tiles(length: int, size: int, device: torch.device) -> Tensor:
-    """Cuts ``length`` queries into tiles of ``size``: their index, ``[T, b]``."""
-    start = (torch.arange(-(-length // size), device=device) * size).clamp(max=length - size)
-    return start[:, None] + torch.arange(size, device=device)
+def is_plain(x: Tensor) -> bool:
+    """Tells whether PyTorch's own operations have to do: a compiler fuses them, and not every device has bags."""
+    return is_traced() or x.device.type not in ("cpu", "cuda")
 
 
-def key_tiles(start: Tensor, size: int, length: int) -> Tensor:
-    """Returns ``[T, w]``: for each tile ``size`` keys (or all) from ``start`` ``[T]``, moved inwards at the border."""
-    size = min(size, length)
-    return start.clamp(0, length - size)[:, None] + torch.arange(size, device=start.device)
+def query_tiles(length: int, size: int) -> Runs:
+    """Cuts ``length`` queries into tiles of ``size``."""
+    return Runs.create(range(0, length, size), size, length)
+
+
+def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
+    peak = x.detach().amax(dim, keepdim=True)  # on which no result depends
+    return (peak + exp_beside_one(x - peak).sum(dim, keepdim=True).log()).squeeze(dim)
 
 
 def _rows(x: Tensor) -> Tensor:
