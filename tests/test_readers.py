@@ -1,6 +1,5 @@
 import nibabel
 import numpy as np
-import ome_zarr
 import pytest
 import tifffile
 import torch
@@ -24,6 +23,7 @@ def write_tiff(path, array, axes, sizes=SIZES, unit="um", **options):
 
 
 def write_zarr(path, array, axes, sizes=SIZES, unit="um", version="0.5", levels=(2,)):
+    ome_zarr = pytest.importorskip("ome_zarr")
     scale = {axis: size / MICROMETRES[unit] for axis, size in zip("zyx"[-len(sizes) :], sizes, strict=True)}
     scale = {axis: scale.get(axis, 1.0) for axis in axes}
     units = {axis: LONG[unit] for axis in axes if axis in "zyx"}
@@ -161,7 +161,7 @@ def test_ome_zarr_with_a_scale_for_all_levels(tmp_path):
 
 
 def test_ome_zarr_without_units_or_scales(tmp_path):
-    zarr = pytest.importorskip("zarr")
+    ome_zarr, zarr = pytest.importorskip("ome_zarr"), pytest.importorskip("zarr")
     path = tmp_path / "b.ome.zarr"
     ome_zarr.OMEZarrMultiscale(ome_zarr.OMEZarrImage(VOLUME, "zyx"), [2]).to_ome_zarr(str(path))
     with pytest.raises(ValueError, match=r"b\.ome\.zarr: pixel size 1 along z has no unit: .* assumed_unit"):

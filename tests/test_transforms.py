@@ -81,6 +81,14 @@ def test_chance_is_pytorchs(axes):
 
 
 @pytest.mark.parametrize("axes", [2, 3])
+def test_whole_numbers_become_floats(axes):
+    sample = ramps(axes)
+    whole = sample._replace(image=sample.image.to(torch.uint8))
+    for transform in (evaluation_transform(OUT[axes]), training_transform(OUT[axes])):
+        assert transform(whole).image.dtype == torch.float32
+
+
+@pytest.mark.parametrize("axes", [2, 3])
 def test_flips_are_optional_and_masks_too(axes):
     for seed in range(12):
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ def training_transform(size: Sequence[int], scale: tuple[float, float] = (0.35, 
     """Returns a random crop, of a share of the image within ``scale``, resized to ``size``, and flips along all axes.
 
     The spacing becomes that of the resized crop, so that a network given the spacing sees the same physical sizes.
-    Chance is PyTorch's: seeding PyTorch repeats a transform.
+    Images come as float32, their numbers as they are. Chance is PyTorch's: seeding PyTorch repeats a transform.
 
     Args:
         size: Pixels along each axis: two for images, three for volumes.
@@ -40,7 +40,7 @@ def training_transform(size: Sequence[int], scale: tuple[float, float] = (0.35, 
 
 
 def evaluation_transform(size: Sequence[int]) -> Transform:
-    """Returns a resize of the whole image, or volume, to ``size``, which changes the spacing."""
+    """Returns a resize of the whole image, or volume, to ``size``, which changes the spacing; to float32 too."""
     return _Images(v2.Resize(list(size), antialias=True)) if _check_size(size) == 2 else _Volumes(size)
 
 
@@ -73,7 +73,7 @@ class _Images:
         _check_sample(sample, 2)
         mask = None if sample.mask is None else tv_tensors.Mask(sample.mask)
         spacing = Spacing(sample.spacing, canvas_size=sample.image.shape[-2:])
-        image, spacing, mask = self.transform(tv_tensors.Image(sample.image), spacing, mask)
+        image, spacing, mask = self.transform(tv_tensors.Image(sample.image.float()), spacing, mask)
         plain = None if mask is None else mask.as_subclass(Tensor)
         return Sample(
             image.as_subclass(Tensor), spacing.as_subclass(Tensor).to(sample.spacing.dtype), plain, sample.target

@@ -1,0 +1,36 @@
+"""Programs and ONNX files of whole models: any batch, spacing as an input."""
+
+import pytest
+import timm
+import torch
+
+import rat_timm  # noqa: F401
+
+SIZES = {2: (64, 96), 3: (16, 32, 32)}
+
+
+def make(name, **options):
+    model = timm.create_model(name, num_classes=7, **options).eval()
+    return model, (torch.randn(2, model.in_chans, *SIZES[model.spatial_dims]), torch.rand(2, model.spatial_dims) + 0.5)
+
+
+@pytest.mark.parametrize(("name", "options"), [("test_rat", {}), ("test_rat_3d", {"iters": 1})])  # each takes a minute
+def test_programs_and_onnxruntime_give_what_the_model_gives(name, options, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model, (x, spacing) = make(name, **options)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    dynamic = {"x": {0: batch}, "spacing": {0: batch}}
+    exported = torch.export.export(model, (x,), {"spacing": spacing}, dynamic_shapes=dynamic, strict=False)
+    names = {"input_names": ["image", "spacing"], "output_names": ["logits"]}
+    written = torch.onnx.export(exported, dynamo=True, optimize=False, verbose=False, **names)
+    written.save(tmp_path / "model.onnx")
+    # sums by scatter are not safe there: threads write to one place
+    assert not [node for node in written.model.graph if node.op_type.startswith("Scatter")]
+    session, program = runtime.InferenceSession(tmp_path / "model.onnx"), exported.module()
+    for count, size in ((1, 0.4), (1, 3.0), (5, 0.4), (5, 3.0)):
+        x, spacing = torch.randn(count, *x.shape[1:]), torch.full((count, spacing.shape[1]), size)
+        with torch.no_grad():
+            expected = model(x, spacing=spacing)
+        torch.testing.assert_close(program(x, spacing=spacing), expected)
+        (logits,) = session.run(None, {"image": x.numpy(), "spacing": spacing.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
