@@ -23,6 +23,7 @@ import jsonargparse
 import numpy as np
 import timm
 import torch
+import yaml
 from finetune_data import Augmented, open_data
 from finetune_engines import Checkpoints, Engine, create_engine
 from rich.progress import Progress
@@ -35,6 +36,8 @@ from torchmetrics.classification import MulticlassAccuracy
 import rat_timm  # noqa: F401  (registers the models)
 from rat_timm import hub
 from rat_timm.data import Batch, collate, evaluation_transform, training_transform
+
+FREE = ("output", "epochs", "compile", "device", "workers", "checkpoint_every")  # may change when training goes on
 
 
 @dataclasses.dataclass
@@ -127,6 +130,8 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
         The share of the validation data that the trained model gets right.
     """
     with _processes(config):
+        if _rank() == 0:
+            remember(config)
         torch.manual_seed(config.seed)
         training, validation, classes = open_data(config)
         model = timm.create_model(
@@ -143,6 +148,22 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
             model.load_state_dict(weights)
             hub.save(model, config.output / "model", label_names=classes)
         return accuracy
+
+
+def remember(config: Config) -> None:
+    """Writes a config to its output.
+
+    Raises:
+        ValueError: If training began there with another one, but for what changes no result.
+    """
+    file = config.output / "config.yaml"
+    given = {**dataclasses.asdict(config), "output": str(config.output), "scale": list(config.scale)}
+    began = yaml.safe_load(file.read_text()) if file.exists() else given
+    changed = sorted(name for name in given if name not in FREE and given[name] != began[name])
+    if changed:
+        raise ValueError(f"{', '.join(changed)} must be as in {file}, or output another folder")
+    config.output.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(given, sort_keys=False))
 
 
 @contextlib.contextmanager

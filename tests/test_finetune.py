@@ -177,6 +177,13 @@ def test_volumes(finetune, tmp_path):
     assert len(losses(tmp_path)) == 4
 
 
+def test_a_run_goes_on_with_the_same_config_only(finetune, tmp_path):
+    finetune.remember(finetune.Config(tmp_path, lr=1e-3))
+    finetune.remember(finetune.Config(tmp_path, lr=1e-3, epochs=20, workers=0))
+    with pytest.raises(ValueError, match=r"lr, model must be as in .*config\.yaml, or output another folder"):
+        finetune.remember(finetune.Config(tmp_path, lr=1e-4, model="rat_tiny"))
+
+
 def test_what_does_not_fit(finetune, tmp_path):
     with pytest.raises(ValueError, match="batch_size must be at most the 32 samples, got 64"):
         finetune.train(finetune.Config(tmp_path, batch_size=64, quick=True))
