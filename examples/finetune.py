@@ -130,8 +130,6 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
         The share of the validation data that the trained model gets right.
     """
     with _processes(config):
-        if _rank() == 0:
-            remember(config)
         torch.manual_seed(config.seed)
         training, validation, classes = open_data(config)
         model = timm.create_model(
@@ -230,6 +228,8 @@ class _Trainer:
             updates_per_epoch=self.steps,
         )
         self.accuracy = MulticlassAccuracy(num_classes, average="micro").to(config.device)
+        if _rank() == 0:
+            remember(config)
         self.checkpoints = Checkpoints(config.output / "checkpoints")
         self.step = self.checkpoints.load_last(engine)
         self.writer = SummaryWriter(config.output, purge_step=self.step + 1) if _rank() == 0 else None
