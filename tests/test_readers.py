@@ -88,6 +88,34 @@ def test_one_of_several_times(tmp_path):
     assert torch.equal(read(path, time=1).pixels[0], torch.from_numpy(VOLUME + 1000))
     with pytest.raises(ValueError, match="time must be from 0 to 1, got 2"):
         read(path, time=2)
+    with pytest.raises(ValueError, match="time must be 0 or None where there is one time, got 7"):
+        read(write_tiff(tmp_path / "b.ome.tif", VOLUME, "ZYX"), time=7)
+
+
+def test_one_of_several_images(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        for index, size in enumerate((0.5, 3.0)):
+            metadata = {"axes": "YX", "PhysicalSizeX": size, "PhysicalSizeY": size}
+            tiff.write(VOLUME[index], metadata=metadata, contiguous=False)
+    for reader in (read, read_spacing):
+        with pytest.raises(ValueError, match=r"a\.ome\.tif: has 2 images .* choose one with image"):
+            reader(path)
+    scan = read(path, image=1)
+    assert scan.spacing == (3.0, 3.0)
+    assert np.array_equal(scan.pixels[0], VOLUME[1])
+    with pytest.raises(ValueError, match="image must be from 0 to 1, got 2"):
+        read(path, image=2)
+    edit_xml(path, '<Image ID="Image:0"', '<Image ID="Image:7"><Pixels/></Image><Image ID="Image:0"')
+    with pytest.raises(ValueError, match=r"metadata are of 3 images, the file has 2|cannot be read"):
+        read(path, image=0)
+
+
+def test_planes_in_files_that_are_not_there(tmp_path):
+    path = write_tiff(tmp_path / "a.ome.tif", VOLUME, "ZYX", compression="zlib")
+    edit_xml(path, 'SizeZ="4"', 'SizeZ="5"')
+    with pytest.raises(ValueError, match=r"a\.ome\.tif: (planes are missing|cannot be read)"):
+        read(path)
 
 
 def test_levels_of_a_pyramid_in_ome_tiff(tmp_path):
@@ -172,7 +200,7 @@ def test_ome_zarr_without_units_or_scales(tmp_path):
     for dataset in ome["multiscales"][0]["datasets"]:
         del dataset["coordinateTransformations"]
     group.attrs["ome"] = ome
-    with pytest.raises(ValueError, match=r"b\.ome\.zarr: must be OME-Zarr 0\.4 or later"):
+    with pytest.raises(ValueError, match=r"b\.ome\.zarr: must be an image of OME-Zarr 0\.4 or later"):
         read(path, assumed_unit="mm")
 
 
@@ -193,6 +221,73 @@ def test_nifti_whose_axes_are_turned(tmp_path):
     image.header.set_xyzt_units("mm")
     nibabel.save(image, tmp_path / "a.nii")
     assert read_spacing(tmp_path / "a.nii", "mm") == pytest.approx((3.0, 0.7, 0.5), rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (0.5, 0.5, 0), (0.5, -1, 1)])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_nifti_whose_size_is_not_positive_in_the_file(tmp_path, sizes, name):
+    """nibabel puts 1 for 0, and turns the sign of what is negative."""
+    header = nibabel.Nifti1Image(VOLUME.T.astype(np.int16), None).header
+    header.set_xyzt_units("mm")
+    header["sform_code"] = header["qform_code"] = 0
+    nibabel.save(nibabel.Nifti1Image(VOLUME.T.astype(np.int16), None, header), tmp_path / "whole.nii")
+    content = bytearray((tmp_path / "whole.nii").read_bytes())
+    content[80:92] = np.array(sizes, "<f4").tobytes()  # pixdim[1:4]
+    with nibabel.openers.ImageOpener(tmp_path / name, "wb") as file:
+        file.write(bytes(content))
+    with pytest.raises(ValueError, match=rf"{name}: a pixel cannot measure (0|-1) mm"):
+        read(tmp_path / name)
+
+
+def test_nifti_that_is_no_volume_of_numbers(tmp_path):
+    shear = np.eye(4)
+    shear[0, 1] = 0.5
+    image = nibabel.Nifti1Image(VOLUME.T.astype(np.int16), shear)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=r"a\.nii: voxels must have right angles"):
+        read(tmp_path / "a.nii")
+    colours = np.zeros((4, 6, 8), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    image = nibabel.Nifti1Image(colours, np.eye(4))
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, tmp_path / "b.nii")
+    with pytest.raises(ValueError, match=r"b\.nii: pixels must be numbers"):
+        read(tmp_path / "b.nii")
+    image = nibabel.Nifti1Image(np.zeros((2,) * 6, np.int16), np.eye(4))
+    nibabel.save(image, tmp_path / "c.nii")
+    with pytest.raises(ValueError, match=r"c\.nii: must have at most 5 axes"):
+        read(tmp_path / "c.nii")
+
+
+def test_one_time_of_many_is_read_alone(tmp_path):
+    array = np.stack([VOLUME.T, VOLUME.T + 1], axis=-1).astype(np.int16)  # x, y, z, t
+    image = nibabel.Nifti1Image(array, np.eye(4))
+    image.header.set_xyzt_units("mm", "sec")
+    nibabel.save(image, tmp_path / "a.nii")
+    assert np.array_equal(read(tmp_path / "a.nii", time=1).pixels[0], VOLUME + 1)
+
+
+def test_ome_zarr_by_the_type_of_its_axes(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    write_zarr(tmp_path / "p.zarr" / "0", VOLUME, "cyx", sizes=SIZES[1:])  # an image in a container
+    group = zarr.open_group(tmp_path / "p.zarr" / "0", mode="r+")
+    ome = group.attrs["ome"]
+    for axis, name in zip(ome["multiscales"][0]["axes"], ("channel", "Y", "X"), strict=True):
+        axis["name"] = name
+    group.attrs["ome"] = ome
+    scan = read(tmp_path / "p.zarr" / "0")
+    assert scan.spacing == pytest.approx(SIZES[1:])
+    assert scan.pixels.shape == (4, 6, 8)
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"empty\.zarr"):
+        read(tmp_path / "empty.zarr")
+
+
+def test_files_that_are_not_what_they_are_called(tmp_path):
+    for name in ("a.ome.tif", "a.nii", "a.dcm"):
+        (tmp_path / name).write_bytes(b"something else, long enough to be a header" * 20)
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read: \w+"):
+            read(tmp_path / name)
 
 
 def test_nifti_without_unit_or_size(tmp_path):

@@ -47,7 +47,10 @@ def test_a_loader_feeds_a_model():
 def test_what_does_not_fit_together():
     with pytest.raises(ValueError, match="samples must agree in channels and axes"):
         collate([sample(4, 4), sample(4, 4, 4)])
-    with pytest.raises(ValueError, match="one spacing per axis"):
+    with pytest.raises(ValueError, match="spacing must be 2 floating-point numbers"):
         collate([sample(4, 4, spacing=[1.0])])
+    for mask in (torch.ones(9, 9) > 0, torch.ones(2, 2) > 0, torch.ones(1, 4, 6) > 0, torch.ones(4, 6)):
+        with pytest.raises(ValueError, match=r"mask must be bool \[4, 6\]"):
+            collate([sample(4, 6)._replace(mask=mask)])
     with pytest.raises(ValueError, match="all have a target, or none, got 1 of 2 without"):
         collate([sample(4, 4, target=1), sample(4, 4)])

@@ -31,6 +31,7 @@ def values(result):
         (v2.CenterCrop((8, 9)), (0.5, 0.25), (8, 9)),
         (v2.RandomCrop((8, 9)), (0.5, 0.25), (8, 9)),
         (v2.Pad((1, 2, 3, 4)), (0.5, 0.25), (46, 64)),
+        (v2.Pad(2, padding_mode="reflect"), (0.5, 0.25), (44, 64)),
         (v2.RandomHorizontalFlip(1.0), (0.5, 0.25), SIZE),
         (v2.RandomVerticalFlip(1.0), (0.5, 0.25), SIZE),
         (v2.RandomRotation((90, 90), expand=True), (0.25, 0.5), (60, 40)),
@@ -75,6 +76,8 @@ def test_square_pixels_may_be_turned_by_any_angle(angle, zoom, size):
         v2.RandomAffine(0, shear=(20, 20)),
         v2.RandomPerspective(p=1.0),
         v2.ElasticTransform(),
+        v2.FiveCrop(8),
+        v2.TenCrop(8),
     ],
 )
 def test_pixels_without_one_size_are_an_error(transform):

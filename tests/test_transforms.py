@@ -108,8 +108,10 @@ def test_what_does_not_fit_is_an_error():
         training_transform((4,))
     with pytest.raises(ValueError, match="scale must be two shares"):
         training_transform((4, 4), scale=(0.5, 1.5))
-    with pytest.raises(ValueError, match=r"sample must have an image \[channels, 2 axes\] and 2 spacings"):
+    with pytest.raises(ValueError, match=r"image must be \[channels, \*grid\] with 2 axes, got \[3, 12, 18, 24\]"):
         evaluation_transform((4, 4))(ramps(3))
     sample = ramps(2)
-    with pytest.raises(ValueError, match="sample's mask must be bool"):
+    with pytest.raises(ValueError, match="mask must be bool"):
         evaluation_transform((4, 4))(sample._replace(mask=sample.mask.float()))
+    with pytest.raises(ValueError, match=r"spacing must be 2 floating-point numbers, got torch\.int64"):
+        evaluation_transform((4, 4))(sample._replace(spacing=torch.tensor([1, 1])))

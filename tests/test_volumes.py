@@ -24,13 +24,11 @@ def test_there_and_back_in_other_units():
         (transforms.Flip(0), SPACING),
         (transforms.CenterSpatialCrop((2, 3, 4)), SPACING),
         (transforms.Spacing((1.0, 1.0, 1.0)), (1.0, 1.0, 1.0)),
-        (transforms.Transpose((0, 3, 2, 1)), None),
     ],
 )
 def test_it_follows_monais_transforms(transform, expected):
     done = transform(to_metatensor(torch.rand(1, 4, 6, 8), SPACING, unit="mm"))
-    if expected is not None:
-        assert metatensor_spacing(done) == pytest.approx(expected, rel=1e-6)
+    assert metatensor_spacing(done) == pytest.approx(expected, rel=1e-6)
 
 
 def test_volumes_that_monai_reads(tmp_path):

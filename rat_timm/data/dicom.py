@@ -12,7 +12,7 @@ import numpy as np
 
 from .optional import need
 
-_EVEN = 1e-2  # by what part of their distance slices may be off: positions are written with few digits
+_ROUNDING = 0.06  # millimetres by which written positions are off: some writers give one decimal
 
 
 class Series(NamedTuple):
@@ -31,112 +31,154 @@ class Series(NamedTuple):
     load: Callable[[], np.ndarray]
 
 
+class _Plane(NamedTuple):
+    """Where a slice or a frame lies, as far as it is said."""
+
+    spacing: Sequence[float] | None
+    position: Sequence[float] | None
+    orientation: Sequence[float] | None
+
+
 def open_series(path: Path) -> Series:
     """Reads what a file or a folder of slices says, without its pixels.
 
     Raises:
-        ValueError: If a folder has slices of several series, or slices are not evenly spaced.
+        ValueError: If it is no image, or slices are not those of one volume: of one series, parallel, one above the
+            other and evenly spaced.
     """
+    files = [path]
     if path.is_dir():
-        return _open_folder(path)
-    head = _head(path)
+        is_dicom = need("pydicom.misc", "data").is_dicom
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)]
+    heads = [need("pydicom", "data").dcmread(file, stop_before_pixels=True) for file in files]
+    images = [(file, head) for file, head in zip(files, heads, strict=True) if "Rows" in head]  # no reports, no plans
+    if not images:
+        raise ValueError(f"{path}: has no DICOM image")
+    if len(images) == 1:
+        return _open_file(*images[0], str(path))
+    return _open_slices(images, str(path))
+
+
+def _open_file(file: Path, head: Any, name: str) -> Series:
     if "TotalPixelMatrixRows" in head:
-        raise ValueError(f"{path}: a slide in tiles is not read: use OME-TIFF or OME-Zarr")
-    frames = int(head.get("NumberOfFrames", 1))
-    axes, shape = _plane(head)
-    sizes = _plane_sizes(_measures(head))
+        raise ValueError(f"{name}: a slide in tiles is not read: use OME-TIFF or OME-Zarr")
+    axes, shape, frames = *_array(head), _frames(head)
+    planes = _frame_planes(head)
+    sizes = _common_spacing(planes, name)
     if frames > 1:
         axes, shape = "z" + axes, (frames, *shape)
-        sizes.update(_frame_distance(head, frames, str(path)))
-    return Series(axes, shape, sizes, lambda: _pixels(path))
+        sizes |= _frame_distance(head, planes, name)
+    return Series(axes, shape, sizes, lambda: _pixels(file))
 
 
-def _open_folder(path: Path) -> Series:
-    misc = need("pydicom.misc", "data")
-    files = [file for file in sorted(path.iterdir()) if file.is_file() and misc.is_dicom(file)]
-    if not files:
-        raise ValueError(f"{path}: has no DICOM files")
-    heads = [_head(file) for file in files]
-    kinds = {(str(h.get("SeriesInstanceUID")), h.Rows, h.Columns, tuple(h.get("PixelSpacing", ()))) for h in heads}
-    if len(kinds) > 1:
-        raise ValueError(f"{path}: must have the slices of one series, of one size, got {len(kinds)} kinds")
-    axes, shape = _plane(heads[0])
-    sizes = _plane_sizes(heads[0])
-    if len(files) > 1:
-        heights = _heights(heads, str(path))
-        files = [files[index] for index in np.argsort(heights)]
-        sizes["z"] = _distance(heights, str(path))
+def _open_slices(images: Sequence[tuple[Path, Any]], name: str) -> Series:
+    heads = [head for _, head in images]
+    kinds = {(str(head.get("SeriesInstanceUID")), _frames(head), _array(head)) for head in heads}
+    if len(kinds) > 1 or _frames(heads[0]) > 1:
+        raise ValueError(f"{name}: must have the slices of one series, of one size, got {len(kinds)} kinds")
+    planes = [_frame_planes(head)[0] for head in heads]
+    sizes = _common_spacing(planes, name)
+    if any(plane.position is None or plane.orientation is None for plane in planes):
+        raise ValueError(f"{name}: slices have no position (ImagePositionPatient, ImageOrientationPatient)")
+    order = np.argsort(_heights(planes, name))
+    sizes["z"] = _distance([planes[index] for index in order], name)
+    axes, shape = _array(heads[0])
+    files = [images[index][0] for index in order]
     return Series("z" + axes, (len(files), *shape), sizes, lambda: np.stack([_pixels(file) for file in files]))
 
 
-def _head(file: Path) -> Any:
-    return need("pydicom", "data").dcmread(file, stop_before_pixels=True)
+def _frames(head: Any) -> int:
+    return int(head.get("NumberOfFrames") or 1)
 
 
-def _pixels(file: Path) -> np.ndarray:
-    pydicom = need("pydicom", "data")
-    data = pydicom.dcmread(file)
-    return need("pydicom.pixels", "data").apply_modality_lut(data.pixel_array, data)
-
-
-def _plane(head: Any) -> tuple[str, tuple[int, ...]]:
+def _array(head: Any) -> tuple[str, tuple[int, ...]]:
     colours = int(head.get("SamplesPerPixel", 1))
     return ("yx", (head.Rows, head.Columns)) if colours == 1 else ("yxc", (head.Rows, head.Columns, colours))
 
 
-def _measures(head: Any) -> Any:
-    """Returns what holds PixelSpacing: the functional groups of an enhanced image, else the image itself."""
-    groups = head.get("SharedFunctionalGroupsSequence") or head.get("PerFrameFunctionalGroupsSequence") or [head]
-    return (groups[0].get("PixelMeasuresSequence") or [head])[0]
+def _group_value(head: Any, frame: Any, sequence: str, keyword: str) -> Any:
+    """Returns what a frame's functional group says, or else the group that all frames share; None if neither does."""
+    shared = (head.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    found = [part[0].get(keyword) for part in (frame.get(sequence), shared.get(sequence)) if part]
+    return next((value for value in found if value is not None), None)
 
 
-def _plane_sizes(head: Any) -> dict[str, float]:
-    spacing = head.get("PixelSpacing")  # between rows, between columns
-    return {} if spacing is None else {"y": float(spacing[0]), "x": float(spacing[1])}
+def _frame_planes(head: Any) -> list[_Plane]:
+    """Returns the planes of an enhanced image's frames, else the image's own."""
+    spacing = head.get("PixelSpacing")
+    if not (head.get("PerFrameFunctionalGroupsSequence") or head.get("SharedFunctionalGroupsSequence")):
+        return [_Plane(spacing, head.get("ImagePositionPatient"), head.get("ImageOrientationPatient"))]
+    return [
+        _Plane(
+            _group_value(head, frame, "PixelMeasuresSequence", "PixelSpacing") or spacing,
+            _group_value(head, frame, "PlanePositionSequence", "ImagePositionPatient"),
+            _group_value(head, frame, "PlaneOrientationSequence", "ImageOrientationPatient"),
+        )
+        for frame in head.get("PerFrameFunctionalGroupsSequence") or [{}]
+    ]
 
 
-def _frame_distance(head: Any, frames: int, file: str) -> dict[str, float]:
+def _common_spacing(planes: Sequence[_Plane], name: str) -> dict[str, float]:
+    """Returns what all planes say of their pixels: the distance between rows, and between columns."""
+    said = {None if plane.spacing is None else tuple(map(float, plane.spacing)) for plane in planes}
+    if len(said) > 1:
+        raise ValueError(f"{name}: slices must have one pixel size, got {sorted(map(str, said))}")
+    (spacing,) = said
+    return {} if spacing is None else dict(zip("yx", spacing, strict=True))
+
+
+def _frame_distance(head: Any, planes: Sequence[_Plane], name: str) -> dict[str, float]:
     """Returns the distance of an image's frames, from their positions, or else as it is said."""
-    groups = head.get("PerFrameFunctionalGroupsSequence") or []
-    planes = [_frame_plane(head, group) for group in groups]
-    if len(planes) == frames and all(plane is not None for plane in planes):
-        return {"z": _distance(_along_normal(planes), file, in_order=True)}
+    if len(planes) > 1 and all(plane.position is not None and plane.orientation is not None for plane in planes):
+        return {"z": _distance(planes, name)}
     offsets = head.get("GridFrameOffsetVector")  # of doses
     if offsets is not None:
-        return {"z": _distance([float(v) for v in offsets], file, in_order=True)}
-    said = _measures(head).get("SpacingBetweenSlices") or head.get("SpacingBetweenSlices")
+        return {"z": _distance([_Plane(None, (0, 0, offset), (1, 0, 0, 0, 1, 0)) for offset in offsets], name)}
+    said = _group_value(head, {}, "PixelMeasuresSequence", "SpacingBetweenSlices") or head.get("SpacingBetweenSlices")
     return {} if said is None else {"z": float(said)}
 
 
-def _frame_plane(head: Any, group: Any) -> tuple[Sequence[float], Sequence[float]] | None:
-    shared = (head.get("SharedFunctionalGroupsSequence") or [{}])[0]
-    position = group.get("PlanePositionSequence")
-    orientation = group.get("PlaneOrientationSequence") or shared.get("PlaneOrientationSequence")
-    if not position or not orientation:
-        return None
-    return position[0].ImagePositionPatient, orientation[0].ImageOrientationPatient
+def _normal(plane: _Plane) -> np.ndarray:
+    turn = np.array(plane.orientation, dtype=float)
+    return np.cross(turn[:3], turn[3:])
 
 
-def _heights(heads: Sequence[Any], file: str) -> list[float]:
-    planes = [(head.get("ImagePositionPatient"), head.get("ImageOrientationPatient")) for head in heads]
-    if any(position is None or orientation is None for position, orientation in planes):
-        raise ValueError(f"{file}: slices have no position (ImagePositionPatient, ImageOrientationPatient)")
-    return _along_normal(planes)
+def _heights(planes: Sequence[_Plane], name: str) -> np.ndarray:
+    """Returns where parallel planes lie along their normal."""
+    turns = np.array([plane.orientation for plane in planes], dtype=float)
+    if abs(turns - turns[0]).max() > 1e-3:
+        raise ValueError(f"{name}: slices must be parallel, their orientations differ")
+    return np.array([plane.position for plane in planes], dtype=float) @ _normal(planes[0])
 
 
-def _along_normal(planes: Sequence[Any]) -> list[float]:
-    """Returns where planes lie along the first one's normal."""
-    turn = np.array(planes[0][1], dtype=float)
-    normal = np.cross(turn[:3], turn[3:])
-    return [float(np.dot(normal, np.array(position, dtype=float))) for position, _ in planes]
+def _distance(planes: Sequence[_Plane], name: str) -> float:
+    """Returns the distance of planes, which have to lie one above the other, in order and evenly spaced."""
+    heights, index = _heights(planes, name), np.arange(len(planes))
+    distance, start = np.polyfit(index, heights, 1)
+    steps = abs(np.diff(heights))
+    allowed = max(0.01 * abs(distance), min(_ROUNDING, 0.1 * abs(distance)))
+    if distance == 0 or abs(heights - start - distance * index).max() > allowed:
+        raise ValueError(f"{name}: slices must be evenly spaced, distances are {steps.min():g} to {steps.max():g} mm")
+    positions = np.array([plane.position for plane in planes], dtype=float)
+    aside = positions - positions[0] - np.outer(heights - heights[0], _normal(planes[0]))
+    if abs(np.diff(aside, axis=0)).max() > 2 * allowed:
+        raise ValueError(f"{name}: slices must lie one above the other, each is moved aside (a tilted gantry)")
+    return float(abs(distance))
 
 
-def _distance(heights: Sequence[float], file: str, in_order: bool = False) -> float:
-    """Returns the mean distance of planes, which have to be evenly spaced."""
-    steps = np.diff(heights if in_order else sorted(heights))
-    mean = float(abs(steps.mean()))
-    if not (abs(abs(steps) - mean) <= _EVEN * mean).all() or mean == 0 or len(set(np.sign(steps))) > 1:
-        raise ValueError(
-            f"{file}: slices must be evenly spaced, distances are {abs(steps).min():g} to {abs(steps).max():g} mm"
-        )
-    return mean
+def _pixels(file: Path) -> np.ndarray:
+    """Reads the pixels as what they stand for: Hounsfield units, doses and the like."""
+    data = need("pydicom", "data").dcmread(file)
+    pixels = need("pydicom.pixels", "data").apply_modality_lut(data.pixel_array, data)
+    if "DoseGridScaling" in data:
+        return pixels * float(data.DoseGridScaling)
+    frames = data.get("PerFrameFunctionalGroupsSequence") or [{}]
+    scales = [[_group_value(data, frame, _TRANSFORMATION, keyword) for keyword in _RESCALE] for frame in frames]
+    if all(None in scale for scale in scales):
+        return pixels
+    slopes, offsets = np.array(scales, dtype=float).T
+    shape = (-1, *[1] * (pixels.ndim - 1)) if _frames(data) > 1 else (1,) * pixels.ndim
+    return pixels * slopes.reshape(shape) + offsets.reshape(shape)
+
+
+_TRANSFORMATION, _RESCALE = "PixelValueTransformationSequence", ("RescaleSlope", "RescaleIntercept")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import dicom
 from .optional import need
-from .units import Length, convert
+from .units import NIFTI_UNITS, Length, convert
 
 SPACE = "zyx"
 
@@ -28,7 +28,7 @@ class Scan(NamedTuple):
     """An image or volume with its pixel size.
 
     Attributes:
-        pixels: ``[channels, *grid]``, as the file's numbers; DICOM's after its rescaling.
+        pixels: ``[channels, *grid]``, rescaled where the format says so (NIfTI, DICOM).
         spacing: Size of a pixel per axis of the grid, in array-axis order (z, y, x), in the unit that was asked for.
     """
 
@@ -43,13 +43,13 @@ class _Found(NamedTuple):
         axes: One letter per axis of the array: t, c, z, y, x, or another.
         shape: The array's.
         sizes: Pixel size of spatial axes, as far as the file says it.
-        load: Reads the array.
+        load: Reads the array, or the part of an index.
     """
 
     axes: str
     shape: tuple[int, ...]
     sizes: Mapping[str, Length]
-    load: Callable[[], np.ndarray]
+    load: Callable[[tuple[int | slice, ...]], np.ndarray]
 
 
 def read(
@@ -57,16 +57,18 @@ def read(
     unit: str = "um",
     *,
     level: int = 0,
+    image: int | None = None,
     time: int | None = None,
     assumed_unit: str | None = None,
 ) -> Scan:
     """Reads an image or a volume and its pixel size.
 
     Args:
-        path: A file ``.ome.tif``, ``.ome.tiff``, ``.nii``, ``.nii.gz`` or ``.dcm``, a folder ``.zarr``, or a folder
-            with the DICOM slices of one series.
+        path: A file ``.ome.tif``, ``.ome.tiff``, ``.nii``, ``.nii.gz`` or ``.dcm``, a folder with an OME-Zarr image, or
+            a folder with the DICOM slices of one series.
         unit: The unit of the spacing that is returned, such as "um" or "mm".
         level: Level of a pyramid (OME-TIFF, OME-Zarr), 0 is the finest.
+        image: Index of an OME-TIFF's image, needed where there are several.
         time: Index on the time axis, needed where there are several times.
         assumed_unit: The unit of sizes whose unit the file does not say; None makes that an error.
 
@@ -74,24 +76,29 @@ def read(
         ValueError: If the format is another, or the pixel size is missing or absurd; with the file's name.
         ImportError: If the format's package is not installed; with the extra that installs it.
     """
-    found = _open(Path(path), level)
+    found = _open(Path(path), level, image)
     spacing = _spacing(found, str(path), unit, assumed_unit)
     return Scan(torch.from_numpy(_arrange(found, str(path), time)), spacing)
 
 
 def read_spacing(
-    path: str | PathLike, unit: str = "um", *, level: int = 0, assumed_unit: str | None = None
+    path: str | PathLike,
+    unit: str = "um",
+    *,
+    level: int = 0,
+    image: int | None = None,
+    assumed_unit: str | None = None,
 ) -> tuple[float, ...]:
     """Reads the pixel size alone, (z, y, x) or (y, x); see `read`."""
-    return _spacing(_open(Path(path), level), str(path), unit, assumed_unit)
+    return _spacing(_open(Path(path), level, image), str(path), unit, assumed_unit)
 
 
 def is_readable(path: str | PathLike) -> bool:
-    """Tells whether a file's name, or a folder's, is that of a format which `read` knows."""
+    """Tells whether a file's name is that of a format which `read` knows; it may know any folder."""
     return _format(Path(path)) is not None
 
 
-def _open(path: Path, level: int) -> _Found:
+def _open(path: Path, level: int, image: int | None) -> _Found:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     opener = _format(path)
@@ -99,14 +106,25 @@ def _open(path: Path, level: int) -> _Found:
         raise ValueError(f"{path}: must be one of {', '.join(_FORMATS)} or a folder of DICOM slices")
     if level and opener not in (_open_ome_tiff, _open_ome_zarr):
         raise ValueError(f"{path}: level must be 0 in a format without pyramids, got {level}")
-    return opener(path, level)
+    if image is not None and opener is not _open_ome_tiff:
+        raise ValueError(f"{path}: image must be None in a format of one image, got {image}")
+    try:
+        return opener(path, level, image)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # each package has errors of its own, few of which name the file
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _format(path: Path) -> Callable[[Path, int], _Found] | None:
+def _format(path: Path) -> "Callable[[Path, int, int | None], _Found] | None":
     name = path.name.lower()
     for ending, opener in _FORMATS.items():
         if name.endswith(ending):
             return opener
+    if any((path / name).exists() for name in ("zarr.json", ".zattrs", ".zgroup")):
+        return _open_ome_zarr
     return _open_dicom if path.is_dir() else None
 
 
@@ -122,14 +140,19 @@ def _spacing(found: _Found, file: str, unit: str, assumed_unit: str | None) -> t
 
 def _arrange(found: _Found, file: str, time: int | None) -> np.ndarray:
     """Returns the array as ``[channels, *grid]``."""
-    pixels, axes, space = found.load(), found.axes, _space(found)
-    for place in reversed(range(len(axes))):
-        if axes[place] not in "c" + space:
-            pixels = np.take(pixels, _index(axes[place], pixels.shape[place], file, time), axis=place)
-            axes = axes[:place] + axes[place + 1 :]
+    kept = "c" + _space(found)
+    if time and "t" not in found.axes:
+        raise ValueError(f"{file}: time must be 0 or None where there is one time, got {time}")
+    index = tuple(
+        slice(None) if axis in kept else _index(axis, size, file, time)
+        for axis, size in zip(found.axes, found.shape, strict=True)
+    )
+    pixels, axes = found.load(index), [axis for axis in found.axes if axis in kept]
+    if pixels.dtype.kind not in "buif":
+        raise ValueError(f"{file}: pixels must be numbers, got {pixels.dtype}")
     if "c" not in axes:
-        pixels, axes = pixels[None], "c" + axes
-    pixels = pixels.transpose([axes.index(axis) for axis in "c" + space])
+        pixels, axes = pixels[None], ["c", *axes]
+    pixels = pixels.transpose([axes.index(axis) for axis in kept])
     return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
 
 
@@ -139,40 +162,50 @@ def _index(axis: str, size: int, file: str, time: int | None) -> int:
             raise ValueError(f"{file}: time must be from 0 to {size - 1}, got {time}")
         return time
     if size > 1:
-        what = (
-            "times: choose one with time"
-            if axis == "t"
-            else f"entries along the axis {axis!r}, which has no meaning here"
-        )
-        raise ValueError(f"{file}: has {size} {what}")
+        unknown = f"entries along the axis {axis!r}, which has no meaning here"
+        raise ValueError(f"{file}: has {size} {'times: choose one with time' if axis == 't' else unknown}")
     return 0
 
 
-def _open_ome_tiff(path: Path, level: int) -> _Found:
+def _open_ome_tiff(path: Path, level: int, image: int | None) -> _Found:
     tifffile = need("tifffile", "data")
     with tifffile.TiffFile(path) as tiff:
         if not tiff.is_ome:
             raise ValueError(f"{path}: must be an OME-TIFF, whose metadata say the pixel size; this is another TIFF")
-        images = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"]
-        pixels = (images[0] if isinstance(images, list) else images)["Pixels"]
-        levels = tiff.series[0].levels
+        number, metadata = _pick_image(tifffile.xml2dict(tiff.ome_metadata)["OME"], len(tiff.series), image, path)
+        levels = tiff.series[number].levels
         chosen, finest = _pick(levels, level, path), levels[0]
-        axes = finest.axes.lower().replace("s", "c")
+        if any(page is None for page in chosen.pages):
+            raise ValueError(f"{path}: planes are missing: a file of the set is not there")
+    axes = finest.axes.lower().replace("s", "c")
     if axes.count("c") > 1:
         raise ValueError(f"{path}: has both channels and colours (axes {finest.axes})")
     sizes = {
-        axis: _times(
-            Length(pixels.get(f"PhysicalSize{axis.upper()}"), pixels.get(f"PhysicalSize{axis.upper()}Unit", "um")),
-            ratio,
-        )
-        for axis, ratio in zip(axes, np.divide(finest.shape, chosen.shape).tolist(), strict=True)
+        axis: _tiff_size(metadata["Pixels"], axis.upper(), full / size)
+        for axis, full, size in zip(axes, finest.shape, chosen.shape, strict=True)
         if axis in SPACE
     }
-    return _Found(axes, chosen.shape, sizes, lambda: tifffile.imread(path, series=0, level=level))
+    return _Found(axes, chosen.shape, sizes, lambda part: tifffile.imread(path, series=number, level=level)[part])
 
 
-def _times(size: Length, ratio: float) -> Length:
-    return size if size.value is None else Length(float(size.value) * ratio, size.unit)
+def _pick_image(ome: Any, count: int, image: int | None, path: Path) -> tuple[int, Any]:
+    """Returns the number and the metadata of the image that is asked for."""
+    images = ome.get("Image", [])
+    images = images if isinstance(images, list) else [images]
+    if len(images) != count:
+        raise ValueError(f"{path}: metadata are of {len(images)} images, the file has {count}")
+    if count > 1 and image is None:
+        raise ValueError(f"{path}: has {count} images (or its set of files has): choose one with image")
+    image = image or 0
+    if not 0 <= image < count:
+        raise ValueError(f"{path}: image must be from 0 to {count - 1}, got {image}")
+    return image, images[image]
+
+
+def _tiff_size(pixels: Mapping[str, Any], axis: str, ratio: float) -> Length:
+    """Returns a level's pixel size, which is so much larger than the first level's."""
+    value, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "um")
+    return Length(None if value is None else float(value) * ratio, unit)
 
 
 def _pick(levels: Any, level: int, path: Path) -> Any:
@@ -181,24 +214,26 @@ def _pick(levels: Any, level: int, path: Path) -> Any:
     return levels[level]
 
 
-def _open_ome_zarr(path: Path, level: int) -> _Found:
+def _open_ome_zarr(path: Path, level: int, image: int | None) -> _Found:
     ome_zarr, zarr = need("ome_zarr", "data"), need("zarr", "data")
     group = zarr.open_group(path, mode="r")
     if not _says_scale(group):
-        raise ValueError(f"{path}: must be OME-Zarr 0.4 or later, whose metadata say the pixel size")
-    try:
-        image = ome_zarr.OMEZarrMultiscale.from_ome_zarr(group)
-    except ValueError as error:  # pydantic's too
-        raise ValueError(f"{path}: metadata are no valid OME-Zarr: {error}") from error
-    chosen, axes = _pick(image.images, level, path), "".join(image.images[0].axes)
-    factors = _common_scale(image.metadata, len(axes))
-    units = chosen.axes_units or {}
+        raise ValueError(f"{path}: must be an image of OME-Zarr 0.4 or later, whose metadata say the pixel size")
+    found = ome_zarr.OMEZarrMultiscale.from_ome_zarr(group)
+    chosen, letters = _pick(found.images, level, path), [_letter(axis) for axis in found.metadata.axes]
+    factors, units = _common_scale(found.metadata, len(letters)), chosen.axes_units or {}
     sizes = {
-        axis: Length(chosen.scale[axis] * factor, units.get(axis))
-        for axis, factor in zip(axes, factors, strict=True)
-        if axis in SPACE
+        letter: Length(chosen.scale[name] * factor, units.get(name))
+        for letter, name, factor in zip(letters, chosen.axes, factors, strict=True)
+        if letter in SPACE
     }
-    return _Found(axes, chosen.data.shape, sizes, lambda: np.asarray(chosen.data))
+    return _Found("".join(letters), chosen.data.shape, sizes, lambda part: np.asarray(chosen.data[part]))
+
+
+def _letter(axis: Any) -> str:
+    """Returns the letter of an axis; "?" for one that has none."""
+    letter = {"channel": "c", "time": "t"}.get(axis.type, str(axis.name).lower())
+    return letter if len(letter) == 1 else "?"
 
 
 def _says_scale(group: Any) -> bool:
@@ -213,23 +248,38 @@ def _common_scale(metadata: Any, count: int) -> list[float]:
     return next((list(part.scale) for part in common if part.type == "scale"), [1.0] * count)
 
 
-def _open_nifti(path: Path, level: int) -> _Found:
+def _open_nifti(path: Path, level: int, image: int | None) -> _Found:
     nibabel = need("nibabel", "data")
-    image = nibabel.load(path)
-    axes = "xyztc"[: image.ndim]
-    unit = {"meter": "m", "mm": "mm", "micron": "um"}.get(image.header.get_xyzt_units()[0])
-    values = nibabel.affines.voxel_sizes(image.affine).tolist()
-    sizes = {axis: Length(value, unit) for axis, value in zip("xyz", values, strict=True)}
-    return _Found(axes, image.shape, sizes, lambda: np.asarray(image.dataobj))
+    volume = nibabel.load(path)
+    if volume.ndim > 5:
+        raise ValueError(f"{path}: must have at most 5 axes (x, y, z, time, channel), got {volume.ndim}")
+    unit = NIFTI_UNITS.get(int(volume.header["xyzt_units"]) & 7)
+    sizes = {axis: Length(value, unit) for axis, value in zip("xyz", _nifti_sizes(volume, path), strict=True)}
+    return _Found("xyztc"[: volume.ndim], volume.shape, sizes, lambda part: np.asarray(volume.dataobj[part]))
 
 
-def _open_dicom(path: Path, level: int) -> _Found:
+def _nifti_sizes(volume: Any, path: Path) -> list[float]:
+    """Returns the sizes of the affine matrix, or those of the header as it is written: nibabel puts 1 for 0."""
+    nibabel = need("nibabel", "data")
+    if not int(volume.header["sform_code"]):
+        with nibabel.openers.ImageOpener(path) as file:
+            written = type(volume.header).from_fileobj(file, check=False)
+        return written["pixdim"][1:4].tolist()
+    turn = volume.affine[:3, :3]
+    sizes = nibabel.affines.voxel_sizes(volume.affine)
+    angles = turn.T @ turn - np.diag(sizes**2)
+    if abs(angles).max() > 1e-3 * (sizes**2).max():
+        raise ValueError(f"{path}: voxels must have right angles, the affine matrix shears them")
+    return sizes.tolist()
+
+
+def _open_dicom(path: Path, level: int, image: int | None) -> _Found:
     series = dicom.open_series(path)
     sizes = {axis: Length(value, "mm") for axis, value in series.sizes.items()}
-    return _Found(series.axes, series.shape, sizes, series.load)
+    return _Found(series.axes, series.shape, sizes, lambda part: series.load()[part])
 
 
-_FORMATS: dict[str, Callable[[Path, int], _Found]] = {
+_FORMATS: "dict[str, Callable[[Path, int, int | None], _Found]]" = {
     ".ome.tif": _open_ome_tiff,
     ".ome.tiff": _open_ome_tiff,
     ".zarr": _open_ome_zarr,

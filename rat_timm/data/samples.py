@@ -15,7 +15,7 @@ class Sample(NamedTuple):
         image: ``[channels, *grid]``.
         spacing: ``[axes]``, in array-axis order (z, y, x).
         mask: ``[*grid]``, bool, True = valid; None if all of it is.
-        target: What is to be learned, such as the index of a class.
+        target: What is to be learned of the whole, such as the index of a class; transforms leave it as it is.
     """
 
     image: Tensor
@@ -48,6 +48,17 @@ class Batch(NamedTuple):
         return Batch(image, spacing, mask, target)
 
 
+def check_sample(sample: Sample, axes: int) -> None:
+    """Raises ``ValueError`` unless image, spacing and mask fit together and have so many axes."""
+    shape, spacing, mask = tuple(sample.image.shape), sample.spacing, sample.mask
+    if len(shape) != axes + 1:
+        raise ValueError(f"image must be [channels, *grid] with {axes} axes, got {list(shape)}")
+    if tuple(spacing.shape) != (axes,) or not spacing.is_floating_point():
+        raise ValueError(f"spacing must be {axes} floating-point numbers, got {spacing.dtype} {list(spacing.shape)}")
+    if mask is not None and (tuple(mask.shape) != shape[1:] or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool {list(shape[1:])}, got {mask.dtype} {list(mask.shape)}")
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
     """Makes a batch of samples, whose spacings may differ; a ``collate_fn`` for data loaders.
 
@@ -55,12 +66,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     keeps to windows inside the filled image: features there differ a little from those of the image by itself.)
 
     Raises:
-        ValueError: If numbers of channels or axes differ, or some samples only have a target.
+        ValueError: If samples do not fit together, or only some have a target.
     """
     shapes = [tuple(sample.image.shape) for sample in samples]
-    kinds = {(shape[0], len(shape), tuple(sample.spacing.shape)) for shape, sample in zip(shapes, samples, strict=True)}
-    if len(kinds) != 1 or any(sample.spacing.shape != (sample.image.ndim - 1,) for sample in samples):
-        raise ValueError(f"samples must agree in channels and axes, and have one spacing per axis, got images {shapes}")
+    if len({(shape[0], len(shape)) for shape in shapes}) != 1:
+        raise ValueError(f"samples must agree in channels and axes, got images {shapes}")
+    for sample in samples:
+        check_sample(sample, len(shapes[0]) - 1)
     size = [max(along) for along in zip(*shapes, strict=True)][1:]
     whole = all(sample.mask is None for sample in samples) and len(set(shapes)) == 1
     mask = None if whole else torch.stack([_fill(_mask(sample), size) for sample in samples])

@@ -20,7 +20,8 @@ class Spacing(tv_tensors.TVTensor):
 
     Resizing, cropping, padding, flipping, rotation and affine maps change it as they change the pixels. What leaves
     pixels without one size or right angles (shears, elastic and perspective maps, anisotropic pixels turned by other
-    than right angles) is an error.
+    than right angles) is an error, and so are crops into five and ten. (AutoAugment, RandAugment and their like
+    transform the image alone, whatever comes with it: they do not go with a spacing.)
 
     Args:
         data: Two numbers, in array-axis order (y, x).
@@ -57,6 +58,8 @@ def _follow(map_: Callable, spacing: Spacing, *args: Any, **kwargs: Any) -> Spac
     """Transforms a spacing by what happens to the image's first corner and its two neighbours."""
     height, width = spacing.canvas_size
     corners = torch.tensor([[0, 0], [width, 0], [0, height]], dtype=torch.float64)  # x, y
+    if "padding_mode" in kwargs:  # points know one of them, and no other gives other sizes
+        kwargs["padding_mode"] = "constant"
     moved = map_(tv_tensors.KeyPoints(corners, canvas_size=spacing.canvas_size), *args, **kwargs)
     points = moved.as_subclass(Tensor)
     # columns: where a step of one pixel along x, along y, of the image before, leads to in the image after
@@ -84,7 +87,7 @@ _FOLLOWED = (
     "rotate",
     "affine",
 )
-_REFUSED = ("perspective", "elastic")
+_REFUSED = ("perspective", "elastic", "five_crop", "ten_crop")
 
 for _names, _kernel in ((_FOLLOWED, _follow), (_REFUSED, _refuse)):
     for _name in _names:

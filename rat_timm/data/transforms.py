@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .optional import need
-from .samples import Sample
+from .samples import Sample, check_sample
 from .spacing import Spacing
 from .volumes import to_metatensor
 
@@ -50,19 +50,6 @@ def _check_size(size: Sequence[int]) -> int:
     return len(size)
 
 
-def _check_sample(sample: Sample, axes: int) -> None:
-    shape = tuple(sample.image.shape)
-    if len(shape) != axes + 1 or tuple(sample.spacing.shape) != (axes,):
-        raise ValueError(
-            f"sample must have an image [channels, {axes} axes] and {axes} spacings, "
-            f"got {list(shape)} and {list(sample.spacing.shape)}"
-        )
-    if sample.mask is not None and (tuple(sample.mask.shape) != shape[1:] or sample.mask.dtype != torch.bool):
-        raise ValueError(
-            f"sample's mask must be bool {list(shape[1:])}, got {sample.mask.dtype} {list(sample.mask.shape)}"
-        )
-
-
 class _Images:
     """Any transform of torchvision, on samples."""
 
@@ -70,7 +57,7 @@ class _Images:
         self.transform = transform
 
     def __call__(self, sample: Sample) -> Sample:
-        _check_sample(sample, 2)
+        check_sample(sample, 2)
         mask = None if sample.mask is None else tv_tensors.Mask(sample.mask)
         spacing = Spacing(sample.spacing, canvas_size=sample.image.shape[-2:])
         image, spacing, mask = self.transform(tv_tensors.Image(sample.image.float()), spacing, mask)
@@ -92,7 +79,7 @@ class _Volumes:
         self.transform = t.Compose([*([crop] if crop else []), resize, *(flips if flip else [])])
 
     def __call__(self, sample: Sample) -> Sample:
-        _check_sample(sample, 3)
+        check_sample(sample, 3)
         self.transform.set_random_state(int(torch.randint(2**31, ())))
         parts = {"image": sample.image} if sample.mask is None else {"image": sample.image, "mask": sample.mask[None]}
         done = self.transform({key: to_metatensor(part.float(), sample.spacing) for key, part in parts.items()})

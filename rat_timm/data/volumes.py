@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .optional import need
-from .units import Length, convert
+from .units import NIFTI_UNITS, Length, convert
 
 if TYPE_CHECKING:
     from monai.data import MetaTensor
@@ -56,4 +56,4 @@ def metatensor_spacing(image: "MetaTensor", unit: str = "mm", assumed_unit: str 
 def _written_unit(meta: dict[str, Any]) -> str | None:
     """Returns the unit that the metadata say: ours, or the code of a NIfTI header, whose low bits are for space."""
     code = meta.get("xyzt_units")
-    return meta.get("unit") or (None if code is None else {1: "m", 2: "mm", 3: "um"}.get(int(code) & 7))
+    return meta.get("unit") or (None if code is None else NIFTI_UNITS.get(int(code) & 7))

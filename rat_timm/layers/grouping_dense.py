@@ -75,7 +75,7 @@ def grouping_attention(
 
 def _chunk_size(query: Tensor) -> int:
     """Returns the number of tokens whose logits fill a chunk."""
-    sizes = query.shape[1:3] if tiling.is_traced() else query.shape[:3]  # a comparison would fix a dynamic batch
+    sizes = query.shape[1:3] if torch.compiler.is_exporting() else query.shape[:3]  # any batch is to fit
     return max(1, _CHUNK_ELEMENTS // max(1, math.prod(sizes)))
 
 

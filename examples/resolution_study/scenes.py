@@ -1,0 +1,129 @@
+"""Scenes of cells, described in micrometres and rendered at any pixel size, in 2D and 3D.
+
+What a scene's class is follows from the size of its cells alone: their distance and the wavelength of their texture are
+so many diameters, so that a scene of one class, seen at another pixel size, looks like one of another class. Clutter is
+of any size in all classes, blur is the microscope's, noise the camera's. A scene is a function of its seed and of
+physical position: at any pixel size and in any field of view it is the same scene.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+DIAMETERS = (7.0, 10.5, 15.75)  # micrometres, one per class
+DISTANCE = 1.3  # of neighbours, in diameters
+WAVELENGTH = 0.4  # of the cells' texture, in diameters
+BLUR = 0.6  # standard deviation, micrometres
+NOISE = 0.08  # standard deviation, per pixel; cells are between 0.6 and 1
+FINE = {2: 1.0, 3: 1.75}  # micrometres that area sampling tells apart, at most
+
+
+Chance = Callable[[int], np.ndarray]  # from the index of a number to that number, between 0 and 1, at each position
+
+
+class Scene(NamedTuple):
+    """A scene.
+
+    Attributes:
+        label: Its class, an index of `DIAMETERS`.
+        seed: What else it is.
+    """
+
+    label: int
+    seed: int
+
+
+def render(scene: Scene, size: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
+    """Renders the middle of a scene, with area sampling: ``size`` pixels of ``spacing`` micrometres per axis, float32."""
+    parts = [int(np.ceil(step / FINE[len(size)])) for step in spacing]
+    fine = [step / part for step, part in zip(spacing, parts, strict=True)]
+    axes = [(np.arange(n * p) + 0.5 - n * p / 2) * f for n, p, f in zip(size, parts, fine, strict=True)]
+    position = np.stack(np.meshgrid(*(axis.astype(np.float32) for axis in axes), indexing="ij"), axis=-1)
+    rng = np.random.default_rng([scene.seed, 0])
+    image = np.maximum(_cells(position, scene), _clutter(position, scene, rng.uniform(6, 24)))
+    shade = position @ rng.normal(0, 0.002, len(size)).astype(np.float32)  # light from one side
+    image = gaussian_filter(image * rng.uniform(0.7, 1.0) + rng.uniform(0, 0.2) + shade, [BLUR / f for f in fine])
+    image = image.reshape([n for pair in zip(size, parts, strict=True) for n in pair])
+    image = image.mean(axis=tuple(range(1, 2 * len(size), 2)))
+    return (image + np.random.default_rng([scene.seed, 1]).normal(0, NOISE, size)).astype(np.float32)
+
+
+def _cells(position: np.ndarray, scene: Scene) -> np.ndarray:
+    """Cells on a disturbed lattice: somewhat elongated, each with a plane wave for a texture."""
+    diameter = DIAMETERS[scene.label]
+    elongation = np.random.default_rng([scene.seed, 2]).uniform(1.0, 1.6)
+    image = np.zeros(position.shape[:-1], np.float32)
+    for away, chance in _neighbours(position, DISTANCE * diameter, scene.seed):
+        long, wave = (_direction(chance, first, position.shape[-1]) for first in (4, 8))
+        along = (away * long).sum(-1)
+        distance = np.sqrt((away**2).sum(-1) - (1 - elongation**-2) * along**2) * elongation ** (1 / away.shape[-1])
+        inside = _edge(diameter / 2 * (0.9 + 0.2 * chance(0)) - distance)
+        phase = (away * wave).sum(-1) / (WAVELENGTH * diameter) + chance(1)
+        image = np.maximum(image, inside * (0.6 + 0.4 * chance(2)) * (0.8 + 0.2 * np.cos(2 * np.pi * phase)))
+    return image
+
+
+def _clutter(position: np.ndarray, scene: Scene, pitch: float) -> np.ndarray:
+    """Round specks of all sizes, on a lattice whose pitch differs from scene to scene, so that none is a ruler."""
+    image = np.zeros(position.shape[:-1], np.float32)
+    for away, chance in _neighbours(position, pitch, scene.seed + 1):
+        radius = pitch * 0.04 * 10 ** chance(0)  # up to 0.4 pitches
+        inside = _edge(radius - np.sqrt((away**2).sum(-1)))
+        image = np.maximum(image, inside * (0.2 + 0.5 * chance(1)) * (chance(2) < 0.5))
+    return image
+
+
+def _edge(depth: np.ndarray) -> np.ndarray:
+    """From 0 outside to 1 inside, over about a micrometre."""
+    return 1 / (1 + np.exp(-np.clip(depth / 0.3, -30, 30)))
+
+
+def _neighbours(position: np.ndarray, pitch: float, seed: int) -> Iterator[tuple[np.ndarray, Chance]]:
+    """Yields, for each lattice point around a position, the way from the point there, and a source of its chance."""
+    axes = position.shape[-1]
+    nearest = np.round(position / pitch).astype(np.int64)
+    first, last = (limit(nearest, axis=tuple(range(axes))) for limit in (np.min, np.max))
+    box = np.stack(np.meshgrid(*map(np.arange, first - 1, last + 2), indexing="ij"), axis=-1)
+    keys = _hash(box, seed)  # of all lattice points in reach, far fewer than there are positions
+    moves = np.stack([_uniform(keys, 16 + axis) for axis in range(axes)], axis=-1)
+    points = ((box + 0.35 * (2 * moves - 1)) * pitch).astype(np.float32)
+    for step in itertools.product((0, 1, 2), repeat=axes):
+        place = tuple(np.moveaxis(nearest - first + step, -1, 0))
+
+        def chance(index: int, place: tuple[np.ndarray, ...] = place) -> np.ndarray:
+            return _uniform(keys, index)[place]
+
+        yield position - points[place], chance
+
+
+def _direction(chance: Chance, first: int, axes: int) -> np.ndarray:
+    """A unit vector, from uniform numbers, evenly over the circle or the sphere."""
+    angle = 2 * np.pi * chance(first)
+    if axes == 2:
+        return np.stack((np.cos(angle), np.sin(angle)), axis=-1)
+    height = 2 * chance(first + 1) - 1
+    width = np.sqrt(1 - height**2)
+    return np.stack((height, width * np.cos(angle), width * np.sin(angle)), axis=-1)
+
+
+def _hash(point: np.ndarray, seed: int) -> np.ndarray:
+    """A number of 64 bits for each lattice point."""
+    key = np.full(point.shape[:-1], seed, np.uint64)
+    for axis in range(point.shape[-1]):
+        key = _mix(key ^ point[..., axis].astype(np.uint64))
+    return key
+
+
+def _uniform(key: np.ndarray, index: int) -> np.ndarray:
+    return (_mix(key + np.uint64(index + 1)) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64 (Steele, Lea, Flood 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,185 @@
+"""Does knowing the pixel size help? Trains and tests all networks of the study, and writes the report.
+
+    python examples/resolution_study/study.py                           # what `results.csv` does not have yet
+    python examples/resolution_study/study.py --jobs 2 --tasks cells    # two at a time, of one task
+    python examples/resolution_study/study.py --quick --output FOLDER   # a small part, in two minutes
+
+Every training is one line of the plan: a task, a network, a regime (at which pixel sizes it is trained) and a seed. Its
+results are added to `results.csv` when it is done, so that the study may be interrupted and goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import report
+import torch
+from joblib import Parallel, delayed
+from networks import NETWORKS, Classifier
+from rich.progress import track
+from tasks import FACTORS, REGIMES, TASKS, Images, test_images, training_images
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+WRONG = 1.6  # by what the spacing is wrong where it is so on purpose
+VOLUMES = ("rat", "rat, spacing hidden", "plain rat")  # that take volumes
+PHOTOGRAPHS = ("rat", "rat, spacing hidden", "plain rat", "convnext", "vit", "swin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training.
+
+    Attributes:
+        task: Name of a task.
+        network: Name of a network.
+        regime: Name of a regime.
+        seed: Of the weights and of the order.
+    """
+
+    task: str
+    network: str
+    regime: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much is trained and tested.
+
+    Attributes:
+        epochs: Passes over the images.
+        share: Share of a task's images that is used.
+        batch: Images in a step.
+        lr: Learning rate at its peak.
+    """
+
+    epochs: int = 16
+    share: float = 1.0
+    batch: int = 32
+    lr: float = 2e-3
+
+
+def plan(tasks: list[str]) -> list[Experiment]:
+    """Returns all experiments, seed by seed."""
+    networks = {"cells": list(NETWORKS), "cells in volumes": VOLUMES, "photographs": PHOTOGRAPHS}
+    everything = itertools.product(SEEDS, tasks, REGIMES)
+    return [Experiment(t, network, r, seed) for seed, t, r in everything for network in networks[t]]
+
+
+def train(experiment: Experiment, budget: Budget, cache: Path) -> Classifier:
+    """Trains a network."""
+    task = TASKS[experiment.task]
+    images = training_images(experiment.task, experiment.regime, round(task.training * budget.share), cache)
+    torch.manual_seed(experiment.seed)
+    classifier = NETWORKS[experiment.network].create(len(task.size), task.classes)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=budget.lr, weight_decay=0.05)
+    steps = budget.epochs * (len(images.label) // budget.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.lr, steps, pct_start=0.15)
+    classifier.train()
+    for pixels, factor, label in batches(images, budget):
+        loss = F.cross_entropy(classifier(flip(pixels), spacing_of(factor, pixels)), label, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return classifier.eval()
+
+
+def batches(images: Images, budget: Budget) -> Iterator[Images]:
+    """Yields the images, in another order in each epoch."""
+    count = len(images.label) // budget.batch * budget.batch
+    for _ in range(budget.epochs):
+        for chosen in torch.randperm(len(images.label))[:count].split(budget.batch):
+            yield Images(*(part[chosen] for part in images))
+
+
+def flip(pixels: Tensor) -> Tensor:
+    """Flips a batch along each axis, or not."""
+    return pixels.flip([axis for axis in range(2, pixels.ndim) if torch.rand(()) < 0.5])
+
+
+def spacing_of(factor: Tensor, pixels: Tensor) -> Tensor:
+    """Returns ``[B, axes]``: the training images' pixels are 1 wide, whatever their shape is."""
+    return factor[:, None].expand(-1, pixels.ndim - 2)
+
+
+@torch.inference_mode()
+def evaluate(classifier: Classifier, experiment: Experiment, budget: Budget, cache: Path) -> Iterator[dict]:
+    """Yields how many images are right at each factor, setting and control."""
+    task = TASKS[experiment.task]
+    count = round(task.test * budget.share)
+    for factor, fixed in itertools.product(FACTORS, ("size", "field")):
+        images = test_images(experiment.task, factor, fixed, count, cache)
+        for control in ("", "resized", "wrong spacing"):
+            if control == "wrong spacing" and NETWORKS[experiment.network].spacing == "hidden":
+                continue
+            right = count_right(classifier, change(images, control))
+            yield {"factor": factor, "fixed": fixed, "control": control, "right": right, "count": count}
+
+
+def change(images: Images, control: str) -> Images:
+    """Returns the images as a control has them: resized to the training spacing, or said to have a wrong one."""
+    if control == "resized":
+        mode = ("bilinear", "trilinear")[images.pixels.ndim - 4]
+        size = [max(4, round(n * float(images.factor[0]))) for n in images.pixels.shape[2:]]
+        smooth = {"antialias": True} if mode == "bilinear" else {}
+        pixels = F.interpolate(images.pixels, size, mode=mode, **smooth) if images.factor[0] != 1 else images.pixels
+        return images._replace(pixels=pixels, factor=torch.ones_like(images.factor))
+    return images._replace(factor=images.factor * WRONG) if control == "wrong spacing" else images
+
+
+def count_right(classifier: Classifier, images: Images, pixels_at_once: int = 1 << 18) -> int:
+    """Returns how many images are told right."""
+    batch = max(1, pixels_at_once // images.pixels[0].numel())
+    parts = (part.split(batch) for part in images)
+    logits = [(classifier(x, spacing_of(f, x)), y) for x, f, y in zip(*parts, strict=True)]
+    return sum(int((scores.argmax(-1) == label).sum()) for scores, label in logits)
+
+
+def run(experiment: Experiment, budget: Budget, cache: Path) -> pd.DataFrame:
+    """Trains and tests; returns one row per factor, setting and control."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    classifier = train(experiment, budget, cache)
+    seconds = round(time.perf_counter() - began)
+    rows = evaluate(classifier, experiment, budget, cache)
+    return pd.DataFrame([{**dataclasses.asdict(experiment), **row, "seconds": seconds} for row in rows])
+
+
+def main() -> None:
+    """Runs what is left of the plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE, help="where results, pictures and the report go")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "rat_timm_study", help="for images")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--jobs", type=int, default=1, help="experiments at a time, one core each")
+    parser.add_argument("--quick", action="store_true", help="two networks on some images")
+    given = parser.parse_args()
+    budget, wanted = Budget(), plan(given.tasks)
+    if given.quick:
+        budget = Budget(epochs=8, share=0.2)
+        wanted = [Experiment("cells", network, "one", 0) for network in ("rat", "convnext")]
+    wanted = [each for each in wanted if each.network in given.networks and each.regime in given.regimes]
+    file = given.output / "results.csv"
+    done = report.read(file)
+    finished = set(done[["task", "network", "regime", "seed"]].itertuples(index=False, name=None))
+    left = [each for each in wanted if dataclasses.astuple(each) not in finished]
+    jobs = (delayed(run)(each, budget, given.cache) for each in left)
+    given.output.mkdir(parents=True, exist_ok=True)
+    for rows in track(Parallel(given.jobs, return_as="generator_unordered")(jobs), "trainings", total=len(left)):
+        rows.to_csv(file, mode="a", header=not file.exists(), index=False)
+    report.write(given.output)
+
+
+if __name__ == "__main__":
+    main()
