@@ -1,6 +1,6 @@
 """Fine-tunes any variant on a folder of images or volumes, or on handwritten digits, with the pixel size.
 
-    python examples/finetune.py --output runs/digits                       # test_rat on digits, two minutes
+    python examples/finetune.py --output runs/digits         # test_rat on digits, half a minute
     python examples/finetune.py --config mine.yaml --lr 1e-4               # a config, and flags over it
     torchrun --nproc_per_node=4 examples/finetune.py --config mine.yaml    # DDP
     torchrun --nproc_per_node=4 examples/finetune.py --config mine.yaml --parallel fsdp
@@ -13,17 +13,14 @@ where it was interrupted, with the same losses as if it had not been. The folder
 """
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
 
 import jsonargparse
 import numpy as np
 import timm
 import torch
-import yaml
+from finetune_config import Config, remember
 from finetune_data import Augmented, open_data
 from finetune_engines import Checkpoints, Engine, create_engine
 from rich.progress import Progress
@@ -36,80 +33,6 @@ from torchmetrics.classification import MulticlassAccuracy
 import rat_timm  # noqa: F401  (registers the models)
 from rat_timm import hub
 from rat_timm.data import Batch, collate, evaluation_transform, training_transform
-
-FREE = ("output", "epochs", "compile", "device", "workers", "checkpoint_every")  # may change when training goes on
-
-
-@dataclasses.dataclass
-class Config:
-    """What to train, on what, and how.
-
-    Args:
-        output: Folder for checkpoints, TensorBoard's logs and the trained model; all processes have to see it.
-        model: A name that timm knows.
-        model_args: Further keywords of timm's create_model, such as drop_path_rate.
-        pretrained: Whether to start from pretrained weights.
-        data: "digits", or a folder with train/<class>/* and validation/<class>/*.
-        size: Pixels along each axis to which images are brought. Default: the model's.
-        spacing: Pixel size (z, y, x) of files that do not say it, in the unit.
-        unit: Unit of the pixel sizes, which is that of the model's reference spacing.
-        intensity: "model" scales integers to 0..1 and uses the model's mean and deviation; "sample" uses each sample's.
-        scale: Least and largest share of an image that a training crop keeps.
-        flip: Whether to flip training crops along each axis, half of the time.
-        epochs: Number of epochs.
-        batch_size: Samples in a step, over all processes.
-        optimizer: A name that timm's create_optimizer_v2 knows.
-        lr: Learning rate, at its peak.
-        weight_decay: Weight decay.
-        layer_decay: By what the learning rate of a layer is less than the next one's; 1 for none.
-        warmup_epochs: Epochs in which the learning rate rises; then it falls as a cosine.
-        clip_grad: Largest norm of the gradient; 0 does not clip.
-        label_smoothing: Label smoothing.
-        ema_decay: Decay of the moving average of weights, which is then what is evaluated and kept; 0 for none.
-        precision: Precision of products: fp32, or bf16 or fp16 by autocast.
-        parallel: How several processes work together: DDP, FSDP2, or DeepSpeed's ZeRO stage 2 or 3.
-        compile: Whether to compile the model.
-        device: Default: "cuda" where there is one.
-        workers: Processes that load data, for each training process.
-        checkpoint_every: Steps between checkpoints; there is one at the end of an epoch anyway.
-        seed: Of weights, order and augmentation.
-        quick: Two epochs on some of the data, to see that everything works.
-    """
-
-    output: Path
-    model: str = "test_rat"
-    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    pretrained: bool = True
-    data: str = "digits"
-    size: list[int] | None = None
-    spacing: list[float] | None = None
-    unit: str = "um"
-    intensity: Literal["model", "sample"] = "model"
-    scale: tuple[float, float] = (0.6, 1.0)
-    flip: bool = False
-    epochs: int = 10
-    batch_size: int = 16
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    layer_decay: float = 0.8
-    warmup_epochs: int = 1
-    clip_grad: float = 1.0
-    label_smoothing: float = 0.1
-    ema_decay: float = 0.9
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    parallel: Literal["ddp", "fsdp", "deepspeed2", "deepspeed3"] = "ddp"
-    compile: bool = False
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    workers: int = 1
-    checkpoint_every: int = 100
-    seed: int = 0
-    quick: bool = False
-
-    def __post_init__(self) -> None:
-        self.output = Path(self.output)
-        if self.quick:
-            self.epochs = 2
 
 
 def main() -> None:
@@ -148,22 +71,6 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
         return accuracy
 
 
-def remember(config: Config) -> None:
-    """Writes a config to its output.
-
-    Raises:
-        ValueError: If training began there with another one, but for what changes no result.
-    """
-    file = config.output / "config.yaml"
-    given = {**dataclasses.asdict(config), "output": str(config.output), "scale": list(config.scale)}
-    began = yaml.safe_load(file.read_text()) if file.exists() else given
-    changed = sorted(name for name in given if name not in FREE and given[name] != began[name])
-    if changed:
-        raise ValueError(f"{', '.join(changed)} must be as in {file}, or output another folder")
-    config.output.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(given, sort_keys=False))
-
-
 @contextlib.contextmanager
 def _processes(config: Config) -> Iterator[None]:
     """Connects the processes that torchrun started, unless somebody has done so."""
@@ -199,8 +106,8 @@ def _mean(value: torch.Tensor) -> float:
 class _Trainer:
     """The loop over epochs and steps.
 
-    Which samples a step has, and all chance in it, follow from the seed and the step alone, whatever the number of
-    processes is and wherever training began again.
+    Which samples a step has, and chance in them, follow from the seed and the step alone, whatever the number of
+    processes is and wherever training began again. (Chance in the model, such as dropout, depends on the process too.)
     """
 
     def __init__(
@@ -228,15 +135,14 @@ class _Trainer:
             updates_per_epoch=self.steps,
         )
         self.accuracy = MulticlassAccuracy(num_classes, average="micro").to(config.device)
-        if _rank() == 0:
-            remember(config)
+        remember(config, write=_rank() == 0)
         self.checkpoints = Checkpoints(config.output / "checkpoints")
         self.step = self.checkpoints.load_last(engine)
         self.writer = SummaryWriter(config.output, purge_step=self.step + 1) if _rank() == 0 else None
 
     def run(self) -> float:
         """Trains the epochs that are left; returns the last accuracy."""
-        accuracy = None
+        accuracy = self._evaluate() if self.step == self.config.epochs * self.steps else 0.0
         with Progress(disable=_rank() > 0) as progress:
             bar = progress.add_task(self.config.model, total=self.config.epochs * self.steps, completed=self.step)
             for epoch in range(self.step // self.steps, self.config.epochs):
@@ -245,7 +151,7 @@ class _Trainer:
                     progress.update(bar, advance=1, description=f"{self.config.model}, loss {loss:.3f}")
                 accuracy = self._evaluate()
                 self.report({"epoch": epoch, "loss": loss, "accuracy": accuracy})
-        accuracy = self._evaluate() if accuracy is None else accuracy
+                self.checkpoints.save(self.engine, self.step)  # an epoch is done once it is evaluated
         if self.writer is not None:
             self.writer.close()
         return accuracy
@@ -275,7 +181,7 @@ class _Trainer:
         if self.writer is not None:
             self.writer.add_scalar("train/loss", loss, self.step)
             self.writer.add_scalar("train/lr", max(g["lr"] for g in self.engine.optimizer.param_groups), self.step)
-        if self.step % self.config.checkpoint_every == 0 or self.step % self.steps == 0:
+        if self.step % self.config.checkpoint_every == 0 and self.step % self.steps:
             self.checkpoints.save(self.engine, self.step)
         return loss
 

@@ -1,11 +1,12 @@
 """What `finetune.py` trains on: folders of images and volumes with their pixel size, and handwritten digits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from finetune_config import Config
 from PIL import Image
 from pretrain_test_weights import digits, draw, poses, spacing_of
 from torch import Tensor, nn
@@ -20,44 +21,45 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # formats that do not say
 SIMILAR = (3, 5, 8, 9)  # the digits that are told apart
 
 
-class Settings(Protocol):
-    """What is asked of `finetune.Config` here."""
-
-    data: str
-    model: str
-    model_args: dict[str, Any]
-    size: Sequence[int] | None
-    spacing: Sequence[float] | None
-    unit: str
-    intensity: str
-    seed: int
-    quick: bool
-
-
 class Folder(DatasetFolder):
-    """A folder per class, with files of the formats that `rat_timm.data.read` knows, or pictures."""
+    """A folder per class, with files or folders of the formats that `rat_timm.data.read` knows, or pictures."""
 
-    def __init__(self, root: Path, config: Settings) -> None:
+    def __init__(self, root: Path, config: Config) -> None:
         self.config = config
-        super().__init__(str(root), loader=self.load, is_valid_file=self.is_valid)
+        super().__init__(str(root), loader=self.load, is_valid_file=is_readable)
 
     @staticmethod
-    def is_valid(path: str) -> bool:
-        """Tells whether a file is an image."""
-        return path.lower().endswith(PICTURES) or is_readable(path)
+    def make_dataset(directory: str, class_to_idx: dict[str, int], *args: Any, **kwargs: Any) -> list[tuple[str, int]]:
+        """Lists what lies in the folders of the classes: an OME-Zarr image and a DICOM series are folders too."""
+        found = []
+        for name, index in class_to_idx.items():
+            entries = sorted(path for path in Path(directory, name).iterdir() if not path.name.startswith("."))
+            unknown = [path for path in entries if not (path.suffix.lower() in PICTURES or is_readable(path))]
+            if unknown:
+                raise ValueError(f"{unknown[0]}: is no image of a format that is read")
+            found += [(str(path), index) for path in entries]
+        return found
 
     def load(self, path: str) -> Sample:
-        """Reads a file."""
+        """Reads an image."""
         if not path.lower().endswith(PICTURES):
-            scan = read(path, self.config.unit)
+            scan = read(path, self.config.unit, assumed_unit=self.config.assumed_unit)
             return Sample(scan.pixels, torch.tensor(scan.spacing))
         if self.config.spacing is None:
             raise ValueError(f"{path}: does not say how large a pixel is: give --spacing")
-        return Sample(pil_to_tensor(Image.open(path)), torch.tensor(self.config.spacing))
+        return Sample(read_picture(path), torch.tensor(self.config.spacing, dtype=torch.float32))
 
     def __getitem__(self, index: int) -> Sample:
         sample, target = super().__getitem__(index)
         return sample._replace(target=target)
+
+
+def read_picture(path: str) -> Tensor:
+    """Reads a picture in grey or in three colours, ``[channels, H, W]``."""
+    picture = Image.open(path)
+    if picture.mode.startswith("I"):  # 16 bits
+        return torch.from_numpy(np.asarray(picture).astype(np.uint16))[None]
+    return pil_to_tensor(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
 
 
 class Digits(Dataset):
@@ -87,12 +89,13 @@ def some(data: Dataset) -> Dataset:
 class Augmented(Dataset):
     """Samples as a model takes them; chance follows from the seed, the epoch and the sample alone."""
 
-    def __init__(
-        self, data: Dataset, transform: Callable[[Sample], Sample], model: nn.Module, config: Settings
-    ) -> None:
+    def __init__(self, data: Dataset, transform: Callable[[Sample], Sample], model: nn.Module, config: Config) -> None:
         self.data, self.transform, self.epoch = data, transform, 0
         self.channels, self.seed, self.intensity = model.in_chans, config.seed, config.intensity
-        self.mean, self.std = (torch.tensor(model.pretrained_cfg[name]) for name in ("mean", "std"))
+        mean, std = (torch.tensor(model.pretrained_cfg[name]) for name in ("mean", "std"))
+        if len(mean) != self.channels:  # those of colours are no other channels'
+            mean, std = (value.mean().expand(self.channels) for value in (mean, std))
+        self.mean, self.std = mean, std
 
     def __len__(self) -> int:
         return len(self.data)
@@ -111,12 +114,12 @@ class Augmented(Dataset):
         if self.intensity == "sample":
             image = image.float()
             return (image - image.mean()) / image.std().clamp(min=1e-6)
-        full = 1.0 if image.is_floating_point() else torch.iinfo(image.dtype).max
+        full = 1.0 if image.dtype.is_floating_point or image.dtype == torch.bool else torch.iinfo(image.dtype).max
         shape = (-1, *[1] * (image.ndim - 1))
         return (image.float() / full - self.mean.view(shape)) / self.std.view(shape)
 
 
-def open_data(config: Settings) -> tuple[Dataset, Dataset, list[str]]:
+def open_data(config: Config) -> tuple[Dataset, Dataset, list[str]]:
     """Returns the data to train on, those to validate on, and the names of the classes."""
     if config.data == "digits":
         axes = config.model_args.get("spatial_dims", 3 if config.model.endswith("_3d") else 2)

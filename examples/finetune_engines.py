@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from finetune_config import Config
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -25,23 +26,6 @@ from torch.optim import Optimizer
 from rat_timm.data import Batch
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Settings(Protocol):
-    """What is asked of `finetune.Config` here."""
-
-    optimizer: str
-    lr: float
-    weight_decay: float
-    layer_decay: float
-    clip_grad: float
-    label_smoothing: float
-    ema_decay: float
-    precision: str
-    parallel: str
-    compile: bool
-    device: str
-    batch_size: int
 
 
 class Engine(Protocol):
@@ -65,7 +49,7 @@ class Engine(Protocol):
         """Returns the averaged weights, whole and on the CPU; every process calls it."""
 
 
-def create_engine(model: nn.Module, config: Settings) -> Engine:
+def create_engine(model: nn.Module, config: Config) -> Engine:
     """Returns the engine that a config asks for; it takes over the model."""
     model = model.to(config.device)
     if config.compile:
@@ -73,7 +57,7 @@ def create_engine(model: nn.Module, config: Settings) -> Engine:
     return DeepSpeedEngine(model, config) if config.parallel.startswith("deepspeed") else TorchEngine(model, config)
 
 
-def make_optimizer(model: nn.Module, config: Settings) -> Optimizer:
+def make_optimizer(model: nn.Module, config: Config) -> Optimizer:
     """Returns timm's optimizer, with a learning rate per layer."""
     return create_optimizer_v2(
         model,
@@ -96,7 +80,7 @@ def shard(model: nn.Module) -> None:
 class TorchEngine:
     """PyTorch alone: one process, DDP or FSDP2."""
 
-    def __init__(self, model: nn.Module, config: Settings) -> None:
+    def __init__(self, model: nn.Module, config: Config) -> None:
         sharded = dist.is_initialized() and config.parallel == "fsdp"
         if sharded and config.precision == "fp16":
             raise ValueError("precision must be fp32 or bf16 with fsdp, got fp16")
@@ -176,7 +160,7 @@ class TorchEngine:
 class DeepSpeedEngine:
     """DeepSpeed's ZeRO: stage 2 shards gradients and the optimizer, stage 3 the weights too."""
 
-    def __init__(self, model: nn.Module, config: Settings) -> None:
+    def __init__(self, model: nn.Module, config: Config) -> None:
         import deepspeed
 
         if not dist.is_initialized():

@@ -14,7 +14,8 @@ from typing import Any
 
 import jsonargparse
 import ray
-from finetune import Config, train
+from finetune import train
+from finetune_config import Config
 from ray import train as ray_train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer

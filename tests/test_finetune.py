@@ -14,6 +14,8 @@ import timm
 import torch
 from PIL import Image
 
+from rat_timm import data as rat_data
+
 pytest.importorskip("jsonargparse")
 pytest.importorskip("torchmetrics")
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -135,6 +137,23 @@ def test_ray_goes_on_when_a_worker_dies(finetune, tmp_path):
     assert time.monotonic() - began < 180
 
 
+def test_no_evaluation_is_lost(finetune, tmp_path, monkeypatch):
+    """A run that ends while it evaluates an epoch evaluates it when it goes on."""
+    config = finetune.Config(tmp_path, quick=True, workers=0)
+    compute = finetune.MulticlassAccuracy.compute
+    monkeypatch.setattr(finetune.MulticlassAccuracy, "compute", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train(config)
+    monkeypatch.setattr(finetune.MulticlassAccuracy, "compute", compute)
+    reports = []
+    finetune.train(config, report=reports.append)
+    assert [report["epoch"] for report in reports] == [0, 1]
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("validation/accuracy")] == [2, 4]
+    assert finetune.train(config) == pytest.approx(reports[-1]["accuracy"])  # of a run that is done
+
+
 def write_folder(root, suffix):
     """Two classes that differ in the physical size of a disc, not in its pixels."""
     y, x = np.mgrid[:32, :32] - 15.5
@@ -171,17 +190,58 @@ def test_pictures_need_a_spacing(finetune, tmp_path):
     finetune.train(finetune.Config(tmp_path / "b", spacing=[0.5, 0.5], precision="bf16", compile=False, **config))
 
 
+def test_folders_that_are_images(finetune, tmp_path, monkeypatch):
+    data = importlib.import_module("finetune_data")
+    (tmp_path / "one" / "a.zarr").mkdir(parents=True)
+    (tmp_path / "two" / "series").mkdir(parents=True)
+    (tmp_path / "two" / ".hidden").touch()
+    monkeypatch.setattr(data, "read", lambda path, unit, assumed_unit: rat_data.Scan(torch.zeros(1, 4, 4), (2.0, 3.0)))
+    folder = data.Folder(tmp_path, finetune.Config(tmp_path / "out", assumed_unit="mm"))
+    assert [Path(path).name for path, _ in folder.samples] == ["a.zarr", "series"]
+    assert folder[1].spacing.tolist() == [2.0, 3.0]
+    assert folder[1].target == 1
+    (tmp_path / "two" / "notes.tif").touch()
+    with pytest.raises(ValueError, match=r"notes\.tif: is no image of a format that is read"):
+        data.Folder(tmp_path, finetune.Config(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels", "full"), [("P", 3, 255), ("RGBA", 3, 255), ("1", 1, 255), ("I;16", 1, 65535)]
+)
+def test_pictures_of_all_kinds(finetune, tmp_path, mode, channels, full):
+    white = Image.fromarray(np.full((4, 6), 65535, np.uint16)) if mode == "I;16" else Image.new("RGB", (6, 4), "white")
+    (white if mode == "I;16" else white.convert(mode)).save(tmp_path / "a.png")
+    picture = importlib.import_module("finetune_data").read_picture(str(tmp_path / "a.png"))
+    assert picture.shape == (channels, 4, 6)
+    assert picture.to(torch.int64).unique().tolist() == [full]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels(finetune, channels):
+    data = importlib.import_module("finetune_data")
+    model = timm.create_model("test_rat", in_chans=channels)
+    sample = rat_data.Sample(torch.full((channels, 8, 8), 255, dtype=torch.uint8), torch.ones(2))
+    augmented = data.Augmented([sample], lambda sample: sample, model, finetune.Config(Path()))
+    mean, std = (sum(model.pretrained_cfg[name]) / 3 for name in ("mean", "std"))
+    torch.testing.assert_close(augmented[0].image, torch.full((channels, 8, 8), (1 - mean) / std))
+
+
 def test_volumes(finetune, tmp_path):
     config = finetune.Config(tmp_path, model="test_rat_3d", quick=True, workers=0, flip=True, intensity="sample")
-    assert 0 <= finetune.train(config) <= 1
+    finetune.train(config)
     assert len(losses(tmp_path)) == 4
+    model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert model.spatial_dims == 3
 
 
 def test_a_run_goes_on_with_the_same_config_only(finetune, tmp_path):
-    finetune.remember(finetune.Config(tmp_path, lr=1e-3))
-    finetune.remember(finetune.Config(tmp_path, lr=1e-3, epochs=20, workers=0))
+    shape = {"model_args": {"stem_stride": (1, 4, 4)}, "size": (8, 32, 32)}
+    finetune.remember(finetune.Config(tmp_path, lr=1e-3, **shape), write=False)
+    assert not list(tmp_path.iterdir())
+    finetune.remember(finetune.Config(tmp_path, lr=1e-3, **shape), write=True)
+    finetune.remember(finetune.Config(tmp_path, lr=1e-3, epochs=20, workers=0, **shape), write=True)
     with pytest.raises(ValueError, match=r"lr, model must be as in .*config\.yaml, or output another folder"):
-        finetune.remember(finetune.Config(tmp_path, lr=1e-4, model="rat_tiny"))
+        finetune.remember(finetune.Config(tmp_path, lr=1e-4, model="rat_tiny", **shape), write=False)
 
 
 def test_what_does_not_fit(finetune, tmp_path):

@@ -37,7 +37,7 @@ class Scene(NamedTuple):
 
 
 def render(scene: Scene, size: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
-    """Renders the middle of a scene, with area sampling: ``size`` pixels of ``spacing`` micrometres per axis, float32."""
+    """Renders the middle of a scene, with area sampling: ``size`` pixels of ``spacing`` micrometres per axis."""
     parts = [int(np.ceil(step / FINE[len(size)])) for step in spacing]
     fine = [step / part for step, part in zip(spacing, parts, strict=True)]
     axes = [(np.arange(n * p) + 0.5 - n * p / 2) * f for n, p, f in zip(size, parts, fine, strict=True)]
