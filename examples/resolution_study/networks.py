@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import rat_timm  # noqa: F401  (registers the models)
 
 RAT = {"depths": (3, 2, 1, 1)}
-VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_ratio": 4.5}
+VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_ratio": 4.3}
 SIZES = {"dynamic_img_size": True, "dynamic_img_pad": True}
 CONV = {"depths": (3, 2, 2, 1), "dims": (48, 72, 80, 80)}
 SWIN = {"img_size": 48, "window_size": 6, "embed_dim": 32, "depths": (3, 2, 1), "num_heads": (1, 2, 4)}

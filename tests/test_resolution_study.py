@@ -1,0 +1,113 @@
+"""`examples/resolution_study`: its images are what they are said to be, its networks have one budget, it runs."""
+
+import importlib
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rat_timm.cost import count_macs
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("joblib")
+
+STUDY = Path(__file__).parents[1] / "examples" / "resolution_study"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(STUDY)
+    return importlib.import_module
+
+
+def averaged(image, factor):
+    shape = [n for size in image.shape for n in (size // factor, factor)]
+    return image.reshape(shape).mean(axis=tuple(range(1, len(shape), 2)))
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_a_scene_is_the_same_at_any_pixel_size_and_in_any_field(study, monkeypatch, axes):
+    scenes = study("scenes")
+    monkeypatch.setattr(scenes, "NOISE", 0.0)
+    scene, size = scenes.Scene(1, 5), (48, 48) if axes == 2 else (16, 24, 24)
+    coarse = scenes.render(scene, size, (2.0,) * axes)
+    fine = scenes.render(scene, [2 * n for n in size], (1.0,) * axes)
+    assert np.corrcoef(coarse.ravel(), averaged(fine, 2).ravel())[0, 1] > 0.99
+    middle = tuple(slice(n // 4, n // 4 + n // 2) for n in size)
+    part = scenes.render(scene, [n // 2 for n in size], (2.0,) * axes)
+    inside = (slice(2, -2),) * axes  # blur reaches over the border
+    assert np.allclose(part[inside], coarse[middle][inside], atol=1e-4)
+
+
+def test_a_class_at_another_pixel_size_looks_like_another_class(study, monkeypatch):
+    """Cells of class 0 at 2/3 of the spacing are as many pixels wide as those of class 1."""
+    scenes = study("scenes")
+    monkeypatch.setattr(scenes, "NOISE", 0.0)
+
+    def coarseness(label, spacing):
+        images = [scenes.render(scenes.Scene(label, seed), (96, 96), (spacing,) * 2) for seed in range(8)]
+        return np.mean([np.abs(np.diff(image, axis=0)).mean() / image.std() for image in images])
+
+    assert coarseness(0, 2 / 3) == pytest.approx(coarseness(1, 1.0), rel=0.15)
+    assert coarseness(0, 1.0) > 1.25 * coarseness(1, 1.0)
+
+
+def test_images_to_train_on_are_no_test_images(study, tmp_path):
+    tasks = study("tasks")
+    for name in ("cells", "photographs"):
+        training = tasks.training_images(name, "one", 8, tmp_path)
+        test = tasks.test_images(name, 1.0, "size", 8, tmp_path)
+        for one, other in itertools.product(training.pixels, test.pixels):
+            assert np.corrcoef(one.ravel(), other.ravel())[0, 1] < 0.9
+        again = tasks.test_images(name, 1.0, "size", 8, tmp_path / "anew")
+        assert torch.equal(test.pixels, again.pixels)
+    photographs = study("photographs")
+    whole = photographs._photograph("brick").shape[1]
+    parts = [photographs._part("brick", train, 0.0).shape[1] for train in (True, False)]
+    assert sum(parts) == whole
+
+
+@pytest.mark.parametrize(("regime", "allowed"), [("one", {1.0}), ("two", {0.7, 1.4}), ("mixed", None)])
+def test_regimes(study, tmp_path, regime, allowed):
+    factors = study("tasks").training_images("photographs", regime, 64, tmp_path).factor
+    if allowed is None:
+        assert 0.5 <= factors.min() < 0.7
+        assert 1.5 < factors.max() <= 2.0
+    else:
+        assert {round(float(factor), 6) for factor in factors} == allowed
+
+
+def test_networks_have_one_budget(study):
+    networks = study("networks").NETWORKS
+    models = {name: network.create(2, 3).model.eval() for name, network in networks.items()}
+    channels = {name: 3 if network.spacing == "channel" else 1 for name, network in networks.items()}
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    macs = {name: count_macs(model, torch.empty(1, channels[name], 48, 48)) for name, model in models.items()}
+    for numbers in (parameters, macs):
+        assert max(numbers.values()) <= 1.15 * min(numbers.values()), numbers
+
+
+def test_the_spacing_reaches_those_that_are_given_it(study):
+    for name, network in study("networks").NETWORKS.items():
+        torch.manual_seed(0)
+        model, x = network.create(2, 3).eval(), torch.randn(2, 1, 24, 36)
+        ones, twos = (model(x, torch.full((2, 2), size)) for size in (1.0, 2.0))
+        assert torch.equal(ones, twos) == (network.spacing == "hidden"), name
+
+
+def test_the_study_runs_learns_and_goes_on(tmp_path):
+    command = [sys.executable, STUDY / "study.py", "--quick", "--output", tmp_path, "--cache", tmp_path / "cache"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    results = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
+    assert set(results["network"]) == {"rat", "convnext"}
+    seen = results[(results["factor"] == 1.0) & (results["control"] == "")]
+    assert (seen["right"] / seen["count"]).min() > 0.6  # chance is a third
+    assert "| rat" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "cells-size.png").stat().st_size > 10_000
+    before = (tmp_path / "results.csv").read_text()
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (tmp_path / "results.csv").read_text() == before
