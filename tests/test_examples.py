@@ -79,7 +79,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
 
 def test_the_benchmark_of_models(tmp_path):
     image = pytest.importorskip("matplotlib.image")
-    sizes = ["--size", "32x48", "64+32", "--batch", "1", "--runs", "2"]
+    sizes = ["--size", "64+32", "--batch", "1", "--runs", "2"]
     record, picture = tmp_path / "record.json", tmp_path / "picture.png"
     command = [
         "--models",
@@ -95,14 +95,14 @@ def test_the_benchmark_of_models(tmp_path):
     ]
     assert "speed over" in run("benchmark.py", *command)
     results = json.loads(record.read_text())["results"]
-    assert [(r["model"], r["size"]) for r in results] == [
-        (name, size) for size in ("32x48", "64+32") for name in ("test_rat", "test_rat+conv")
-    ]
+    assert [(r["model"], r["size"]) for r in results] == [("test_rat", "64+32"), ("test_rat+conv", "64+32")]
     assert all(r["seconds"] > 0 and r["macs"] > 1e6 and r["peak_bytes"] > r["step_bytes"] >= 0 for r in results)
-    assert results[2]["macs"] > results[3]["macs"] > results[1]["macs"]
+    assert results[0]["macs"] > results[1]["macs"]
     assert results[1]["speed_over"] == {"test_rat+conv": 1.0}
     assert image.imread(picture).std() > 0.05
-    assert "train" in run("benchmark.py", "--models", "test_rat_3d", "--size", "16", "--mode", "train", "--runs", "1")
+    assert "train" in run(
+        "benchmark.py", "--models", "test_rat_3d", "--size", "16", "24", "--mode", "train", "--runs", "1"
+    )
 
 
 def test_the_benchmark_of_operations():

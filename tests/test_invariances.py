@@ -363,7 +363,7 @@ def train(model, sizes, steps, autocast):
 @pytest.mark.parametrize(
     ("name", "sizes", "steps", "autocast"),
     [
-        ("rat_tiny", (256, 128, 64), 20, False),
+        ("rat_tiny", (256, 128, 64), 6, False),
         ("rat_tiny", (64, 32, 16), 3, True),  # a CPU without bfloat16 units takes half a minute for a step of 256
         ("test_rat", (256, 128, 64), 20, True),
     ],
