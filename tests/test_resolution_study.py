@@ -103,10 +103,10 @@ def test_the_study_runs_learns_and_goes_on(tmp_path):
     command = [sys.executable, STUDY / "study.py", "--quick", "--output", tmp_path, "--cache", tmp_path / "cache"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     results = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
-    assert set(results["network"]) == {"rat", "convnext"}
+    assert set(results["network"]) == {"plain rat"}
     seen = results[(results["factor"] == 1.0) & (results["control"] == "")]
     assert (seen["right"] / seen["count"]).min() > 0.6  # chance is a third
-    assert "| rat" in (tmp_path / "README.md").read_text()
+    assert "| plain rat" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "cells-size.png").stat().st_size > 10_000
     before = (tmp_path / "results.csv").read_text()
     subprocess.run(command, check=True, capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
     python examples/resolution_study/study.py                           # what `results.csv` does not have yet
     python examples/resolution_study/study.py --jobs 2 --tasks cells    # two at a time, of one task
-    python examples/resolution_study/study.py --quick --output FOLDER   # a small part, in two minutes
+    python examples/resolution_study/study.py --quick --output FOLDER   # a small part, in a minute
 
 Every training is one line of the plan: a task, a network, a regime (at which pixel sizes it is trained) and a seed. Its
 results are added to `results.csv` when it is done, so that the study may be interrupted and goes on where it was.
@@ -55,15 +55,19 @@ class Budget:
 
     Attributes:
         epochs: Passes over the images.
-        share: Share of a task's images that is used.
+        trained: Share of a task's training images that is used.
+        tested: Share of its test images.
+        factors: Pixel sizes to test at.
         batch: Images in a step.
         lr: Learning rate at its peak.
     """
 
     epochs: int = 16
-    share: float = 1.0
+    trained: float = 1.0
+    tested: float = 1.0
+    factors: tuple[float, ...] = FACTORS
     batch: int = 32
-    lr: float = 2e-3
+    lr: float = 1e-3
 
 
 def plan(tasks: list[str]) -> list[Experiment]:
@@ -76,7 +80,7 @@ def plan(tasks: list[str]) -> list[Experiment]:
 def train(experiment: Experiment, budget: Budget, cache: Path) -> Classifier:
     """Trains a network."""
     task = TASKS[experiment.task]
-    images = training_images(experiment.task, experiment.regime, round(task.training * budget.share), cache)
+    images = training_images(experiment.task, experiment.regime, round(task.training * budget.trained), cache)
     torch.manual_seed(experiment.seed)
     classifier = NETWORKS[experiment.network].create(len(task.size), task.classes)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=budget.lr, weight_decay=0.05)
@@ -115,8 +119,8 @@ def spacing_of(factor: Tensor, pixels: Tensor) -> Tensor:
 def evaluate(classifier: Classifier, experiment: Experiment, budget: Budget, cache: Path) -> Iterator[dict]:
     """Yields how many images are right at each factor, setting and control."""
     task = TASKS[experiment.task]
-    count = round(task.test * budget.share)
-    for factor, fixed in itertools.product(FACTORS, ("size", "field")):
+    count = round(task.test * budget.tested)
+    for factor, fixed in itertools.product(budget.factors, ("size", "field")):
         images = test_images(experiment.task, factor, fixed, count, cache)
         for control in ("", "resized", "wrong spacing"):
             if control == "wrong spacing" and NETWORKS[experiment.network].spacing == "hidden":
@@ -163,12 +167,12 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--jobs", type=int, default=1, help="experiments at a time, one core each")
-    parser.add_argument("--quick", action="store_true", help="two networks on some images")
+    parser.add_argument("--quick", action="store_true", help="one network that learns fast, for a short time")
     given = parser.parse_args()
     budget, wanted = Budget(), plan(given.tasks)
     if given.quick:
-        budget = Budget(epochs=8, share=0.2)
-        wanted = [Experiment("cells", network, "one", 0) for network in ("rat", "convnext")]
+        budget = Budget(epochs=10, trained=0.5, tested=0.2, factors=(0.5, 1.0, 2.0))
+        wanted = [Experiment("cells", "plain rat", "one", 0)]
     wanted = [each for each in wanted if each.network in given.networks and each.regime in given.regimes]
     file = given.output / "results.csv"
     done = report.read(file)
