@@ -273,7 +273,7 @@ def test_bfloat16_and_autocast(model):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compile_without_graph_breaks():
     torch._dynamo.reset()
-    model = timm.create_model("test_rat", num_classes=7).eval()
+    model = timm.create_model("test_rat", num_classes=7, iters=1).eval()
     x = image(model)
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
@@ -283,7 +283,7 @@ def test_compile_without_graph_breaks():
 
 def test_compiled_once_for_all_spacings():
     torch._dynamo.reset()
-    model = timm.create_model("test_rat").eval()
+    model = timm.create_model("test_rat", iters=1).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     x = image(model)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
@@ -292,8 +292,9 @@ def test_compiled_once_for_all_spacings():
 
 
 def test_compiled_training_without_graph_breaks():
+    # images are in test_invariances.py, as masked pyramids
     torch._dynamo.reset()
-    model = timm.create_model("test_rat_3d", num_classes=7)  # images are in test_invariances.py, as masked pyramids
+    model = timm.create_model("test_rat_3d", num_classes=7, iters=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = image(model)
     parameters = list(model.parameters())
