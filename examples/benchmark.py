@@ -18,7 +18,6 @@ share is that of the rate at which the device multiplies large matrices, measure
 import argparse
 import dataclasses
 import functools
-import importlib
 import json
 import math
 import multiprocessing
@@ -29,7 +28,6 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import timm
@@ -44,6 +42,7 @@ from torch.utils.benchmark import Timer
 from rat_timm.cost import count_macs
 from rat_timm.grid import Pyramid, Tokens, channels_first, channels_last
 from rat_timm.layers import grouping_attention, local_grouping_attention, neighborhood_attention
+from rat_timm.optional import need
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STAGES = ((56, 2), (28, 4), (14, 8))  # length and heads of rat_tiny's first stages for an image of 224 x 224
@@ -104,21 +103,13 @@ class Peer(NamedTuple):
 
 def upstream_rat() -> nn.Module:
     """Builds the network of the package ``resolution-aware-transformer`` with its defaults."""
-    return wanted("resolution_aware_transformer").ResolutionAwareTransformer()
+    return need("resolution_aware_transformer", "benchmark").ResolutionAwareTransformer()
 
 
 def monai_swin_vit() -> nn.Module:
     """Builds the encoder of MONAI's SwinUNETR, feature size 24, for one channel."""
-    build = wanted("monai.networks.nets.swin_unetr").SwinTransformer
+    build = need("monai.networks.nets.swin_unetr", "benchmark").SwinTransformer
     return build(1, 24, window_size=(7,) * 3, patch_size=(2,) * 3, depths=(2,) * 4, num_heads=(3, 6, 12, 24))
-
-
-def wanted(module: str) -> ModuleType:
-    """Imports a peer's module."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is not installed: pip install 'rat-timm[benchmark]'") from error
 
 
 PEERS = {"upstream_rat": Peer(upstream_rat, 3, 2), "monai_swin_vit": Peer(monai_swin_vit, 1, 3)}

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rat_timm.data import Batch
+from rat_timm.optional import need
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -161,8 +162,6 @@ class DeepSpeedEngine:
     """DeepSpeed's ZeRO: stage 2 shards gradients and the optimizer, stage 3 the weights too."""
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        import deepspeed
-
         if not dist.is_initialized():
             raise ValueError(f"parallel must be ddp or fsdp without torchrun, got {config.parallel}")
         if config.ema_decay and config.parallel == "deepspeed3":
@@ -171,7 +170,7 @@ class DeepSpeedEngine:
             raise ValueError("precision must be fp32 or bf16 with deepspeed, got fp16")
         self.config = config
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
-        self.model, self.optimizer, *_ = deepspeed.initialize(
+        self.model, self.optimizer, *_ = need("deepspeed", "deepspeed").initialize(
             model=model,
             optimizer=make_optimizer(model, config),
             dist_init_required=False,
@@ -214,12 +213,11 @@ class DeepSpeedEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        from deepspeed import zero
-
         if self.ema is not None:
             return {name: value.cpu() for name, value in self.ema.module.state_dict().items()}
         module = self.model.module
-        with zero.GatheredParameters(list(module.parameters()), enabled=self.config.parallel == "deepspeed3"):
+        gathered = need("deepspeed", "deepspeed").zero.GatheredParameters
+        with gathered(list(module.parameters()), enabled=self.config.parallel == "deepspeed3"):
             return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from rat_timm.data.optional import need
+from rat_timm.optional import need
 
 
 def test_a_package_that_is_there():

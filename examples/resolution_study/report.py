@@ -10,9 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from scipy.stats import binomtest
 
-COLUMNS = [
-    *("task", "network", "regime", "seed", "factor", "fixed", "control", "right", "count", "seconds"),
-]
+COLUMNS = ["task", "network", "regime", "seed", "factor", "fixed", "control", "right", "count", "seconds"]
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 

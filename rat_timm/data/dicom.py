@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .optional import need
+from ..optional import need
 
 _ROUNDING = 0.06  # millimetres by which written positions are off: some writers give one decimal
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..optional import need
 from . import dicom
-from .optional import need
 from .units import NIFTI_UNITS, Length, convert
 
 SPACE = "zyx"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .optional import need
+from ..optional import need
 from .samples import Sample, check_sample
 from .spacing import Spacing
 from .volumes import to_metatensor

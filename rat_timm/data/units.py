@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .optional import need
+from ..optional import need
 
 NIFTI_UNITS = {1: "m", 2: "mm", 3: "um"}  # of the lowest bits of a header's xyzt_units
 SMALLEST, LARGEST = 1e-12, 1.0  # metres: what a pixel of a microscope or a scanner can measure

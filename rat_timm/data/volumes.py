@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .optional import need
+from ..optional import need
 from .units import NIFTI_UNITS, Length, convert
 
 if TYPE_CHECKING:
