@@ -23,7 +23,7 @@ def lively(model):
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "fc" not in name:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        elif "gamma" in name:
+        elif "gamma" in name or name.endswith(("sga.norm2.weight", "sga.norm3.weight")):
             torch.nn.init.ones_(parameter)
     return model
 
@@ -241,6 +241,17 @@ def test_bad_inputs_are_named_before_any_work(x, kwargs, message):
             run(x, **kwargs)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NAMES, "rat_tiny"])
+def test_groups_start_out_different(name):
+    """What all groups have in common must not drown at initialisation what tells them apart."""
+    model = timm.create_model(name).eval()
+    maps = model.forward_intermediates(torch.randn(1, *IMAGE.get(name, (3, 96, 96))), intermediates_only=True)
+    for level in maps[1:-1]:
+        places = level.flatten(2)[0]  # [C, N]
+        assert places.std(dim=1).mean() > 0.4 * places.std()
+
+
 def test_every_parameter_gets_a_gradient(model):
     model.train()
     model(image(model), spacing=0.7).square().sum().backward()
@@ -328,3 +339,73 @@ def test_leaving_the_meta_device():
     reinit_non_persistent_buffers(model)
     x = torch.randn(1, 3, 40, 40)
     assert torch.equal(model(x), expected(x))
+
+
+def smooth_scene(model, spacing):
+    """One scene of waves, 64 units long along each axis (16 in volumes), sampled at a spacing."""
+    extent = 64 if model.cfg.spatial_dims == 2 else 16
+    count = round(extent / spacing)
+    place = (torch.arange(count) + 0.5) * extent / count
+    waves = [
+        torch.sin(place / (9 + axis)).view([-1 if a == axis else 1 for a in range(model.cfg.spatial_dims)])
+        for axis in range(model.cfg.spatial_dims)
+    ]
+    return sum(waves).expand(1, model.in_chans, *(count,) * model.cfg.spatial_dims)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_physical_stem_sees_the_same_scene_at_any_spacing(name):
+    model = lively(timm.create_model(name, num_classes=7, physical_stem=True).eval())
+    plain = lively(timm.create_model(name, num_classes=7).eval())
+    plain.load_state_dict(model.state_dict())
+    expected = model.forward_features(smooth_scene(model, 1.0))
+    assert torch.equal(expected, plain.forward_features(smooth_scene(model, 1.0), spacing=1.0))
+    for spacing in (0.5, 0.8, 1.6):
+        found = model.forward_features(smooth_scene(model, spacing), spacing=spacing)
+        assert found.shape == expected.shape
+        assert (found - expected).norm() < 0.1 * expected.norm()
+        other = plain.forward_features(smooth_scene(model, spacing), spacing=spacing)
+        assert other.shape != expected.shape or (other - expected).norm() > 0.2 * expected.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_maps_of_a_physical_stem_have_one_physical_grid(name):
+    model = timm.create_model(name, physical_stem=True, spacing=0.5).eval()
+    size = IMAGE[name][1:]
+    axes = len(size)
+    told = [0.25, 1.0, 0.75][:axes]
+    images = [torch.randn(2, *IMAGE[name]), torch.randn(2, IMAGE[name][0], *(n // 2 for n in size))]
+    out = model.forward_intermediates(images[0], spacing=told, output_dict=True)
+    for info, level in zip(model.feature_info, out["grids"], strict=True):
+        assert level.spacing[0].tolist() == list(info["spacing"])
+    known = model.forward_intermediates(images, spacing=[told, [2 * s for s in told]], output_dict=True)
+    fine, coarse = known["grids"][0]
+    assert torch.equal(coarse.spacing, 2 * fine.spacing)
+    # tokens stand on the first pixel of each stride cell; images share their outer corner, at zero
+    torch.testing.assert_close(fine.origin, torch.full((1, axes), 0.25, dtype=fine.origin.dtype))
+    torch.testing.assert_close(coarse.origin, 2 * fine.origin)
+
+
+def test_a_physical_stem_takes_a_spacing_per_sample():
+    model = lively(timm.create_model("test_rat", num_classes=7, physical_stem=True).eval())
+    x, spacing = torch.randn(2, 3, 40, 56), torch.tensor([[2.0, 1.5], [1.0, 0.5]])
+    together = model.forward_intermediates(x, spacing=spacing, output_dict=True)
+    alone = model.forward_intermediates(x[:1], spacing=spacing[:1], output_dict=True)
+    mask = together["masks"][0]
+    assert mask[0].all()
+    assert mask[1, :10, :7].all()
+    assert mask[1].sum() == 70
+    torch.testing.assert_close(together["image_intermediates"][0][:1], alone["image_intermediates"][0])
+    levels, spacings = [x, x[..., ::2, ::2]], [spacing, spacing * torch.tensor([[2.0], [3.0]])]
+    with pytest.raises(ValueError, match="spacing must be related to level 0's alike"):
+        model(levels, spacing=spacings)
+
+
+def test_a_physical_stem_compiles_with_numbers():
+    torch.compiler.reset()
+    model = timm.create_model("test_rat", num_classes=3, iters=1, physical_stem=True).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(1, 3, 32, 48)
+    torch.testing.assert_close(compiled(x, spacing=(2.0, 1.4)), model(x, spacing=(2.0, 1.4)), rtol=1e-4, atol=1e-5)
+    with pytest.raises(Exception, match="spacing must be numbers"):
+        compiled(x, spacing=torch.tensor([[2.0, 1.4]]))

@@ -19,7 +19,7 @@ import pandas as pd
 import report
 import torch
 from joblib import Parallel, delayed
-from networks import NETWORKS, Classifier
+from networks import NETWORKS, Classifier, Network, at_spacing
 from rich.progress import track
 from tasks import FACTORS, REGIMES, TASKS, Images, test_images, training_images
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Budget:
         lr: Learning rate at its peak.
     """
 
-    epochs: int = 16
+    epochs: int = 12
     trained: float = 1.0
     tested: float = 1.0
     factors: tuple[float, ...] = FACTORS
@@ -84,11 +84,12 @@ def train(experiment: Experiment, budget: Budget, cache: Path) -> Classifier:
     torch.manual_seed(experiment.seed)
     classifier = NETWORKS[experiment.network].create(len(task.size), task.classes)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=budget.lr, weight_decay=0.05)
-    steps = budget.epochs * (len(images.label) // budget.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.lr, steps, pct_start=0.15)
+    order = draw_order(images.factor, budget)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.lr, len(order), pct_start=0.15)
     classifier.train()
-    for pixels, factor, label in batches(images, budget):
-        loss = F.cross_entropy(classifier(flip(pixels), spacing_of(factor, pixels)), label, label_smoothing=0.1)
+    for chosen in order:
+        pixels, factor, label = (part[chosen] for part in images)
+        loss = F.cross_entropy(classifier(flip(pixels), float(factor[0])), label, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
@@ -97,22 +98,25 @@ def train(experiment: Experiment, budget: Budget, cache: Path) -> Classifier:
     return classifier.eval()
 
 
-def batches(images: Images, budget: Budget) -> Iterator[Images]:
-    """Yields the images, in another order in each epoch."""
-    count = len(images.label) // budget.batch * budget.batch
+def draw_order(factor: Tensor, budget: Budget) -> list[Tensor]:
+    """Returns the images of each step, in another order in each epoch; those of a step have one pixel size."""
+    order = []
     for _ in range(budget.epochs):
-        for chosen in torch.randperm(len(images.label))[:count].split(budget.batch):
-            yield Images(*(part[chosen] for part in images))
+        steps = [step for value in factor.unique() for step in _steps(factor == value, budget.batch)]
+        order += [steps[index] for index in torch.randperm(len(steps))]
+    return order
+
+
+def _steps(taken: Tensor, batch: int) -> list[Tensor]:
+    """Splits the indices of some images at random into whole batches."""
+    index = taken.nonzero()[:, 0]
+    parts = index[torch.randperm(len(index))].split(batch)
+    return [part for part in parts if len(part) == batch]
 
 
 def flip(pixels: Tensor) -> Tensor:
     """Flips a batch along each axis, or not."""
     return pixels.flip([axis for axis in range(2, pixels.ndim) if torch.rand(()) < 0.5])
-
-
-def spacing_of(factor: Tensor, pixels: Tensor) -> Tensor:
-    """Returns ``[B, axes]``: the training images' pixels are 1 wide, whatever their shape is."""
-    return factor[:, None].expand(-1, pixels.ndim - 2)
 
 
 @torch.inference_mode()
@@ -122,30 +126,27 @@ def evaluate(classifier: Classifier, experiment: Experiment, budget: Budget, cac
     count = round(task.test * budget.tested)
     for factor, fixed in itertools.product(budget.factors, ("size", "field")):
         images = test_images(experiment.task, factor, fixed, count, cache)
-        for control in ("", "resized", "wrong spacing"):
-            if control == "wrong spacing" and NETWORKS[experiment.network].spacing == "hidden":
-                continue
-            right = count_right(classifier, change(images, control))
+        for control in controls(NETWORKS[experiment.network], fixed):
+            right = count_right(classifier, images, control)
             yield {"factor": factor, "fixed": fixed, "control": control, "right": right, "count": count}
 
 
-def change(images: Images, control: str) -> Images:
-    """Returns the images as a control has them: resized to the training spacing, or said to have a wrong one."""
-    if control == "resized":
-        mode = ("bilinear", "trilinear")[images.pixels.ndim - 4]
-        size = [max(4, round(n * float(images.factor[0]))) for n in images.pixels.shape[2:]]
-        smooth = {"antialias": True} if mode == "bilinear" else {}
-        pixels = F.interpolate(images.pixels, size, mode=mode, **smooth) if images.factor[0] != 1 else images.pixels
-        return images._replace(pixels=pixels, factor=torch.ones_like(images.factor))
-    return images._replace(factor=images.factor * WRONG) if control == "wrong spacing" else images
+def controls(network: Network, fixed: str) -> list[str]:
+    """Returns how a network is tested: as it is; with images resized to the training spacing; with a wrong spacing."""
+    resized = ["resized"] if network.spacing != "resized" else []
+    return ["", *resized, *(["wrong spacing"] if network.spacing != "hidden" and fixed == "size" else [])]
 
 
-def count_right(classifier: Classifier, images: Images, pixels_at_once: int = 1 << 18) -> int:
+def count_right(classifier: Classifier, images: Images, control: str, pixels_at_once: int = 1 << 18) -> int:
     """Returns how many images are told right."""
-    batch = max(1, pixels_at_once // images.pixels[0].numel())
-    parts = (part.split(batch) for part in images)
-    logits = [(classifier(x, spacing_of(f, x)), y) for x, f, y in zip(*parts, strict=True)]
-    return sum(int((scores.argmax(-1) == label).sum()) for scores, label in logits)
+    pixels, factor = images.pixels, float(images.factor[0])
+    if control == "resized":
+        pixels, factor = at_spacing(pixels, factor, 1.0), 1.0
+    if control == "wrong spacing":
+        factor *= WRONG
+    batch = max(1, pixels_at_once // pixels[0].numel())
+    logits = torch.cat([classifier(x, factor) for x in pixels.split(batch)])
+    return int((logits.argmax(-1) == images.label).sum())
 
 
 def run(experiment: Experiment, budget: Budget, cache: Path) -> pd.DataFrame:
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=1, help="experiments at a time, one core each")
     parser.add_argument("--quick", action="store_true", help="one network that learns fast, for a short time")
     given = parser.parse_args()
@@ -173,7 +175,8 @@ def main() -> None:
     if given.quick:
         budget = Budget(epochs=10, trained=0.5, tested=0.2, factors=(0.5, 1.0, 2.0))
         wanted = [Experiment("cells", "plain rat", "one", 0)]
-    wanted = [each for each in wanted if each.network in given.networks and each.regime in given.regimes]
+    chosen = {"network": given.networks, "regime": given.regimes, "seed": given.seeds}
+    wanted = [each for each in wanted if all(getattr(each, name) in allowed for name, allowed in chosen.items())]
     file = given.output / "results.csv"
     done = report.read(file)
     finished = set(done[["task", "network", "regime", "seed"]].itertuples(index=False, name=None))

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from ..grid import Tokens, channels_first, channels_last
 from .masking import pool_mask
+from .resample import resample, spacing_rows
 
 _CONVS = {2: F.conv2d, 3: F.conv3d}
-_MAX_POOLS = {2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 
 
 def patchify(tokens: Tokens, weight: Tensor, bias: Tensor | None) -> Tokens:
@@ -81,41 +81,18 @@ def physical_patchify(
     spacing = _read_spacing(tokens) if spacing is None else spacing
     length = [p * r for p, r in zip(weight.shape[2:], reference, strict=True)]
     size = [max(1, round(whole / s)) for whole, s in zip(length, spacing, strict=True)]
-    ratio = [s * n / whole for s, n, whole in zip(spacing, size, length, strict=True)]  # new pixels per old one
-    if any(abs(r - 1) > 1e-6 for r in ratio):
-        tokens = _interpolate(tokens, ratio)
-    return patchify(tokens, resample_kernel(weight, size), bias)
+    fitting = [whole / n for n, whole in zip(size, length, strict=True)]
+    return patchify(resample(tokens, fitting, spacing), resample_kernel(weight, size), bias)
 
 
-def _read_spacing(tokens: Tokens) -> list[float]:
-    rows = tokens.grid.spacing
-    if torch.compiler.is_compiling() or rows.is_meta:
-        raise ValueError("spacing must be numbers, not a tensor, where patches are physical and the model is compiled")
-    if (rows != rows[:1]).any():
+def _read_spacing(tokens: Tokens) -> tuple[float, ...]:
+    rows = spacing_rows(tokens.grid)
+    if len(set(rows)) > 1:
         raise ValueError(
             "spacing must be the same for all samples where patches are physical, since it decides how many patches "
-            f"there are; got {rows.tolist()}"
+            f"there are; got {rows}"
         )
-    return rows[0].tolist()
-
-
-def _interpolate(tokens: Tokens, ratio: Sequence[float]) -> Tokens:
-    """Interpolates linearly to ``ratio`` pixels for one, from the outer corner on."""
-    size = tuple(max(1, round(n * r)) for n, r in zip(tokens.grid.shape, ratio, strict=True))
-    x = tokens.filled()
-    for axis, (n, r) in enumerate(zip(size, ratio, strict=True), start=1):
-        # by hand, since `interpolate` copies an axis whose length stays, and knows no scale beside the lengths
-        place = ((torch.arange(n, device=x.device) + 0.5) / r - 0.5).clamp(0, x.shape[axis] - 1)
-        low = place.floor().long()
-        high = (low + 1).clamp(max=x.shape[axis] - 1)
-        share = (place - low).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1 - axis))
-        x = torch.lerp(x.index_select(axis, low), x.index_select(axis, high), share)
-    mask = tokens.mask
-    if mask is not None:
-        mask = _MAX_POOLS[len(size)](mask.float().unsqueeze(1), size)[:, 0] > 0
-    spacing = tokens.grid.spacing / tokens.grid.spacing.new_tensor(list(ratio))
-    grid = tokens.grid._replace(shape=size, spacing=spacing, origin=tokens.grid.corners()[0] + spacing / 2)
-    return Tokens(x, grid, mask)
+    return rows[0]
 
 
 def _pad(x: Tensor, size: Sequence[int]) -> Tensor:

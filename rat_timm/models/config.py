@@ -66,6 +66,8 @@ class RatConfig:
         leading_tokens: Another name for ``reg_tokens``.
         stem_kernel_size: Kernel of each convolution of the stem.
         stem_stride: Total stride of the stem, one number or one per axis.
+        physical_stem: Whether images are resampled to the reference spacing in front of the stem, so that kernels mean
+            the same at any spacing. Maps have then a number of places that goes with the extent, not with the pixels.
         kernel_size: Kernel of the strided convolution that starts a grouping, one number or one per axis.
         stride: Its stride, one number or one per axis.
         sga_attention_type: "dense" or "sparse" for all groupings, or one per grouping. Default: sparse, the last dense.
@@ -98,6 +100,7 @@ class RatConfig:
     leading_tokens: int = 0
     stem_kernel_size: Sequence[int] = (3, 3)
     stem_stride: int | Sequence[int] = 4
+    physical_stem: bool = False
     kernel_size: int | Sequence[int] = 3
     stride: int | Sequence[int] = 2
     sga_attention_type: str | Sequence[str] | None = None

@@ -1,5 +1,6 @@
 """What a user hands to a model, checked and turned into a `Pyramid` of images on their grids."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from ..grid import Pyramid, Tokens, channels_last, pyramid_grids
+from ..grid import Pyramid, Tokens, channels_last, pyramid_grids, spacing_numbers
+from ..layers.resample import resample, spacing_rows
 
 
 @register_notrace_function
@@ -56,6 +58,41 @@ def read_images(
     )
     levels = [Tokens(channels_last(image), grid, m) for image, grid, m in zip(images, grids, masks, strict=True)]
     return Pyramid(levels, None, single)
+
+
+@register_notrace_function
+def to_reference(images: Pyramid, spacing: Any, reference: tuple[float, ...]) -> Pyramid:
+    """Resamples a pyramid, so that its first level has the reference spacing and the others keep theirs relative to it.
+
+    Args:
+        images: The images on their grids.
+        spacing: What the user said of it, for its numbers: see `rat_timm.grid.spacing_numbers`.
+        reference: The model's reference spacing.
+
+    Raises:
+        ValueError: If a spacing is a tensor and the model is compiled, or samples differ in how the levels' spacings
+            are related.
+    """
+    numbers = spacing_numbers([tokens.grid.shape for tokens in images.levels], spacing, reference)
+    first, levels = None, []
+    for tokens, known in zip(images.levels, numbers, strict=True):
+        rows = spacing_rows(tokens.grid) if known is None else [known]
+        first = rows if first is None else first
+        levels.append(resample(tokens, _relative_to(first, rows, reference), known))
+    return images._replace(levels=levels)
+
+
+def _relative_to(first: list, rows: list, reference: tuple[float, ...]) -> list[float]:
+    """Returns the spacing of a level where that of the first level is the reference, the same for all samples."""
+    count = max(len(first), len(rows))
+    pairs = zip(first * (count // len(first)), rows * (count // len(rows)), strict=True)
+    wanted = [[r * s / base for r, s, base in zip(reference, row, level0, strict=True)] for level0, row in pairs]
+    if any(not math.isclose(a, b, rel_tol=1e-5) for row in wanted for a, b in zip(row, wanted[0], strict=True)):
+        raise ValueError(
+            "spacing must be related to level 0's alike in all samples where the stem is physical, "
+            f"got {rows} beside {first}"
+        )
+    return wanted[0]
 
 
 def _name(name: str, level: int, single: bool) -> str:

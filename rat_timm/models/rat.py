@@ -34,7 +34,7 @@ from .convert import (
     unwrap,
     warn_of_dropped_classifier,
 )
-from .inputs import read_images
+from .inputs import read_images, to_reference
 from .stage import PyramidNorm, Stage
 
 __all__ = ["RatConfig", "ResolutionAwareTransformer"]
@@ -144,10 +144,14 @@ class ResolutionAwareTransformer(nn.Module):
         return _maps(self._encode(x, spacing, mask, origin), "NCHW")
 
     def _encode(self, x: Any, spacing: Any, mask: Any, origin: Any) -> Pyramid:
-        pyramid = self.stem(read_images(x, spacing, mask, origin, *self._image_limits))
+        pyramid = self._tokenize(x, spacing, mask, origin)
         for stage in self.stages:
             pyramid = stage(pyramid)[0]
         return self.norm(pyramid)
+
+    def _tokenize(self, x: Any, spacing: Any, mask: Any, origin: Any) -> Pyramid:
+        images = read_images(x, spacing, mask, origin, *self._image_limits)
+        return self.stem(to_reference(images, spacing, self.reference_spacing) if self.cfg.physical_stem else images)
 
     def forward_head(self, x: Any, pre_logits: bool = False, mask: Any = None, prefix: Tensor | None = None) -> Any:
         """Pools and classifies what `forward_features` returned.
@@ -209,7 +213,7 @@ class ResolutionAwareTransformer(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take_indices, last = feature_take_indices(len(self.stages), indices)
-        pyramid = self.stem(read_images(x, spacing, mask, origin, *self._image_limits))
+        pyramid = self._tokenize(x, spacing, mask, origin)
         stages = self.stages[: last + 1] if stop_early else self.stages
         taken, assignments = [], []
         for i, stage in enumerate(stages):

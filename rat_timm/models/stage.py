@@ -18,6 +18,9 @@ from ..layers.masking import join_masks
 from ..layers.rose import RotarySpatialEmbedding
 from .config import RatConfig, StageConfig
 
+TAKEN = 0.1
+"""Weight of what groups take over what they start from, when training starts (after Swin V2, arXiv 2111.09883)."""
+
 
 class Downsample(nn.Module):
     """Spatial grouping attention at the width of the finer stage, then a projection to the coarser stage's.
@@ -63,6 +66,9 @@ class Downsample(nn.Module):
             rose_initial_scaling=cfg.rose_initial_scaling,
             **dd,
         )
+        for norm in (self.sga.norm2, self.sga.norm3):
+            # at first all groups take nearly the same, which at full weight drowns what tells them apart
+            nn.init.constant_(norm.weight, TAKEN)
         same = stage.dim_in == stage.dim
         self.proj = nn.Identity() if same else nn.Linear(stage.dim_in, stage.dim, **dd)
 

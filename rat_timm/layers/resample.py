@@ -1,0 +1,120 @@
+"""Images at another pixel size: in one field of view, without aliasing, and with masks that hold."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..grid import Grid, Tokens, fill
+
+_SAME = 1e-6  # how near 1 a ratio of spacings is taken for 1
+
+
+def resample(tokens: Tokens, spacing: Sequence[float], known: Sequence[float] | None = None) -> Tokens:
+    """Resamples an image to a pixel size, linearly; what becomes coarser is averaged by the triangle filter.
+
+    The field of view keeps its lower corner, and its extent up to half a pixel. What is masked has no weight; a new
+    pixel is valid if any valid pixel lies under it. Samples of different spacings come out in the size of the largest,
+    the others' ends masked.
+
+    Args:
+        tokens: An image on its grid.
+        spacing: The new pixel size per axis.
+        known: That of the grid in numbers, per axis; None: read from the grid, which a compiled model cannot do.
+
+    Raises:
+        ValueError: If the grid's spacing is a tensor and the model is compiled.
+    """
+    rows = spacing_rows(tokens.grid) if known is None else [tuple(known)]
+    ratios = [tuple(s / new for s, new in zip(row, spacing, strict=True)) for row in rows]
+    if all(abs(ratio - 1) < _SAME for row in ratios for ratio in row):
+        return tokens
+    if len(set(ratios)) == 1:
+        return _resample(tokens, ratios[0], spacing)
+    grid = tokens.grid
+    parts = []
+    for index, ratio in enumerate(ratios):
+        here = slice(index, index + 1)
+        mask = None if tokens.mask is None else tokens.mask[here]
+        origin = grid.origin[here] if len(grid.origin) > 1 else grid.origin
+        part = Tokens(tokens.x[here], grid._replace(spacing=grid.spacing[here], origin=origin), mask)
+        parts.append(_resample(part, ratio, spacing))
+    return _stack(parts)
+
+
+def spacing_rows(grid: Grid) -> list[tuple[float, ...]]:
+    """Reads a grid's spacing, per sample or one for all; raises ``ValueError`` where a model is compiled."""
+    rows = grid.spacing
+    if torch.compiler.is_compiling() or rows.is_meta:
+        raise ValueError("spacing must be numbers, not a tensor, where the model is physical and compiled")
+    return [tuple(row) for row in rows.tolist()]
+
+
+def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) -> Tokens:
+    """Resamples to ``ratio`` pixels for one, per axis."""
+    size = tuple(max(1, round(n * r)) for n, r in zip(tokens.grid.shape, ratio, strict=True))
+    step = tokens.grid.spacing.new_tensor([list(spacing)])
+    grid = tokens.grid._replace(shape=size, spacing=step, origin=tokens.grid.corners()[0] + step / 2)
+    x, mask = tokens.filled(), tokens.mask
+    if mask is None:
+        for axis, (n, r) in enumerate(zip(size, ratio, strict=True), start=1):
+            x = _weigh(x, axis, *_triangle(x.shape[axis], n, r), normalize=True)
+        return Tokens(x, grid)
+    weight = covered = mask.unsqueeze(-1).to(x.dtype)
+    for axis, (n, r) in enumerate(zip(size, ratio, strict=True), start=1):
+        taps = _triangle(x.shape[axis], n, r)
+        x, weight = _weigh(x, axis, *taps), _weigh(weight, axis, *taps)
+        covered = _weigh(covered, axis, *_overlap(covered.shape[axis], n, r))
+    valid = covered[..., 0] > 0
+    weight = torch.where(valid.unsqueeze(-1), weight, 1.0)  # no division by zero, whose gradient is not a number
+    return Tokens(fill(x / weight, valid), grid, valid)
+
+
+def _triangle(n: int, size: int, ratio: float) -> tuple[Tensor, Tensor]:
+    """Returns which of ``n`` pixels the new ones lie near, and their weights, both ``[size, taps]``."""
+    step = 1 / ratio
+    reach = max(1.0, step)
+    center = (torch.arange(size, dtype=torch.float64) + 0.5) * step - 0.5
+    index = (center - reach).ceil()[:, None] + torch.arange(math.floor(2 * reach) + 1)
+    return _inside(index, (1 - (index - center[:, None]).abs() / reach).clamp(min=0), n)
+
+
+def _overlap(n: int, size: int, ratio: float) -> tuple[Tensor, Tensor]:
+    """Returns which of ``n`` pixels the new ones lie over, and for how long, both ``[size, taps]``."""
+    edge = torch.arange(size + 1, dtype=torch.float64) / ratio
+    lower, upper = edge[:-1, None], edge[1:, None]
+    index = lower.floor() + torch.arange(math.ceil(1 / ratio) + 1)
+    shared = torch.minimum(upper, index + 1) - torch.maximum(lower, index)
+    return _inside(index, torch.where(shared > _SAME, shared, 0.0), n)
+
+
+def _inside(index: Tensor, weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    inside = (index >= 0) & (index < n)
+    return index.clamp(0, n - 1).long(), torch.where(inside, weight, 0.0)
+
+
+def _weigh(x: Tensor, axis: int, index: Tensor, weight: Tensor, normalize: bool = False) -> Tensor:
+    """Sums ``x`` over the taps of an axis; no matrix product, whose precision autocast and TF32 lower."""
+    weight = weight / weight.sum(dim=1, keepdim=True) if normalize else weight
+    index, weight = index.to(x.device), weight.to(x.device, x.dtype)
+    shape = [-1, *[1] * (x.ndim - 1 - axis)]
+    parts = (x.index_select(axis, i) * w.view(shape) for i, w in zip(index.unbind(1), weight.unbind(1), strict=True))
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total
+
+
+def _stack(parts: Sequence[Tokens]) -> Tokens:
+    """Puts samples of several sizes into one batch, with masked ends."""
+    size = tuple(max(sizes) for sizes in zip(*(part.grid.shape for part in parts), strict=True))
+    channels = parts[0].x.shape[-1]
+    x = parts[0].x.new_zeros(len(parts), *size, channels)
+    mask = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+    for row, part in enumerate(parts):
+        here = (row, *(slice(n) for n in part.grid.shape))
+        x[here] = part.x[0]
+        mask[here] = True if part.mask is None else part.mask[0]
+    origin = torch.cat([part.grid.origin for part in parts])
+    return Tokens(x, parts[0].grid._replace(shape=size, origin=origin), mask)
