@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
+SHARES = (0.5, 0.67, 0.83, 1.0)  # of an image's length, that is trained on: no field of view is to be learned
 WRONG = 1.6  # by what the spacing is wrong where it is so on purpose
 VOLUMES = ("rat", "rat, spacing hidden", "plain rat")  # that take volumes
 PHOTOGRAPHS = ("rat", "rat, spacing hidden", "plain rat", "convnext", "vit", "swin")
@@ -89,7 +90,7 @@ def train(experiment: Experiment, budget: Budget, cache: Path) -> Classifier:
     classifier.train()
     for chosen in order:
         pixels, factor, label = (part[chosen] for part in images)
-        loss = F.cross_entropy(classifier(flip(pixels), float(factor[0])), label, label_smoothing=0.1)
+        loss = F.cross_entropy(classifier(augment(pixels), float(factor[0])), label, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
@@ -114,8 +115,12 @@ def _steps(taken: Tensor, batch: int) -> list[Tensor]:
     return [part for part in parts if len(part) == batch]
 
 
-def flip(pixels: Tensor) -> Tensor:
-    """Flips a batch along each axis, or not."""
+def augment(pixels: Tensor) -> Tensor:
+    """Cuts a part of a random size out of a batch and flips it along each axis, or not."""
+    share = SHARES[int(torch.randint(len(SHARES), ()))]
+    for axis, n in enumerate(pixels.shape[2:], start=2):
+        size = 4 * round(n * share / 4)
+        pixels = pixels.narrow(axis, int(torch.randint(n - size + 1, ())), size)
     return pixels.flip([axis for axis in range(2, pixels.ndim) if torch.rand(()) < 0.5])
 
 

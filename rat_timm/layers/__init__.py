@@ -1,5 +1,6 @@
 """The layers of RAT, for 2D and 3D alike; tokens are channels-last, ``[B, *grid, C]``."""
 
+from .adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
 from .assignment import Assignment, carry_up, compose, to_pixels
 from .attention import Attention, Block
 from .grouping import (
@@ -14,10 +15,12 @@ from .rose import RotarySpatialEmbedding, Rotation
 from .stem import Stem
 
 __all__ = [
+    "AdaptivePatching",
     "Assignment",
     "Attention",
     "Block",
     "DenseSpatialGroupingAttention",
+    "Patches",
     "RotarySpatialEmbedding",
     "Rotation",
     "SparseSpatialGroupingAttention",
@@ -26,6 +29,7 @@ __all__ = [
     "carry_up",
     "compose",
     "grouping_attention",
+    "interpolate_pos_embed",
     "local_grouping_attention",
     "neighborhood_attention",
     "to_pixels",

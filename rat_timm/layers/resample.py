@@ -113,8 +113,8 @@ def _stack(parts: Sequence[Tokens]) -> Tokens:
     x = parts[0].x.new_zeros(len(parts), *size, channels)
     mask = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
     for row, part in enumerate(parts):
-        here = (row, *(slice(n) for n in part.grid.shape))
-        x[here] = part.x[0]
-        mask[here] = True if part.mask is None else part.mask[0]
+        here = tuple(slice(n) for n in part.grid.shape)
+        x[row][here] = part.x[0]
+        mask[row][here] = True if part.mask is None else part.mask[0]
     origin = torch.cat([part.grid.origin for part in parts])
     return Tokens(x, parts[0].grid._replace(shape=size, origin=origin), mask)

@@ -66,9 +66,9 @@ class Downsample(nn.Module):
             rose_initial_scaling=cfg.rose_initial_scaling,
             **dd,
         )
-        for norm in (self.sga.norm2, self.sga.norm3):
+        for name in ("norm2", "norm3"):
             # at first all groups take nearly the same, which at full weight drowns what tells them apart
-            nn.init.constant_(norm.weight, TAKEN)
+            nn.init.constant_(self.sga.get_parameter(f"{name}.weight"), TAKEN)
         same = stage.dim_in == stage.dim
         self.proj = nn.Identity() if same else nn.Linear(stage.dim_in, stage.dim, **dd)
 
