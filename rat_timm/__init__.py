@@ -5,11 +5,12 @@ Spacing is physical, in array-axis order (z, y, x). Masks are True where valid.
 
 from .grid import Grid
 from .layers.backend import attention_backend, set_attention_backend
-from .models import RatConfig, RatVit, ResolutionAwareTransformer
+from .models import AdaptiveVit, RatConfig, RatVit, ResolutionAwareTransformer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveVit",
     "Grid",
     "RatConfig",
     "RatVit",

@@ -4,7 +4,8 @@
 
 Left out are TorchScript, which is deprecated and no target of ours; tests that download weights or expected outputs;
 the test of cfgs for plain ViTs, as timm leaves out its own, and for volumes, where it asserts that maps have four
-dimensions; and that of the maps' sizes for a volume that is no cube (`test_timm_contract.py` checks the same for five).
+dimensions; and that of the maps' sizes for a volume that is no cube (`test_timm_contract.py` checks the same for five)
+and for adaptive patches, which form no map.
 """
 
 import re
@@ -17,9 +18,10 @@ from pathlib import Path
 import timm
 
 PLAIN = ("rat_vit_small_patch16_rope_mixed_224", "rat_vit_small_patch16_dinov3_qkvb")
-NAMES = ("test_rat", "test_rat_3d", "rat_tiny", "rat_tiny_3d", *PLAIN)
+ADAPTIVE = ("apvit_tiny_patch16_224",)
+NAMES = ("test_rat", "test_rat_3d", "rat_tiny", "rat_tiny_3d", *PLAIN, *ADAPTIVE)
 LEFT_OUT = re.compile(
-    r"torchscript|test_model_inference|_pretrained\[.*rat_(vit|eva)"
+    r"torchscript|test_model_inference|_pretrained\[.*(rat_vit|rat_eva|apvit)"
     r"|test_model_default_cfgs.*(_3d|rat_vit|rat_eva)|test_model_forward_features.*test_rat_3d"
 )
 
@@ -47,7 +49,18 @@ def fetch_tests(folder: Path) -> Path:
 
 def select(test_file: Path, names: list[str]) -> list[str]:
     """Returns the ids of the tests to run."""
-    command = [sys.executable, "-m", "pytest", "-p", "rat_timm", "--collect-only", "-q", "-k", "rat", test_file]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "rat_timm",
+        "--collect-only",
+        "-q",
+        "-k",
+        "rat or apvit",
+        test_file,
+    ]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     parameters = re.compile(r"\[(?:\d+-)?(?:" + "|".join(names) + r")(?:\.\w+)?(?:-\d+)?\]$")
     tests = [line.split("::", 1)[1] for line in listing.splitlines() if parameters.search(line)]

@@ -36,6 +36,7 @@ class Network:
         coarsened: Whether images are made coarser at random in training, and said to be so.
         levels: How many levels of a pyramid of the one image it is given, each half as fine as the one before.
         change: What is changed in the model.
+        lr: Learning rate at its peak: of 0.0005 and 0.001 the one with which more training images were right.
     """
 
     architecture: str
@@ -46,6 +47,7 @@ class Network:
     coarsened: bool = False
     levels: int = 1
     change: Callable[[nn.Module], None] | None = None
+    lr: float = 5e-4
 
     def create(self, axes: int, num_classes: int, in_chans: int = 1) -> "Classifier":
         """Builds it for images with so many axes."""
@@ -104,8 +106,8 @@ COARSER = (1.0, 1.4, 2.0, 2.8, 4.0)  # by what images are made coarser
 _VIT, _PLAIN = "vit_small_patch16_rope_mixed_224", "rat_vit_small_patch16_rope_mixed_224"
 _CONV, _SWIN = "convnext_atto", "swin_tiny_patch4_window7_224"
 PEERS = {
-    "convnext": Network(_CONV, CONV, least=32),
-    "vit": Network(_VIT, {**VIT, **SIZES}),
+    "convnext": Network(_CONV, CONV, least=32, lr=1e-3),
+    "vit": Network(_VIT, {**VIT, **SIZES}, lr=1e-3),
     "swin": Network(_SWIN, {**SWIN, "strict_img_size": False}, multiple=4, least=32),
 }
 PHYSICAL = Network("test_rat", {**RAT, "physical_stem": True}, "given")
@@ -114,7 +116,7 @@ NETWORKS = {
     "rat": Network("test_rat", RAT, "given"),
     "rat, physical stem": PHYSICAL,
     "rat, spacing hidden": Network("test_rat", RAT),
-    "plain rat": Network(_PLAIN, {**VIT, **SIZES, "physical_patches": True}, "given"),
+    "plain rat": Network(_PLAIN, {**VIT, **SIZES, "physical_patches": True}, "given", lr=1e-3),
     **PEERS,
     **{f"{name}, channel": dataclasses.replace(peer, spacing="channel") for name, peer in PEERS.items()},
     **{f"{name}, resized": dataclasses.replace(peer, spacing="resized") for name, peer in PEERS.items()},

@@ -60,15 +60,13 @@ class Budget:
         tested: Share of its test images.
         factors: Pixel sizes to test at.
         batch: Images in a step.
-        lr: Learning rate at its peak.
     """
 
-    epochs: int = 12
+    epochs: int = 20
     trained: float = 1.0
     tested: float = 1.0
     factors: tuple[float, ...] = FACTORS
     batch: int = 32
-    lr: float = 1e-3
 
 
 def plan(tasks: list[str]) -> list[Experiment]:
@@ -83,10 +81,11 @@ def train(experiment: Experiment, budget: Budget, cache: Path) -> Classifier:
     task = TASKS[experiment.task]
     images = training_images(experiment.task, experiment.regime, round(task.training * budget.trained), cache)
     torch.manual_seed(experiment.seed)
-    classifier = NETWORKS[experiment.network].create(len(task.size), task.classes)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=budget.lr, weight_decay=0.05)
+    network = NETWORKS[experiment.network]
+    classifier = network.create(len(task.size), task.classes)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=network.lr, weight_decay=0.05)
     order = draw_order(images.factor, budget)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, budget.lr, len(order), pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, network.lr, len(order), pct_start=0.15)
     classifier.train()
     for chosen in order:
         pixels, factor, label = (part[chosen] for part in images)

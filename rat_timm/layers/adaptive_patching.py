@@ -204,6 +204,10 @@ class Predictor(nn.Module):
         self.whole = nn.Linear(hidden_dim // 4 * (view // 8) ** spatial_dims, hidden_dim, **dd)
         self.place = nn.Linear(hidden_dim + spatial_dims, hidden_dim, **dd)
         self.out = nn.Linear(hidden_dim, outputs, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Makes it predict zeros."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 

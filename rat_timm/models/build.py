@@ -23,6 +23,7 @@ def build(
     filter_fn: Callable[..., Any],
     entry_args: dict[str, Any],
     feature_indices: int | tuple[int, ...],
+    like: str | None = None,
     defaults: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -40,6 +41,7 @@ def build(
             in ``model.pretrained_model_args``.
         entry_args: Keywords of the models that the weights of registered entries come from.
         feature_indices: The maps that ``features_only`` gives by default.
+        like: timm's name of the architecture whose weights this one takes.
         defaults: Keywords of the architecture, which what was saved and what is given come before.
         **kwargs: Of ``timm.create_model``.
 
@@ -51,7 +53,7 @@ def build(
     found = hub.find(cfg, kwargs.get("cache_dir")) if pretrained else None
     source = cfg
     if found:
-        if found.architecture not in (None, variant, variant.removeprefix("rat_")):
+        if found.architecture not in (None, variant, like):
             raise ValueError(f"{cfg.hf_hub_id or cfg.file} holds weights of {found.architecture}, not of {variant}")
         if cfg.source is None:  # else timm has read what was saved
             cfg = _as_saved(cfg, found.pretrained_cfg, overlay)
@@ -88,6 +90,15 @@ def _is_entry(variant: str, cfg: PretrainedCfg) -> bool:
     """Tells whether weights come from where a registered entry says."""
     sources = [(c.file, c.url, c.hf_hub_id) for c in get_arch_pretrained_cfgs(variant).values()]
     return not cfg.state_dict and (cfg.file, cfg.url, cfg.hf_hub_id) in sources
+
+
+def entries_of(arch: str, variant: str) -> dict[str, dict[str, Any]]:
+    """Returns timm's pretrained entries of an architecture for one of ours, with the Hub's names in full."""
+    entries = {}
+    for name, cfg in get_arch_pretrained_cfgs(arch).items():
+        entry = dataclasses.asdict(dataclasses.replace(cfg, architecture=None, tag=None))
+        entries[name.replace(arch, variant, 1)] = {key: value for key, value in entry.items() if value is not None}
+    return entries
 
 
 def _resolve(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> PretrainedCfg:

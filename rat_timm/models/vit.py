@@ -4,7 +4,6 @@ Every architecture of `timm.models.Eva` with a rotary embedding is registered un
 timm's pretrained entries. Without any word on geometry a model does what timm's does, by timm's code.
 """
 
-import dataclasses
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +16,15 @@ from timm.models import checkpoint, eva, generate_default_cfgs, register_model, 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..grid import Grid, Tokens, axis_values, channels_first, field_center, fill, integers, merge_axes, spacing_numbers
+from ..grid import Grid, Tokens, axis_values, channels_first, field_center, integers, merge_axes, spacing_numbers
 from ..layers.masking import check_mask, join_masks
 from ..layers.patches import patchify, physical_patchify, resample_kernel
 from ..layers.rope import FAMILIES, Frame, extend_along_z, rotary_embedding
-from ..layers.sequence import POOLS, TokenSequence, attention_mask, pool_valid
-from .build import build
+from ..layers.sequence import TokenSequence
+from .build import build, entries_of
 from .convert import check_names, fit, inflate, unwrap, warn_of_dropped_classifier
 from .inputs import read_images
+from .pool import pool_tokens
 
 __all__ = ["RatVit"]
 
@@ -183,7 +183,7 @@ class RatVit(eva.Eva):
             return heads[0] if isinstance(x, Tensor) else heads
         joined = torch.cat([sequences[0][:, : self.num_prefix_tokens], *patches], dim=1)
         valid = join_masks(masks, [part.shape[:-1] for part in patches])
-        return self._head(self._pool(joined, valid), pre_logits)
+        return self._head(pool_tokens(self, joined, valid), pre_logits)
 
     def forward_intermediates(
         self,
@@ -385,25 +385,11 @@ class RatVit(eva.Eva):
         if not self._pools:
             sequences = self._sequences(x, encoded)
             return self._head(sequences) if encoded.single else [self._head(s) for s in sequences]
-        return self._head(self._pool(x, encoded.valid))
+        return self._head(pool_tokens(self, x, encoded.valid))
 
     def _head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
-
-    def _pool(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Pools ``x`` ``[B, P + N, C]`` over valid patches; timm's pooling where all are."""
-        if valid is None:
-            return self.pool(x)
-        prefix, patches = x[:, : self.num_prefix_tokens], fill(x[:, self.num_prefix_tokens :], valid)
-        if self.attn_pool is not None:
-            allowed = attention_mask(valid, self.num_prefix_tokens)
-            # added to the logits: that is what timm's pooling does with any mask where attention is not fused
-            bias = torch.zeros_like(allowed, dtype=x.dtype).masked_fill(~allowed, -math.inf)
-            return self.attn_pool(torch.cat((prefix, patches), dim=1), attn_mask=bias)
-        if self.global_pool in POOLS:
-            return pool_valid(patches, valid, self.global_pool)
-        return self.pool(torch.cat((prefix, patches), dim=1))
 
 
 @register_notrace_function
@@ -484,15 +470,6 @@ def _estimated_parameters(kwargs: dict[str, Any]) -> float:
     return per_block * kwargs.get("depth", 12)
 
 
-def _entries(arch: str) -> dict[str, dict[str, Any]]:
-    """Returns timm's pretrained entries of an architecture under our name, with the Hub's names in full."""
-    entries = {}
-    for name, cfg in timm.models.get_arch_pretrained_cfgs(arch).items():
-        entry = dataclasses.asdict(dataclasses.replace(cfg, architecture=None, tag=None))
-        entries[f"rat_{name}"] = {key: value for key, value in entry.items() if value is not None}
-    return entries
-
-
 def _register(arch: str, kwargs: dict[str, Any]) -> None:
     def create(pretrained: bool = False, **given: Any) -> nn.Module:
         return _create_vit(f"rat_{arch}", kwargs, pretrained, **given)
@@ -509,6 +486,7 @@ def _create_vit(variant: str, defaults: dict[str, Any], pretrained: bool = False
         variant,
         pretrained,
         model_cfg=None,
+        like=variant.removeprefix("rat_"),
         filter_fn=checkpoint_filter_fn,
         entry_args={},
         defaults={**defaults, **({"reference_size": entry.input_size[-2:]} if pretrained else {})},
@@ -518,6 +496,8 @@ def _create_vit(variant: str, defaults: dict[str, Any], pretrained: bool = False
 
 
 _VARIANTS = dict(_architectures())
-default_cfgs = generate_default_cfgs({name: cfg for arch in _VARIANTS for name, cfg in _entries(arch).items()})
+default_cfgs = generate_default_cfgs(
+    {name: cfg for arch in _VARIANTS for name, cfg in entries_of(arch, f"rat_{arch}").items()}
+)
 for _arch, _kwargs in _VARIANTS.items():
     _register(_arch, _kwargs)
