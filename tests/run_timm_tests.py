@@ -22,7 +22,7 @@ ADAPTIVE = ("apvit_tiny_patch16_224",)
 NAMES = ("test_rat", "test_rat_3d", "rat_tiny", "rat_tiny_3d", *PLAIN, *ADAPTIVE)
 LEFT_OUT = re.compile(
     r"torchscript|test_model_inference|_pretrained\[.*(rat_vit|rat_eva|apvit)"
-    r"|test_model_default_cfgs.*(_3d|rat_vit|rat_eva)|test_model_forward_features.*test_rat_3d"
+    r"|test_model_default_cfgs.*(_3d|rat_vit|rat_eva|apvit)|test_model_forward_features.*(test_rat_3d|apvit)"
 )
 
 

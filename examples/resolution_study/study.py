@@ -19,7 +19,7 @@ import pandas as pd
 import report
 import torch
 from joblib import Parallel, delayed
-from networks import NETWORKS, Classifier, Network, at_spacing
+from networks import NETWORKS, PEERS, Classifier, Network, at_spacing
 from rich.progress import track
 from tasks import FACTORS, REGIMES, TASKS, Images, test_images, training_images
 from torch import Tensor, nn
@@ -29,8 +29,20 @@ HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 SHARES = (0.5, 0.67, 0.83, 1.0)  # of an image's length, that is trained on: no field of view is to be learned
 WRONG = 1.6  # by what the spacing is wrong where it is so on purpose
-VOLUMES = ("rat", "rat, spacing hidden", "plain rat")  # that take volumes
-PHOTOGRAPHS = ("rat", "rat, spacing hidden", "plain rat", "convnext", "vit", "swin")
+TOLD = ("rat, physical stem", "rat, spacing hidden", "plain rat")
+CHANNEL, RESIZED = (tuple(f"{name}, {kind}" for name in PEERS) for kind in ("channel", "resized"))
+TRIED = ("rat, physical kernel", "rat, pyramid", "rat, strided convolutions", "rat, log scaling")
+COARSENED = ("rat, physical stem, coarsened", "convnext, resized, coarsened")
+PLAN = {
+    # where all images have one spacing, a channel says nothing, and resizing in training changes nothing
+    ("cells", "one"): (*TOLD, *PEERS, "rat", *COARSENED, *TRIED),
+    ("cells", "two"): (*TOLD, *PEERS, *CHANNEL, *RESIZED),
+    ("cells", "mixed"): (*TOLD, *PEERS, *CHANNEL, *RESIZED, "rat", "rat, conditioned stem", *TRIED),
+    ("cells in volumes", "one"): TOLD,
+    ("cells in volumes", "mixed"): TOLD,
+    ("photographs", "one"): (*TOLD, *PEERS, *COARSENED),
+    ("photographs", "mixed"): (*TOLD, *PEERS, *CHANNEL, *RESIZED),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +83,8 @@ class Budget:
 
 def plan(tasks: list[str]) -> list[Experiment]:
     """Returns all experiments, seed by seed."""
-    networks = {"cells": list(NETWORKS), "cells in volumes": VOLUMES, "photographs": PHOTOGRAPHS}
-    everything = itertools.product(SEEDS, tasks, REGIMES)
-    return [Experiment(t, network, r, seed) for seed, t, r in everything for network in networks[t]]
+    wanted = [(task, regime, networks) for (task, regime), networks in PLAN.items() if task in tasks]
+    return [Experiment(t, network, r, seed) for seed in SEEDS for t, r, networks in wanted for network in networks]
 
 
 def train(experiment: Experiment, budget: Budget, cache: Path) -> Classifier:
@@ -130,15 +141,36 @@ def evaluate(classifier: Classifier, experiment: Experiment, budget: Budget, cac
     count = round(task.test * budget.tested)
     for factor, fixed in itertools.product(budget.factors, ("size", "field")):
         images = test_images(experiment.task, factor, fixed, count, cache)
-        for control in controls(NETWORKS[experiment.network], fixed):
-            right = count_right(classifier, images, control)
+        for control in controls(NETWORKS[experiment.network], factor, fixed):
+            shown = images
+            if control == "cropped":
+                shown = crop(test_images(experiment.task, 1.0, fixed, count, cache), factor)
+            right = count_right(classifier, shown, control)
             yield {"factor": factor, "fixed": fixed, "control": control, "right": right, "count": count}
 
 
-def controls(network: Network, fixed: str) -> list[str]:
-    """Returns how a network is tested: as it is; with images resized to the training spacing; with a wrong spacing."""
-    resized = ["resized"] if network.spacing != "resized" else []
-    return ["", *resized, *(["wrong spacing"] if network.spacing != "hidden" and fixed == "size" else [])]
+def controls(network: Network, factor: float, fixed: str) -> list[str]:
+    """Returns how a network is tested.
+
+    As it is; with images resized to the training spacing; with a wrong spacing; with images of the training spacing
+    cropped to what the smaller field of view shows.
+    """
+    applicable = {
+        "": True,
+        "resized": network.spacing != "resized",
+        "wrong spacing": network.spacing != "hidden" and fixed == "size",
+        "cropped": fixed == "size" and factor < 1,
+    }
+    return [control for control, applies in applicable.items() if applies]
+
+
+def crop(images: Images, factor: float) -> Images:
+    """Returns the middle of images, with the field of view that as many pixels have at a factor below 1."""
+    pixels = images.pixels
+    for axis, n in enumerate(pixels.shape[2:], start=2):
+        size = round(n * factor)
+        pixels = pixels.narrow(axis, (n - size) // 2, size)
+    return images._replace(pixels=pixels)
 
 
 def count_right(classifier: Classifier, images: Images, control: str, pixels_at_once: int = 1 << 18) -> int:
