@@ -110,6 +110,16 @@ def test_the_benchmark_of_operations():
     assert len(re.findall("local grouping.*1x56x56x2x32", printed)) == 1
 
 
+def test_adaptive_patches_learn_where_digits_are(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("pandas")
+    file = tmp_path / "picture.png"
+    printed = run("adaptive_patches.py", "--tokens", 9, "--seeds", 1, "--steps", 300, "--jobs", 2, "--picture", file)
+    (adaptive,) = re.findall(r"adaptive +[\d.]+ +([\d.]+) ", printed)
+    assert float(adaptive) > 20  # one in ten is chance
+    assert pytest.importorskip("matplotlib.image").imread(file).shape[:2] == (352, 1280)
+
+
 def test_every_example_is_run_here():
     tested = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     tested += (EXAMPLES / "finetune.py").read_text()  # which imports others

@@ -1,4 +1,4 @@
-"""The networks of the study, at one budget: parameters and multiplications at 48 x 48 within 15% of each other."""
+"""The networks of the study, at one budget: parameters and multiplications at 48 x 48 within 15% of the RAT's."""
 
 import dataclasses
 import math
@@ -126,7 +126,9 @@ NETWORKS = {
     "rat, physical kernel": Network("test_rat", RAT, "given", change=with_physical_kernel),
     "rat, conditioned stem": Network("test_rat", RAT, "given", change=with_conditioned_stem),
     "rat, pyramid": Network("test_rat", RAT, "given", levels=3),
-    "rat, strided convolutions": dataclasses.replace(PHYSICAL, change=with_strided_convolutions),
+    "rat, strided convolutions": Network(
+        "test_rat", {**PHYSICAL.options, "depths": (4, 2, 1, 1)}, "given", change=with_strided_convolutions
+    ),
     "rat, physical stem, coarsened": dataclasses.replace(PHYSICAL, coarsened=True),
     "convnext, resized, coarsened": dataclasses.replace(PEERS["convnext"], spacing="resized", coarsened=True),
 }
