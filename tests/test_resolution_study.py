@@ -125,6 +125,32 @@ def test_controls_change_what_they_say(study, axes):
     assert seen == [((16,) * axes, 2.0), ((32,) * axes, 1.0), ((16,) * axes, 3.2)]
 
 
+def test_networks_are_compared_with_controls_and_with_themselves(study):
+    right = {
+        ("rat, physical stem", ""): (80, 90),
+        ("rat, physical stem", "cropped"): (85, None),
+        ("rat, spacing hidden", ""): (40, 90),
+        ("rat, spacing hidden", "resized"): (99, 99),
+        ("swin", ""): (30, 95),
+        ("swin", "resized"): (70, 95),
+    }
+    rows = [
+        {"network": network, "control": control, "factor": factor, "right": count, "count": 100}
+        for (network, control), counts in right.items()
+        for factor, count in zip((0.5, 1.0), counts, strict=True)
+        if count is not None
+    ]
+    found = study("report").compare(pd.DataFrame(rows), "rat, physical stem")
+    assert found[0.5].to_dict() == {
+        "loss": "10.0",
+        "loss to the same field of view": "5.0",
+        "gain over hidden spacing": "40.0",
+        "gain over the best control": "10.0",
+        "best control": "swin / resized",
+    }
+    assert found.loc["gain over the best control", 1.0] == "-5.0"
+
+
 def test_the_study_runs_learns_and_goes_on(tmp_path):
     command = [sys.executable, STUDY / "study.py", "--quick", "--output", tmp_path, "--cache", tmp_path / "cache"]
     subprocess.run(command, check=True, capture_output=True, text=True)

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 COLUMNS = ["task", "network", "regime", "seed", "factor", "fixed", "control", "right", "count", "seconds"]
+RAT, HIDDEN = ("rat, physical stem", "rat, physical stem, coarsened"), "rat, spacing hidden"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -45,7 +46,11 @@ def _task(task: str, rows: pd.DataFrame, folder: Path) -> Iterator[str]:
         yield f"![Accuracy over pixel size]({name})"
         for regime, trained in part.groupby("regime", sort=False):
             yield f"Trained at {_REGIMES[regime]}:"
-            yield table(trained).to_markdown()
+            yield table(trained).fillna("").to_markdown()
+            for network in RAT:
+                if network in set(trained["network"]):
+                    yield f"`{network}` beside the best of the controls and itself without the pixel size, in points:"
+                    yield compare(trained, network).to_markdown()
 
 
 _SETTINGS = {
@@ -60,6 +65,30 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     label = rows["network"] + rows["control"].map(lambda control: f" / {control}" if control else "")
     cells = rows.assign(network=label).groupby(["network", "factor"], sort=False).apply(_cell, include_groups=False)
     return cells.unstack("factor").sort_index(axis=1)
+
+
+def compare(rows: pd.DataFrame, network: str) -> pd.DataFrame:
+    """Returns what a network loses to itself at the training spacing, and gains over others, per pixel size.
+
+    Controls are the other families' networks, told the spacing in a channel, with resized images, or neither.
+    """
+    share = (100 * rows["right"] / rows["count"]).rename("share")
+    means = share.groupby([rows["network"], rows["control"], rows["factor"]]).mean().unstack("factor")
+    plain = means.xs("", level="control")
+    ours, others = plain.loc[network], [name for name in plain.index if "rat" not in name.split(",")[0].split()]
+    controls = means[means.index.get_level_values("network").isin(others)]
+    controls = controls[controls.index.get_level_values("control").isin(["", "resized"])]
+    found = {"loss": ours[1.0] - ours}
+    if (network, "cropped") in means.index:
+        found["loss to the same field of view"] = means.loc[(network, "cropped")] - ours
+    if HIDDEN in plain.index:
+        found["gain over hidden spacing"] = ours - plain.loc[HIDDEN]
+    if len(controls):
+        found["gain over the best control"] = ours - controls.max()
+        found["best control"] = controls.idxmax().map(" / ".join).str.removesuffix(" / ")
+    return (
+        pd.DataFrame(found).T.map(lambda value: value if isinstance(value, str) else f"{value:.1f}").replace("nan", "")
+    )
 
 
 def _cell(rows: pd.DataFrame) -> str:
