@@ -70,7 +70,11 @@ def test_names_build_with_timms_state_dict(name):
     assert ours.pretrained_cfg["num_classes"] == theirs.pretrained_cfg["num_classes"]
     with pytest.raises(TypeError):
         timm.create_model(name, device="meta", not_a_model_arg=1)
-    backbone = timm.create_model(name, features_only=True, device="meta", spatial_dims=3, patch_depth=2)
+
+
+@families
+def test_volumes_have_maps(name):
+    backbone = timm.create_model(f"rat_{name}", features_only=True, device="meta", spatial_dims=3, patch_depth=2)
     size = backbone.pretrained_cfg["input_size"]
     maps = backbone(torch.empty(1, 3, 4, *size[1:], device="meta"), spacing=(2.0, 1.0, 1.0))
     assert [m.shape[:3] for m in maps] == [(1, channels, 2) for channels in backbone.feature_info.channels()]
