@@ -103,8 +103,13 @@ NETWORKS = {"regular": Regular, "adaptive": adaptive}
 
 def train(model: nn.Module, canvases: Canvases, steps: int, batch: int = 64) -> None:
     """Trains a model."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    placing = [p for name, p in model.named_parameters() if name.startswith("patching.")]
+    others = [p for name, p in model.named_parameters() if not name.startswith("patching.")]
+    # places that move as fast as what is learned from them may run away from it
+    groups = [{"params": others, "lr": 1e-3}, {"params": placing, "lr": 3e-4}]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in groups], steps, pct_start=0.1)
     model.train()
     for _ in range(steps):
         chosen = torch.randint(len(canvases.x), (batch,))

@@ -217,12 +217,54 @@ def test_input_size_and_patch_size_can_change():
     assert model(image()).shape == (2, 7)
 
 
-def test_leaving_the_meta_device_patches_are_the_regular_grid():
-    model = timm.create_model(TINY, **SMALL, device="meta").to_empty(device="cpu").eval()
+@pytest.mark.parametrize("positions", ["interpolated", "rose"])
+def test_leaving_the_meta_device_patches_are_the_regular_grid(positions):
+    model = timm.create_model(TINY, **SMALL, positions=positions, device="meta").to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(123.0)
     model.init_weights()
+    assert max(p.abs().max() for p in model.parameters()) < 3
     x = image((64, 64))
     assert torch.equal(model.patches(x).center, create(moved=False).patches(x).center)
     assert torch.isfinite(model(x)).all()
+
+
+@pytest.mark.parametrize("tag", [entry.split(".")[1] for entry in timm.list_models(f"{TINY}.*", pretrained=True)])
+def test_entries_load_what_timms_hub_holds(tag, tmp_path, monkeypatch):
+    theirs = timm.create_model(f"vit_tiny_patch16_224.{tag}", pretrained=False)
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
+
+    def stored(repo, name, cache):
+        return tmp_path / name if (tmp_path / name).exists() else None
+
+    monkeypatch.setattr(hub, "_download", stored)
+    for kwargs in ({}, {"positions": "rose", "in_chans": 1, "num_classes": 3}):
+        ours = timm.create_model(f"{TINY}.{tag}", pretrained=True, **kwargs)
+        torch.testing.assert_close(ours.blocks[3].mlp.fc1.weight, theirs.blocks[3].mlp.fc1.weight)
+
+
+def test_own_weights_load_into_what_differs(tmp_path):
+    torch.save(create().state_dict(), tmp_path / "own.pth")
+    overlay = {"file": str(tmp_path / "own.pth"), "num_classes": 7}
+    for kwargs in ({"in_chans": 1}, {"in_chans": 5}, {"positions": "rose"}, {"num_classes": 2}, {"num_patches": 3}):
+        model = timm.create_model(TINY, True, pretrained_cfg_overlay=overlay, **{**SMALL, **kwargs}).eval()
+        assert torch.isfinite(model(torch.randn(1, model.in_chans, 64, 64))).all()
+
+
+def test_exported_for_any_batch():
+    model, x = create(), image()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), {"spacing": 1.0}, dynamic_shapes={"x": {0: batch}, "spacing": None})
+    torch.testing.assert_close(program.module()(x[:1], spacing=1.0), model(x[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_dinos_name_for_intermediates():
+    model, x = create(), image()
+    (found,) = model.get_intermediate_layers(x, norm=True, spacing=2.0)
+    assert torch.equal(found, model.forward_features(x)[:, 1:])
+    with pytest.raises(ValueError, match="output_fmt must be 'NLC'"):
+        model.get_intermediate_layers(x, reshape=True)
 
 
 def test_what_a_set_of_patches_cannot_do_is_said():
@@ -235,5 +277,18 @@ def test_what_a_set_of_patches_cannot_do_is_said():
         model([image(), image((32, 48))])
     with pytest.raises(ValueError, match="positions must be one of"):
         timm.create_model(TINY, positions="learned")
+    with pytest.raises(ValueError, match="positions 'rose' has its own"):
+        timm.create_model(TINY, positions="rose", block_fn=torch.nn.Identity)
+    with pytest.raises(ValueError, match="positions 'rose' has its own"):
+        timm.create_model(TINY, positions="rose", pos_embed="learn")
     with pytest.raises(ValueError, match="patch_drop_rate goes with regular patches"):
         timm.create_model(TINY, patch_drop_rate=0.1)
+
+
+@torch.no_grad()
+def test_a_far_origin_costs_no_precision():
+    model, x = create("rose"), image()
+    found = model(x, spacing=0.5, origin=(1e6, -3e7))
+    assert torch.equal(found, model(x, spacing=0.5))
+    near, far = (model.patches(x, spacing=0.5, origin=o).position for o in ((0.0, 0.0), (1e6, -3e7)))
+    torch.testing.assert_close(far - far.new_tensor([1e6, -3e7]), near, rtol=0, atol=1e-6)

@@ -396,6 +396,8 @@ def test_a_physical_stem_takes_a_spacing_per_sample():
     assert mask[1, :10, :7].all()
     assert mask[1].sum() == 70
     torch.testing.assert_close(together["image_intermediates"][0][:1], alone["image_intermediates"][0])
+    assert model(x[:0], spacing=spacing[:0]).shape == (0, 7)
+    assert torch.isfinite(model(x[..., :3, :3], spacing=8.0)).all()
     levels, spacings = [x, x[..., ::2, ::2]], [spacing, spacing * torch.tensor([[2.0], [3.0]])]
     with pytest.raises(ValueError, match="spacing must be related to level 0's alike"):
         model(levels, spacing=spacings)

@@ -133,6 +133,21 @@ def test_samples_of_different_spacing_are_resampled_each_by_itself(size, masked)
         torch.testing.assert_close(found.grid.spacing.expand(2, -1)[row], alone.grid.spacing[0])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_precision_sums_many_pixels(masked):
+    mask = torch.ones(1, 256, 256, dtype=torch.bool) if masked else None
+    tokens = Tokens(torch.full((1, 256, 256, 1), 1000.0).half(), Grid.create((256, 256), 1 / 30), mask)
+    found = resample(tokens, (1.0, 1.0))
+    assert found.x.dtype == torch.float16
+    torch.testing.assert_close(found.x, torch.full_like(found.x, 1000.0))
+
+
+def test_a_huge_pixel_is_the_mean_of_all():
+    tokens = image(5, 7, spacing=1e-6)
+    found = resample(tokens, (1.0, 1.0))
+    torch.testing.assert_close(found.x[:, 0, 0], tokens.x.mean((1, 2)), rtol=0, atol=1e-5)  # a very wide triangle
+
+
 def test_a_compiled_model_cannot_read_a_tensor():
     grid = Grid.create((4, 4), torch.tensor([[1.0, 2.0]]))
     assert spacing_rows(grid) == [(1.0, 2.0)]

@@ -41,7 +41,8 @@ class Patches(NamedTuple):
 class AdaptivePatching(nn.Module):
     """Cuts patches out of images, from places that a small network predicts from the image.
 
-    Before training it cuts the regular grid of patches, or fewer that lie evenly over the image. Whatever the network
+    Before training it cuts the regular grid of patches (where they do not divide the image, they overlap a little), or
+    fewer that lie evenly over the image. Whatever the network
     predicts, patches stay inside the image. Patches are sampled bilinearly (trilinearly); those that are enlarged are
     sampled as densely as others, so that what is finer than their pixels may alias.
 
@@ -114,20 +115,24 @@ class AdaptivePatching(nn.Module):
         matrix = matrix.expand(*center.shape, -1)  # [B, N, axes, axes]
         x, mask = _sample(image, center, matrix, self.patch_size)
         transform = torch.cat((matrix.flip(-1, -2), center.flip(-1).unsqueeze(-1)), dim=-1)
-        lower = grid.corners()[0].to(dtype)[:, None]
-        return Patches(x, transform, center, lower + (center + 1) / 2 * extent[:, None], mask)
+        lower, upper = (corner.unsqueeze(1) for corner in grid.corners())
+        return Patches(x, transform, center, lower + (center + 1) / 2 * (upper - lower), mask)
 
     def cover(self, shape: Sequence[int], like: Tensor) -> "Cover":
         """Returns where patches start on images of a shape, in the type and on the device of ``like``."""
         regular = [-(-n // p) for n, p in zip(shape, self.patch_size, strict=True)]
-        cells = torch.tensor(_cells(self.num_patches or math.prod(regular), regular), dtype=torch.float64)
-        width = 2 * (cells[..., 1] - cells[..., 0])  # [N, axes], where the image is 2 wide
+        if self.num_patches is None:
+            middle, width = _regular_cells(regular)
+        else:
+            cells = torch.tensor(_cells(self.num_patches, regular), dtype=torch.float64)
+            middle, width = cells.mean(dim=-1), cells[..., 1] - cells[..., 0]
+        center, width = 2 * middle - 1, 2 * width  # [N, axes], where the image goes from -1 to 1
         patch = torch.tensor([2 * p / n for n, p in zip(shape, self.patch_size, strict=True)], dtype=torch.float64)
         scale = torch.ones_like(width)
         if self.scaling and self.num_patches is not None:
             scale = (width / patch).clamp(1, self.max_scale)
             scale = scale.amax(dim=-1, keepdim=True).expand_as(scale) if self.scaling == "isotropic" else scale
-        center, room = cells.sum(-1) - 1, (1 - patch * scale / 2).clamp(min=1e-9)
+        room = (1 - patch * scale / 2).clamp(min=1e-9)
         spread = torch.where(room > 1e-6, (center / room).clamp(-1, 1), 0.0)
         return Cover(*(part.to(like) for part in (spread, scale, center, width / room.clamp(min=1e-2))))
 
@@ -215,7 +220,7 @@ class Predictor(nn.Module):
         """Returns ``[B, N, outputs]`` for places ``[N, axes]`` in the image's normalised coordinates."""
         x = self.convs(_POOLS[len(self.view)](channels_first(image.filled()), self.view))
         whole = self.whole(self.reduce(x).flatten(1))  # [B, hidden]
-        center = center.expand(len(x), -1, -1)
+        center = center.expand(x.shape[0], -1, -1)
         near = interpolate_pos_embed(x.movedim(1, -1), center)  # [B, N, hidden]
         place = self.place(torch.cat((near, center.to(near.dtype)), dim=-1))
         return self.out(F.gelu(place + whole.unsqueeze(1)))
@@ -243,7 +248,7 @@ def interpolate_pos_embed(embed: Tensor, center: Tensor) -> Tensor:
             f"center must be [B, N, axes] for an embedding [1 or B, *grid, C] of 2 or 3 axes, got {list(center.shape)} "
             f"for {list(embed.shape)}"
         )
-    table = channels_first(embed).expand(len(center), *[-1] * (axes + 1))
+    table = channels_first(embed).expand(center.shape[0], *[-1] * (axes + 1))
     out = _grid_sample(table, center.unflatten(1, (-1, *[1] * (axes - 1))))
     return out.flatten(2).mT.to(embed.dtype)
 
@@ -297,6 +302,13 @@ def _rotation(turn: Tensor, axes: int) -> Tensor:
     basis[planes, second, first], basis[planes, first, second] = 1.0, -1.0
     angle = math.pi * turn.tanh()
     return torch.linalg.matrix_exp((angle[..., None, None] * basis).sum(-3))
+
+
+def _regular_cells(regular: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Returns the middles and the widths of the cells of a grid over a box from 0 to 1, ``[N, axes]``."""
+    axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in regular]
+    middle = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+    return middle, torch.tensor([1 / n for n in regular], dtype=torch.float64).expand_as(middle)
 
 
 def _cells(count: int, regular: Sequence[int]) -> list[list[tuple[float, float]]]:

@@ -56,11 +56,12 @@ def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) 
     size = tuple(max(1, round(n * r)) for n, r in zip(tokens.grid.shape, ratio, strict=True))
     step = tokens.grid.spacing.new_tensor([list(spacing)])
     grid = tokens.grid._replace(shape=size, spacing=step, origin=tokens.grid.corners()[0] + step / 2)
-    x, mask = tokens.filled(), tokens.mask
+    mask, dtype = tokens.mask, tokens.x.dtype
+    x = tokens.filled().to(torch.float64 if dtype == torch.float64 else torch.float32)  # sums of many pixels
     if mask is None:
         for axis, (n, r) in enumerate(zip(size, ratio, strict=True), start=1):
             x = _weigh(x, axis, *_triangle(x.shape[axis], n, r), normalize=True)
-        return Tokens(x, grid)
+        return Tokens(x.to(dtype), grid)
     weight = covered = mask.unsqueeze(-1).to(x.dtype)
     for axis, (n, r) in enumerate(zip(size, ratio, strict=True), start=1):
         taps = _triangle(x.shape[axis], n, r)
@@ -68,7 +69,7 @@ def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) 
         covered = _weigh(covered, axis, *_overlap(covered.shape[axis], n, r))
     valid = covered[..., 0] > 0
     weight = torch.where(valid.unsqueeze(-1), weight, 1.0)  # no division by zero, whose gradient is not a number
-    return Tokens(fill(x / weight, valid), grid, valid)
+    return Tokens(fill(x / weight, valid).to(dtype), grid, valid)
 
 
 def _triangle(n: int, size: int, ratio: float) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,8 @@ def _triangle(n: int, size: int, ratio: float) -> tuple[Tensor, Tensor]:
     step = 1 / ratio
     reach = max(1.0, step)
     center = (torch.arange(size, dtype=torch.float64) + 0.5) * step - 0.5
-    index = (center - reach).ceil()[:, None] + torch.arange(math.floor(2 * reach) + 1)
+    first = (center - reach).ceil().clamp(min=0)
+    index = first[:, None] + torch.arange(min(math.floor(2 * reach) + 1, n))
     return _inside(index, (1 - (index - center[:, None]).abs() / reach).clamp(min=0), n)
 
 
@@ -84,7 +86,7 @@ def _overlap(n: int, size: int, ratio: float) -> tuple[Tensor, Tensor]:
     """Returns which of ``n`` pixels the new ones lie over, and for how long, both ``[size, taps]``."""
     edge = torch.arange(size + 1, dtype=torch.float64) / ratio
     lower, upper = edge[:-1, None], edge[1:, None]
-    index = lower.floor() + torch.arange(math.ceil(1 / ratio) + 1)
+    index = lower.floor() + torch.arange(min(math.ceil(1 / ratio) + 1, n))
     shared = torch.minimum(upper, index + 1) - torch.maximum(lower, index)
     return _inside(index, torch.where(shared > _SAME, shared, 0.0), n)
 

@@ -78,13 +78,17 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         self, base_theta: float, frequency_scaling: str, learnable: bool, init_jitter_std: float
     ) -> None:
         self.rose_theta = self._calculate_theta(base_theta, frequency_scaling)
+        self.init_jitter_std = init_jitter_std
+        if learnable:
+            self.freqs = nn.Parameter(self._jittered_frequencies())
+        else:
+            self.register_buffer("freqs", self._spread_frequencies(), persistent=False)
+
+    def _jittered_frequencies(self) -> Tensor:
         freqs = self._spread_frequencies()
-        if not learnable:
-            self.register_buffer("freqs", freqs, persistent=False)
-            return
-        if init_jitter_std > 0:
-            freqs = freqs * torch.exp(init_jitter_std * torch.randn_like(freqs[..., :1]))
-        self.freqs = nn.Parameter(freqs)
+        if self.init_jitter_std > 0:
+            freqs = freqs * torch.exp(self.init_jitter_std * torch.randn_like(freqs[..., :1]))
+        return freqs
 
     def _spread_frequencies(self) -> Tensor:
         """Returns ``[rotary heads, planes, axes]``: magnitudes from 1 to 1 / theta, directions spread evenly."""
@@ -99,6 +103,15 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         if initial_scaling not in INITIAL_SCALINGS:
             raise ValueError(f"initial_scaling must be one of {INITIAL_SCALINGS}, got {initial_scaling!r}")
         return super()._get_scale_init_values(initial_scaling)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Starts anew what is learnable, after a move off the meta device."""
+        if self.rotary_dim > 0 and self.learnable:
+            self.freqs.copy_(self._jittered_frequencies())
+        if self.learnable_scale:
+            for name, value in zip("abcd", self._get_scale_init_values(self.initial_scaling), strict=True):
+                getattr(self, f"scale_{name}").copy_(value)
 
     def init_non_persistent_buffers(self) -> None:
         """Computes the buffers that no checkpoint holds, after a move off the meta device."""

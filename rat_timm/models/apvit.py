@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..grid import Positions, Tokens, axis_values, field_center, fill, merge_axes
+from ..grid import Positions, Tokens, axis_values, fill, merge_axes
 from ..layers.adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
 from ..layers.rose import RotarySpatialEmbedding
 from ..layers.sequence import attention_mask
@@ -67,8 +67,8 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
     """A `VisionTransformer` that cuts its patches out of the image where a small network predicts.
 
     With as many patches as the regular grid has, and before training, it is the `VisionTransformer`, for images of any
-    size. Patches are a set without order: there are no feature maps, but sequences of tokens and, for each, where it
-    is (`patches`).
+    size that patches divide (others are not padded: patches overlap a little). Patches are a set without order: there
+    are no feature maps, but sequences of tokens and, for each, where it is (`patches`).
 
     Args:
         num_patches: How many; None: as many as the regular grid has, whatever the image's size.
@@ -104,6 +104,9 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         if kwargs.get("patch_drop_rate"):
             raise ValueError("patch_drop_rate goes with regular patches: give num_patches or jitter")
         if positions == "rose":
+            taken = [name for name in ("block_fn", "attn_layer") if name in kwargs]
+            if taken or kwargs.get("pos_embed", "none") not in ("", "none"):
+                raise ValueError(f"positions 'rose' has its own {taken or ['pos_embed']}, got {kwargs}")
             kwargs = {**kwargs, "pos_embed": "none", "block_fn": RoseBlock, "attn_layer": RoseAttention}
         super().__init__(**{**kwargs, "dynamic_img_size": True, "dynamic_img_pad": True})
         self.positions = positions
@@ -208,6 +211,26 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
             return {**final, "image_intermediates": maps, "patches": patches}
         return final["image_features"], maps
 
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        **geometry: Any,
+    ) -> list:
+        """Returns the patches' features after the last ``n`` blocks or the blocks ``n``, as DINO's models name it."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens,
+            norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+            **geometry,
+        )
+
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Sets the image size (y, x) that a learned embedding has one entry per patch for, and the patch size."""
         super().set_input_size(img_size, patch_size)
@@ -283,7 +306,7 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
 
     def _positions(self, patches: Patches, image: Tokens) -> Positions:
         unit = [p * s for p, s in zip(self.patch_embed.patch_size, self.reference_spacing, strict=True)]
-        return sequence_positions(patches.position, image, unit, self.num_prefix_tokens)
+        return sequence_positions(patches.center, image, unit, self.num_prefix_tokens)
 
     def _fill(self, x: Tensor, valid: Tensor | None) -> Tensor:
         return fill(x, None if valid is None else F.pad(valid, (self.num_prefix_tokens, 0), value=True))
@@ -325,17 +348,18 @@ def embed_places(
 
 
 @register_notrace_function
-def sequence_positions(position: Tensor, image: Tokens, unit: Sequence[float], prefix: int) -> Positions:
+def sequence_positions(center: Tensor, image: Tokens, unit: Sequence[float], prefix: int) -> Positions:
     """Returns where tokens are, in units of length, from the middle of the image, where prefix tokens stand.
 
     Args:
-        position: Physical positions of patches, ``[B, N, axes]``.
+        center: Centres of patches in the image's normalised coordinates, ``[B, N, axes]``.
         image: What they are cut out of.
         unit: One length per axis.
         prefix: Number of tokens before the patches.
     """
-    offset = position - field_center([image.grid])[:, None].to(position.dtype)
-    offset = F.pad(offset / offset.new_tensor(unit), (0, 0, prefix, 0)).float()
+    lower, upper = image.grid.corners()
+    extent = ((upper - lower) / lower.new_tensor(unit)).to(center.dtype)  # [1 or B, axes]
+    offset = F.pad(center * extent[:, None] / 2, (0, 0, prefix, 0)).float()
     return Positions(offset.unbind(-1), (torch.ones_like(offset[..., 0]),) * len(unit))
 
 
@@ -349,20 +373,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: AdaptiveVit) -> dict
         ValueError: If parameters are missing or left over, but for those around the classifier.
     """
     state_dict = vision_transformer.checkpoint_filter_fn(unwrap(state_dict), model)
-    state_dict = fit(state_dict, model, "patch_embed.proj.weight")
-    plain = not any(name.startswith("patching.") for name in state_dict)
-    if plain:
-        own = {name: value for name, value in model.state_dict().items() if _is_ours(name)}
-        state_dict = {**own, **state_dict}
-        if model.pos_embed is None:
-            state_dict.pop("pos_embed", None)
+    for first_conv in ("patch_embed.proj.weight", "patching.predictor.convs.0.weight"):
+        state_dict = fit(state_dict, model, first_conv)
+    for ours in (".rose.", "patching."):
+        if not any(ours in name for name in state_dict):
+            state_dict = {**state_dict, **{name: own for name, own in model.state_dict().items() if ours in name}}
+    if model.pos_embed is None:
+        state_dict.pop("pos_embed", None)
     check_names(state_dict, model, ("head.", "attn_pool.", "norm.", "fc_norm."))
     warn_of_dropped_classifier(state_dict, model, "head")
     return state_dict
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith("patching.") or ".rose." in name
 
 
 _WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}

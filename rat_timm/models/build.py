@@ -58,7 +58,8 @@ def build(
         if cfg.source is None:  # else timm has read what was saved
             cfg = _as_saved(cfg, found.pretrained_cfg, overlay)
         kwargs = {"pretrained_model_args": found.model_args, **found.model_args, **kwargs}
-        source = dataclasses.replace(cfg, file=str(found.file), source=None)
+        # timm reads a file with custom_load as the original format, which is not what its Hub holds
+        source = dataclasses.replace(cfg, file=str(found.file), source=None, custom_load=False)
     elif _is_entry(variant, cfg):
         kwargs.setdefault("pretrained_model_args", entry_args)
     model = build_model_with_cfg(

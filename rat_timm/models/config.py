@@ -67,7 +67,8 @@ class RatConfig:
         stem_kernel_size: Kernel of each convolution of the stem.
         stem_stride: Total stride of the stem, one number or one per axis.
         physical_stem: Whether images are resampled to the reference spacing in front of the stem, so that kernels mean
-            the same at any spacing. Maps have then a number of places that goes with the extent, not with the pixels.
+            the same at any spacing. Maps have then a number of places that goes with the extent, not with the pixels;
+            samples of different spacings are padded to the largest, and masked.
         kernel_size: Kernel of the strided convolution that starts a grouping, one number or one per axis.
         stride: Its stride, one number or one per axis.
         sga_attention_type: "dense" or "sparse" for all groupings, or one per grouping. Default: sparse, the last dense.

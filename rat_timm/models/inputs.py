@@ -78,6 +78,8 @@ def to_reference(images: Pyramid, spacing: Any, reference: tuple[float, ...]) ->
     for tokens, known in zip(images.levels, numbers, strict=True):
         rows = spacing_rows(tokens.grid) if known is None else [known]
         first = rows if first is None else first
+        if not rows:
+            return images  # of an empty batch, with a spacing for each of its no samples
         levels.append(resample(tokens, _relative_to(first, rows, reference), known))
     return images._replace(levels=levels)
 

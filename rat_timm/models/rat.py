@@ -321,7 +321,8 @@ class ResolutionAwareTransformer(nn.Module):
 
     @property
     def _image_limits(self) -> tuple[tuple[float, ...], int, tuple[int, ...]]:
-        return self.reference_spacing, self.in_chans, self.cfg.stem_strides
+        least = (1,) * self.spatial_dims if self.cfg.physical_stem else self.cfg.stem_strides
+        return self.reference_spacing, self.in_chans, least
 
 
 def _maps(pyramid: Pyramid, output_fmt: str) -> Any:
