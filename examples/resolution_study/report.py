@@ -101,8 +101,8 @@ def _cell(rows: pd.DataFrame) -> str:
 def _draw(rows: pd.DataFrame, file: Path) -> None:
     regimes = list(rows["regime"].unique())
     figure, axes = plt.subplots(1, len(regimes), figsize=(6 * len(regimes), 5), sharey=True, squeeze=False)
-    shown = rows[rows["control"] != "wrong spacing"].assign(share=100 * rows["right"] / rows["count"])
-    colours = {name: f"C{index}" for index, name in enumerate(rows["network"].unique())}
+    shown = rows[rows["control"].isin(["", "resized"])].assign(share=100 * rows["right"] / rows["count"])
+    colours = {name: plt.get_cmap("tab20")(index) for index, name in enumerate(rows["network"].unique())}
     for axis, regime in zip(axes[0], regimes, strict=True):
         for (network, control), lines in shown[shown["regime"] == regime].groupby(["network", "control"], sort=False):
             mean = lines.groupby("factor")["share"].mean()
@@ -113,7 +113,7 @@ def _draw(rows: pd.DataFrame, file: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0, 0].set(ylabel="right, % (dotted: resized to the training pixel size)", ylim=(0, 102))
-    axes[0, -1].legend(fontsize=8)
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     plt.close(figure)
