@@ -114,9 +114,10 @@ def test_adaptive_patches_learn_where_digits_are(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("pandas")
     file = tmp_path / "picture.png"
-    printed = run("adaptive_patches.py", "--tokens", 9, "--seeds", 1, "--steps", 300, "--jobs", 2, "--picture", file)
+    short = ["--tokens", 9, "--seeds", 1, "--steps", 200, "--canvases", 3000, "--jobs", 1]
+    printed = run("adaptive_patches.py", *short, "--picture", file)
     (adaptive,) = re.findall(r"adaptive +[\d.]+ +([\d.]+) ", printed)
-    assert float(adaptive) > 20  # one in ten is chance
+    assert float(adaptive) > 16  # one in ten is chance
     assert pytest.importorskip("matplotlib.image").imread(file).shape[:2] == (352, 1280)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rat_timm.grid import Grid, Tokens
 from rat_timm.layers.resample import resample, spacing_rows
 
-SIZES = [(11,), (7, 9), (4, 6, 5)]
+SIZES = [(11,), (7, 9), (3, 5, 4)]
 
 
 def image(*size, batch=2, spacing=1.0, origin=None, mask=None, dtype=torch.float64):
