@@ -160,6 +160,11 @@ def fill(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the type to compute in where half precisions would lose too much: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def channels_first(x: Tensor) -> Tensor:
     """``[B, *grid, C]`` -> ``[B, C, *grid]``."""
     return x.movedim(-1, 1)

@@ -247,7 +247,7 @@ def _describe(
     config["model_args"].pop("num_classes", None)
     for name in ("tag", "description", "notes"):  # of the entry that training started from
         config["pretrained_cfg"].pop(name, None)
-    axes = config["model_args"].get("spatial_dims", 2)
+    axes = model.spatial_dims
     config["pretrained_cfg"]["input_size"] = [model.in_chans, *size[:1] * (axes - len(size)), *size[-axes:]]
     config["pretrained_cfg"]["first_conv"] = model.pretrained_cfg["first_conv"]
     config[_KEY] = {"version": __version__, "sha256": _sha256(config_file.parent / WEIGHTS)}

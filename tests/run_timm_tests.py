@@ -20,6 +20,7 @@ import timm
 PLAIN = ("rat_vit_small_patch16_rope_mixed_224", "rat_vit_small_patch16_dinov3_qkvb")
 ADAPTIVE = ("apvit_tiny_patch16_224",)
 NAMES = ("test_rat", "test_rat_3d", "rat_tiny", "rat_tiny_3d", *PLAIN, *ADAPTIVE)
+PYTEST = [sys.executable, "-m", "pytest", "-p", "rat_timm", "-q"]
 LEFT_OUT = re.compile(
     r"torchscript|test_model_inference|_pretrained\[.*(rat_vit|rat_eva|apvit)"
     r"|test_model_default_cfgs.*(_3d|rat_vit|rat_eva|apvit)|test_model_forward_features.*(test_rat_3d|apvit)"
@@ -49,18 +50,7 @@ def fetch_tests(folder: Path) -> Path:
 
 def select(test_file: Path, names: list[str]) -> list[str]:
     """Returns the ids of the tests to run."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "rat_timm",
-        "--collect-only",
-        "-q",
-        "-k",
-        "rat or apvit",
-        test_file,
-    ]
+    command = [*PYTEST, "--collect-only", "-k", "rat or apvit", test_file]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     parameters = re.compile(r"\[(?:\d+-)?(?:" + "|".join(names) + r")(?:\.\w+)?(?:-\d+)?\]$")
     tests = [line.split("::", 1)[1] for line in listing.splitlines() if parameters.search(line)]
@@ -77,19 +67,7 @@ def main() -> int:
         tests = select(test_file, names)
         if not tests:
             raise RuntimeError(f"timm's tests hold none for {names}")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "rat_timm",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--disable-warnings",
-            *extra,
-            *tests,
-        ]
+        command = [*PYTEST, "-p", "no:cacheprovider", "--disable-warnings", *extra, *tests]
         return subprocess.run(command, check=False, cwd=folder).returncode
 
 

@@ -75,7 +75,7 @@ def compare(rows: pd.DataFrame, network: str) -> pd.DataFrame:
     share = (100 * rows["right"] / rows["count"]).rename("share")
     means = share.groupby([rows["network"], rows["control"], rows["factor"]]).mean().unstack("factor")
     plain = means.xs("", level="control")
-    ours, others = plain.loc[network], [name for name in plain.index if "rat" not in name.split(",")[0].split()]
+    ours, others = plain.loc[network], [name for name in plain.index if name.split(",")[0] not in ("rat", "plain rat")]
     controls = means[means.index.get_level_values("network").isin(others)]
     controls = controls[controls.index.get_level_values("control").isin(["", "resized"])]
     found = {"loss": ours[1.0] - ours}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..grid import Tokens, channels_first, integers
+from ..grid import Grid, Tokens, channels_first, exact_dtype, integers
 
 SCALINGS = (None, "isotropic", "anisotropic")
 _CONVS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -42,9 +42,9 @@ class AdaptivePatching(nn.Module):
     """Cuts patches out of images, from places that a small network predicts from the image.
 
     Before training it cuts the regular grid of patches (where they do not divide the image, they overlap a little), or
-    fewer that lie evenly over the image. Whatever the network
-    predicts, patches stay inside the image. Patches are sampled bilinearly (trilinearly); those that are enlarged are
-    sampled as densely as others, so that what is finer than their pixels may alias.
+    fewer that lie evenly over the image. Whatever the network predicts, patches stay inside the image. They are sampled
+    bilinearly (trilinearly); those that are enlarged are sampled as densely as others, so that what is finer than their
+    pixels may alias.
 
     Args:
         in_chans: Number of image channels.
@@ -100,7 +100,7 @@ class AdaptivePatching(nn.Module):
 
     def forward(self, image: Tokens) -> Patches:
         """Cuts patches out of ``image`` ``[B, *size, C]``."""
-        grid, dtype = image.grid, _exact(image.x)
+        grid, dtype = image.grid, exact_dtype(image.x.dtype)
         pixel = grid.spacing.to(dtype)
         extent = pixel * pixel.new_tensor(grid.shape)  # [1 or B, axes]
         cover = self.cover(grid.shape, pixel)
@@ -122,7 +122,9 @@ class AdaptivePatching(nn.Module):
         """Returns where patches start on images of a shape, in the type and on the device of ``like``."""
         regular = [-(-n // p) for n, p in zip(shape, self.patch_size, strict=True)]
         if self.num_patches is None:
-            middle, width = _regular_cells(regular)
+            grid = Grid.create(regular, [1 / n for n in regular])
+            middle = grid.coordinates()[0].flatten(0, -2)
+            width = grid.spacing.expand_as(middle)
         else:
             cells = torch.tensor(_cells(self.num_patches, regular), dtype=torch.float64)
             middle, width = cells.mean(dim=-1), cells[..., 1] - cells[..., 0]
@@ -253,13 +255,9 @@ def interpolate_pos_embed(embed: Tensor, center: Tensor) -> Tensor:
     return out.flatten(2).mT.to(embed.dtype)
 
 
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _grid_sample(x: Tensor, place: Tensor) -> Tensor:
     """Samples ``x`` ``[B, C, *grid]`` at ``[B, *out, axes]`` in array-axis order, not in half precision."""
-    dtype = _exact(x)
+    dtype = exact_dtype(x.dtype)
     return F.grid_sample(x.to(dtype), place.to(dtype).flip(-1), padding_mode="border", align_corners=False)
 
 
@@ -302,13 +300,6 @@ def _rotation(turn: Tensor, axes: int) -> Tensor:
     basis[planes, second, first], basis[planes, first, second] = 1.0, -1.0
     angle = math.pi * turn.tanh()
     return torch.linalg.matrix_exp((angle[..., None, None] * basis).sum(-3))
-
-
-def _regular_cells(regular: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Returns the middles and the widths of the cells of a grid over a box from 0 to 1, ``[N, axes]``."""
-    axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in regular]
-    middle = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-    return middle, torch.tensor([1 / n for n in regular], dtype=torch.float64).expand_as(middle)
 
 
 def _cells(count: int, regular: Sequence[int]) -> list[list[tuple[float, float]]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..grid import exact_dtype
 from . import tiling
 from .masking import check_mask, exp_beside_one, need_grad, nothing
 
@@ -90,7 +91,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group
     With r_m the logarithm of what group m's exponentials sum to and c_n that of token n's column of A, the result is
     ``sum over n of exp(s_mn - r_m - c_n) v_n``: attention with the bias -c_n, up to a factor per group.
     """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = exact_dtype(query.dtype)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if group_mask is not None:
         query = torch.where(group_mask[:, None, :, None], query, 0.0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..grid import Grid, Tokens, fill
+from ..grid import Grid, Tokens, exact_dtype, fill
 
 _SAME = 1e-6  # how near 1 a ratio of spacings is taken for 1
 
@@ -57,7 +57,7 @@ def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) 
     step = tokens.grid.spacing.new_tensor([list(spacing)])
     grid = tokens.grid._replace(shape=size, spacing=step, origin=tokens.grid.corners()[0] + step / 2)
     mask, dtype = tokens.mask, tokens.x.dtype
-    x = tokens.filled().to(torch.float64 if dtype == torch.float64 else torch.float32)  # sums of many pixels
+    x = tokens.filled().to(exact_dtype(dtype))  # sums of many pixels
     if mask is None:
         for axis, (n, r) in enumerate(zip(size, ratio, strict=True), start=1):
             x = _weigh(x, axis, *_triangle(x.shape[axis], n, r), normalize=True)

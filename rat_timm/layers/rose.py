@@ -13,7 +13,7 @@ import RoSE
 import torch
 from torch import Tensor, nn
 
-from ..grid import Positions
+from ..grid import Positions, exact_dtype
 
 INITIAL_SCALINGS = (None, "log", "rope", "identity", "linear", "power")
 
@@ -110,16 +110,18 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         if self.rotary_dim > 0 and self.learnable:
             self.freqs.copy_(self._jittered_frequencies())
         if self.learnable_scale:
-            for name, value in zip("abcd", self._get_scale_init_values(self.initial_scaling), strict=True):
-                getattr(self, f"scale_{name}").copy_(value)
+            self._copy_scales()
 
     def init_non_persistent_buffers(self) -> None:
         """Computes the buffers that no checkpoint holds, after a move off the meta device."""
         if self.rotary_dim > 0 and not self.learnable:
             self.freqs.copy_(self._spread_frequencies())
         if self.initial_scaling and not self.learnable_scale:
-            for name, value in zip("abcd", self._get_scale_init_values(self.initial_scaling), strict=True):
-                getattr(self, f"scale_{name}").copy_(value)
+            self._copy_scales()
+
+    def _copy_scales(self) -> None:
+        for name, value in zip("abcd", self._get_scale_init_values(self.initial_scaling), strict=True):
+            getattr(self, f"scale_{name}").copy_(value)
 
     def rotation(self, positions: Positions, dtype: torch.dtype) -> Rotation | None:
         """Returns the tokens' rotation for use on queries and keys of ``dtype``; None if no head is rotated."""
@@ -130,8 +132,7 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
             offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
         # no matrix product, whose precision autocast and TF32 lower
         phases = [o[..., None, None] * f for o, f in zip(offset, self.freqs.float().unbind(-1), strict=True)]
-        exact = dtype if dtype == torch.float64 else torch.float32
-        return Rotation(_turns([phase.to(exact) for phase in phases]).to(dtype))
+        return Rotation(_turns([phase.to(exact_dtype(dtype)) for phase in phases]).to(dtype))
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Rotates ``x`` ``[B, ..., heads, d]`` by the tokens' positions."""

@@ -110,9 +110,10 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
             kwargs = {**kwargs, "pos_embed": "none", "block_fn": RoseBlock, "attn_layer": RoseAttention}
         super().__init__(**{**kwargs, "dynamic_img_size": True, "dynamic_img_pad": True})
         self.positions = positions
+        self.spatial_dims = 2
         self.reference_spacing = axis_values(spacing, "spacing", 2)
         self.patching = AdaptivePatching(
-            self.patch_embed.proj.in_channels,
+            self.in_chans,
             self.patch_embed.patch_size,
             num_patches,
             scaling=scaling,
@@ -257,11 +258,10 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         args = {name: getattr(self.patching, name) for name in names}
         return {**args, "positions": self.positions, "spacing": merge_axes(self.reference_spacing)}
 
-    def _read(self, x: Tensor, spacing: Any, mask: Any, origin: Any) -> Any:
+    def _read(self, x: Tensor, spacing: Any, mask: Any, origin: Any) -> Tokens:
         if isinstance(x, (list, tuple)):
             raise ValueError("x must be an image: adaptive patches are cut out of one image, not of a pyramid")
-        in_chans = self.patch_embed.proj.in_channels
-        return read_images(x, spacing, mask, origin, self.reference_spacing, in_chans, (1, 1)).levels[0]
+        return read_images(x, spacing, mask, origin, self.reference_spacing, self.in_chans, (1, 1)).levels[0]
 
     def _run(
         self,
