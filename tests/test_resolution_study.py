@@ -109,10 +109,10 @@ def test_the_plan_names_networks_and_every_one_is_planned(study):
 
 @pytest.mark.parametrize("axes", [2, 3])
 def test_controls_change_what_they_say(study, axes):
-    tasks, networks, main = study("tasks"), study("networks"), study("study")
+    tasks, networks, experiments = study("tasks"), study("networks"), study("experiments")
     images = tasks.Images(torch.randn(2, 1, *(16,) * axes), torch.full((2,), 2.0), torch.tensor([0, 1]))
-    assert main.crop(images, 0.5).pixels.shape[2:] == (8,) * axes
-    assert torch.equal(main.crop(images, 0.5).pixels.flatten(2)[..., 0], images.pixels[(..., *[4] * axes)])
+    assert experiments.crop(images, 0.5).pixels.shape[2:] == (8,) * axes
+    assert torch.equal(experiments.crop(images, 0.5).pixels.flatten(2)[..., 0], images.pixels[(..., *[4] * axes)])
     assert networks.at_spacing(images.pixels, 2.0, 1.0).shape[2:] == (32,) * axes
     seen = []
 
@@ -120,39 +120,88 @@ def test_controls_change_what_they_say(study, axes):
         seen.append((tuple(x.shape[2:]), factor))
         return torch.eye(2)
 
-    for control in ("", "resized", "wrong spacing"):
-        assert main.count_right(classifier, images, control) == 2
-    assert seen == [((16,) * axes, 2.0), ((32,) * axes, 1.0), ((16,) * axes, 3.2)]
+    for control in ("", "resized", "wrong spacing", "spacing hidden"):
+        assert experiments.count_right(classifier, images, control) == 2
+    assert seen == [((16,) * axes, 2.0), ((32,) * axes, 1.0), ((16,) * axes, 3.2), ((16,) * axes, 1.0)]
 
 
-def test_networks_are_compared_with_controls_and_with_themselves(study):
+@pytest.fixture
+def results():
+    """Two seeds, of which the second is right in two more of 100 images, at two pixel sizes."""
     right = {
         ("rat, physical stem", ""): (80, 90),
         ("rat, physical stem", "cropped"): (85, None),
-        ("rat, spacing hidden", ""): (40, 90),
-        ("rat, spacing hidden", "resized"): (99, 99),
+        ("rat, physical stem", "spacing hidden"): (45, 90),
+        ("rat, pyramid", ""): (50, 91),
+        ("rat, pyramid", "resized"): (99, 99),
+        ("plain rat", "resized"): (99, 99),
         ("swin", ""): (30, 95),
         ("swin", "resized"): (70, 95),
+        ("convnext", "cropped"): (99, 99),
     }
-    rows = [
-        {"network": network, "control": control, "factor": factor, "right": count, "count": 100}
-        for (network, control), counts in right.items()
-        for factor, count in zip((0.5, 1.0), counts, strict=True)
-        if count is not None
-    ]
-    found = study("report").compare(pd.DataFrame(rows), "rat, physical stem")
+    experiment = {"task": "cells", "fixed": "size", "regime": "one", "count": 100, "seconds": 1}
+    return pd.DataFrame(
+        [
+            {
+                **experiment,
+                "network": network,
+                "control": control,
+                "factor": factor,
+                "seed": seed,
+                "right": share,
+                "share": share,
+            }
+            for (network, control), shares in right.items()
+            for factor, number in zip((0.5, 1.0), shares, strict=True)
+            for seed, share in enumerate((number, number and number + 2))
+            if share is not None
+        ]
+    )
+
+
+def test_networks_are_compared_with_controls_and_with_themselves(study, results):
+    found = study("report").compare(results, "rat, physical stem")
     assert found[0.5].to_dict() == {
-        "loss": "10.0",
-        "loss to the same field of view": "5.0",
-        "gain over hidden spacing": "40.0",
-        "gain over the best control": "10.0",
-        "best control": "swin / resized",
+        "right": "81.0 ± 1.4",
+        "loss": "10.0 ± 0.0",
+        "loss to the same field of view": "5.0 ± 0.0",
+        "gain over itself, spacing hidden": "35.0 ± 0.0",
+        "gain over swin / resized": "10.0 ± 0.0",
+        "gain over the best of controls": "10.0 ± 0.0",
+        "the best of controls": "swin / resized",
     }
-    assert found.loc["gain over the best control", 1.0] == "-5.0"
+    assert found.loc["gain over the best of controls", 1.0] == "-5.0 ± 0.0"
+    trained_without = results.assign(network="rat, spacing hidden", share=20.0, control="").drop_duplicates(
+        ["factor", "seed"]
+    )
+    both = pd.concat([results, trained_without])
+    assert (
+        study("report").compare(both, "rat, physical stem").loc["gain over itself, spacing hidden", 0.5] == "61.0 ± 1.4"
+    )
+
+
+def test_what_the_study_asked_for(study, results):
+    (goal,) = study("report").goals(results).to_dict("records")
+    assert goal["network"] == "rat, physical stem"
+    assert goal["loss 2x finer"] == pytest.approx(5.0)
+    assert goal["least gain over itself, spacing hidden"] == pytest.approx(35.0)
+    assert goal["least gain over the best of controls"] == pytest.approx(10.0)
+    assert pd.isna(goal["loss 4x coarser"])
+
+
+def test_changes_are_those_to_the_rat(study, results):
+    found = study("report").changes(results)
+    assert found[0.5].to_dict() == {"rat, physical stem / spacing hidden": "-35.0 ± 0.0", "rat, pyramid": "-30.0 ± 0.0"}
+
+
+def test_intervals_are_those_of_the_images(study, results):
+    """Wilson's interval of 81 of 100, however many seeds saw the same images."""
+    assert study("report").table(results).loc["rat, physical stem", 0.5] == "81.0 ± 1.4 (72-87)"
 
 
 def test_the_study_runs_learns_and_goes_on(tmp_path):
-    command = [sys.executable, STUDY / "study.py", "--quick", "--output", tmp_path, "--cache", tmp_path / "cache"]
+    command = [sys.executable, STUDY / "study.py", "--quick", "--jobs", "2", "--output", tmp_path]
+    command += ["--cache", tmp_path / "cache"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     results = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
     assert set(results["network"]) == {"plain rat"}

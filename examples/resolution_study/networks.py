@@ -34,7 +34,8 @@ class Network:
         multiple: Its images' sizes have to be multiples of this; they are filled up with zeros.
         least: And at least as large as this.
         coarsened: Whether images are made coarser at random in training, and said to be so.
-        levels: How many levels of a pyramid of the one image it is given, each half as fine as the one before.
+        levels: How many levels of a pyramid of the one image it is given, each half as fine as the one before, as long
+            as there are four pixels along each axis, which is a token.
         change: What is changed in the model.
         lr: Learning rate at its peak: of 0.0005 and 0.001 the one with which more training images were right.
     """
@@ -77,8 +78,8 @@ class Classifier(nn.Module):
         if self.network.spacing == "resized":
             x = at_spacing(x, factor, 1.0)
         if self.network.levels > 1:
-            levels = [at_spacing(x, factor, factor * 2**level) for level in range(self.network.levels)]
-            return self.model(levels, spacing=[factor])
+            coarser = [2**level for level in range(self.network.levels) if min(x.shape[2:]) >= 4 * 2**level]
+            return self.model([at_spacing(x, factor, factor * by) for by in coarser], spacing=[factor])
         x = F.pad(x, self._missing(x.shape[2:]))
         return self.model(x, spacing=factor) if self.network.spacing == "given" else self.model(x)
 
