@@ -1,7 +1,6 @@
 """The networks of the study, at one budget: parameters and multiplications at 48 x 48 within 15% of the RAT's."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,11 +14,14 @@ import rat_timm  # noqa: F401  (registers the models)
 from rat_timm.grid import Grid, Tokens, channels_first, channels_last
 from rat_timm.layers.resample import resample
 
-RAT = {"depths": (3, 2, 1, 1)}
+RAT_OPTIONS = {"depths": (3, 2, 1, 1)}
 VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_ratio": 4.3}
 SIZES = {"dynamic_img_size": True, "dynamic_img_pad": True}
 CONV = {"depths": (3, 2, 2, 1), "dims": (48, 72, 80, 80)}
 SWIN = {"img_size": 48, "window_size": 6, "embed_dim": 32, "depths": (3, 2, 1), "num_heads": (1, 2, 4)}
+
+
+RAT, TOLD, HIDDEN, COARSENED = "rat", "rat, physical stem", "rat, spacing hidden", "rat, physical stem, coarsened"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Network:
         levels: How many levels of a pyramid of the one image it is given, each half as fine as the one before, as long
             as there are four pixels along each axis, which is a token.
         change: What is changed in the model.
-        lr: Learning rate at its peak: of 0.0005 and 0.001 the one with which more training images were right.
+        longer: By what it is trained longer than the others.
+        changed: The name of the network that it is a change of, if it is one.
+        lr: Learning rate at its peak.
     """
 
     architecture: str
@@ -48,40 +52,55 @@ class Network:
     coarsened: bool = False
     levels: int = 1
     change: Callable[[nn.Module], None] | None = None
+    longer: int = 1
+    changed: str = ""
     lr: float = 5e-4
 
-    def create(self, axes: int, num_classes: int, in_chans: int = 1) -> "Classifier":
-        """Builds it for images with so many axes."""
+    @property
+    def is_rat(self) -> bool:
+        """Whether it is one of this package's."""
+        return "rat" in self.architecture.split("_")
+
+    def create(self, spacing: Sequence[float], num_classes: int, in_chans: int = 1) -> "Classifier":
+        """Builds it for images that are trained at a spacing, one value per axis."""
+        axes = len(spacing)
+        options = dict(self.options)
+        if self.is_rat:
+            options["spacing"] = tuple(spacing)
+        if axes == 3:
+            options["spatial_dims"] = 3
         channels = in_chans + (axes if self.spacing == "channel" else 0)
-        volume = {"spatial_dims": 3} if axes == 3 else {}
-        model = timm.create_model(
-            self.architecture, num_classes=num_classes, in_chans=channels, **self.options, **volume
-        )
+        model = timm.create_model(self.architecture, num_classes=num_classes, in_chans=channels, **options)
         if self.change is not None:
             self.change(model)
-        return Classifier(model, self)
+        return Classifier(model, self, spacing)
 
 
 class Classifier(nn.Module):
-    """Takes images and their spacing, relative to the training spacing, whatever the network makes of them."""
+    """Takes images and how coarse they are, relative to the training spacing, whatever the network makes of it."""
 
-    def __init__(self, model: nn.Module, network: Network) -> None:
+    def __init__(self, model: nn.Module, network: Network, spacing: Sequence[float]) -> None:
         super().__init__()
-        self.model, self.network = model, network
+        self.model, self.network, self.spacing = model, network, spacing
 
-    def forward(self, x: Tensor, factor: float) -> Tensor:
-        """Returns logits for images ``[B, C, *size]`` whose pixels are ``factor`` wide along each axis."""
+    def forward(self, x: Tensor, ratio: Sequence[float]) -> Tensor:
+        """Returns logits for images ``[B, C, *size]`` whose pixels are ``ratio`` times the training spacing wide."""
         if self.training and self.network.coarsened:
-            x, factor = coarsen(x, factor)
+            x, ratio = coarsen(x, ratio)
         if self.network.spacing == "channel":
-            x = torch.cat((x, torch.full_like(x[:, :1], math.log2(factor)).expand(-1, x.ndim - 2, *x.shape[2:])), dim=1)
+            told = x.new_tensor(ratio).log2().view(1, -1, *[1] * (x.ndim - 2))
+            x = torch.cat((x, told.expand(len(x), -1, *x.shape[2:])), dim=1)
         if self.network.spacing == "resized":
-            x = at_spacing(x, factor, 1.0)
+            x = at_spacing(x, ratio, [1.0] * len(ratio))
+        spacing = [step * by for step, by in zip(self.spacing, ratio, strict=True)]
         if self.network.levels > 1:
-            coarser = [2**level for level in range(self.network.levels) if min(x.shape[2:]) >= 4 * 2**level]
-            return self.model([at_spacing(x, factor, factor * by) for by in coarser], spacing=[factor])
+            return self.model(self._pyramid(x, ratio), spacing=[spacing])
         x = F.pad(x, self._missing(x.shape[2:]))
-        return self.model(x, spacing=factor) if self.network.spacing == "given" else self.model(x)
+        return self.model(x, spacing=spacing) if self.network.spacing == "given" else self.model(x)
+
+    def _pyramid(self, x: Tensor, ratio: Sequence[float]) -> list[Tensor]:
+        coarser = [2**level for level in range(self.network.levels) if min(x.shape[2:]) >= 4 * 2**level]
+        return [at_spacing(x, ratio, [by * each for each in ratio]) for by in coarser]
 
     def _missing(self, size: Sequence[int]) -> list[int]:
         step = self.network.multiple
@@ -89,20 +108,19 @@ class Classifier(nn.Module):
         return [part for n, want in zip(reversed(size), reversed(wanted), strict=True) for part in (0, want - n)]
 
 
-def at_spacing(x: Tensor, old: float, new: float) -> Tensor:
-    """Resamples images ``[B, C, *size]`` to another spacing, which is the same along each axis."""
-    size = x.shape[2:]
-    tokens = Tokens(channels_last(x), Grid.create(size, old))
-    return channels_first(resample(tokens, [new] * len(size)).x)
+def at_spacing(x: Tensor, old: Sequence[float], new: Sequence[float]) -> Tensor:
+    """Resamples images ``[B, C, *size]`` to another spacing."""
+    return channels_first(resample(Tokens(channels_last(x), Grid.create(x.shape[2:], old)), new).x)
 
 
-def coarsen(x: Tensor, factor: float) -> tuple[Tensor, float]:
-    """Makes images coarser by a random factor, or by none."""
-    coarser = factor * COARSER[int(torch.randint(len(COARSER), ()))]
-    return at_spacing(x, factor, coarser), coarser
+def coarsen(x: Tensor, ratio: Sequence[float]) -> tuple[Tensor, list[float]]:
+    """Makes images coarser by a random factor, whose logarithm is uniform."""
+    factor = COARSER ** float(torch.rand(()))
+    coarser = [factor * each for each in ratio]
+    return at_spacing(x, ratio, coarser), coarser
 
 
-COARSER = (1.0, 1.4, 2.0, 2.8, 4.0)  # by what images are made coarser
+COARSER = 4.0  # by what images are made coarser, at most
 
 _VIT, _PLAIN = "vit_small_patch16_rope_mixed_224", "rat_vit_small_patch16_rope_mixed_224"
 _CONV, _SWIN = "convnext_atto", "swin_tiny_patch4_window7_224"
@@ -111,25 +129,36 @@ PEERS = {
     "vit": Network(_VIT, {**VIT, **SIZES}, lr=1e-3),
     "swin": Network(_SWIN, {**SWIN, "strict_img_size": False}, multiple=4, least=32),
 }
-PHYSICAL = Network("test_rat", {**RAT, "physical_stem": True}, "given")
+PHYSICAL = Network("test_rat", {**RAT_OPTIONS, "physical_stem": True}, "given", changed=RAT)
+CONVNEXT = dataclasses.replace(PEERS["convnext"], spacing="resized")
 
 NETWORKS = {
-    "rat": Network("test_rat", RAT, "given"),
-    "rat, physical stem": PHYSICAL,
-    "rat, spacing hidden": Network("test_rat", RAT),
+    RAT: Network("test_rat", RAT_OPTIONS, "given"),
+    TOLD: PHYSICAL,
+    HIDDEN: Network("test_rat", RAT_OPTIONS, changed=RAT),
+    "rat, channel": Network("test_rat", RAT_OPTIONS, "channel", changed=RAT),
     "plain rat": Network(_PLAIN, {**VIT, **SIZES, "physical_patches": True}, "given", lr=1e-3),
     **PEERS,
-    **{f"{name}, channel": dataclasses.replace(peer, spacing="channel") for name, peer in PEERS.items()},
-    **{f"{name}, resized": dataclasses.replace(peer, spacing="resized") for name, peer in PEERS.items()},
+    "convnext, channel": dataclasses.replace(PEERS["convnext"], spacing="channel"),
+    "convnext, channel, longer": dataclasses.replace(PEERS["convnext"], spacing="channel", longer=3),
+    "convnext, resized": CONVNEXT,
+    "swin, resized": dataclasses.replace(PEERS["swin"], spacing="resized"),
     "rat, log scaling": Network(
-        "test_rat", {**RAT, "learnable_rose_scaling": True, "rose_initial_scaling": "log"}, "given"
+        "test_rat",
+        {**RAT_OPTIONS, "learnable_rose_scaling": True, "rose_initial_scaling": "log"},
+        "given",
+        changed=RAT,
     ),
-    "rat, physical kernel": Network("test_rat", RAT, "given", change=with_physical_kernel),
-    "rat, conditioned stem": Network("test_rat", RAT, "given", change=with_conditioned_stem),
-    "rat, pyramid": Network("test_rat", RAT, "given", levels=3),
+    "rat, physical kernel": Network("test_rat", RAT_OPTIONS, "given", change=with_physical_kernel, changed=RAT),
+    "rat, conditioned stem": Network("test_rat", RAT_OPTIONS, "given", change=with_conditioned_stem, changed=RAT),
+    "rat, pyramid": Network("test_rat", RAT_OPTIONS, "given", levels=3, changed=RAT),
     "rat, strided convolutions": Network(
-        "test_rat", {**PHYSICAL.options, "depths": (4, 2, 1, 1)}, "given", change=with_strided_convolutions
+        "test_rat",
+        {**PHYSICAL.options, "depths": (4, 2, 1, 1)},
+        "given",
+        change=with_strided_convolutions,
+        changed=TOLD,
     ),
-    "rat, physical stem, coarsened": dataclasses.replace(PHYSICAL, coarsened=True),
-    "convnext, resized, coarsened": dataclasses.replace(PEERS["convnext"], spacing="resized", coarsened=True),
+    COARSENED: dataclasses.replace(PHYSICAL, coarsened=True, changed=TOLD),
+    "convnext, resized, coarsened": dataclasses.replace(CONVNEXT, coarsened=True),
 }

@@ -1,34 +1,57 @@
 """The study's tables and pictures, from `results.csv` into `README.md` (between two marks) and `*.png`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from networks import COARSENED, HIDDEN, NETWORKS, TOLD
 from scipy.stats import binomtest
 
-COLUMNS = ["task", "network", "regime", "seed", "factor", "fixed", "control", "right", "count", "seconds"]
-RAT, COARSENED, HIDDEN = "rat, physical stem", "rat, physical stem, coarsened", "rat, spacing hidden"
+COLUMNS = ["task", "network", "regime", "seed", "setting", "factor", "control", "right", "count", "seconds", "answers"]
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 SETTINGS = {
-    "size": "a fixed number of pixels, so that the field of view changes",
     "field": "a fixed field of view, so that the number of pixels changes",
+    "size": "a fixed number of pixels, so that the field of view changes",
+    "slices": "slices of another thickness, and nothing else changed",
 }
-REGIMES = {"one": "one pixel size (1)", "two": "two pixel sizes (0.7, 1.4)", "mixed": "any pixel size from 0.5 to 2"}
+REGIMES = {"one": "one pixel size (1)", "two": "two pixel sizes (0.7, 1.4)", "mixed": "pixel sizes from 0.5 to 2"}
 SEEN = {"one": (1.0, 1.0), "two": (0.7, 1.4), "mixed": (0.5, 2.0)}  # the finest and the coarsest
-KNOWN_WRONG = ("wrong spacing", "spacing hidden")
+WRONG = ("wrong spacing", "spacing hidden")
 SAME_VIEW = "loss to the same field of view"
-OVER_HIDDEN, OVER_BEST = "gain over itself, spacing hidden", "gain over the best of controls"
+OVER_HIDDEN, OVER_BEST = "gain over itself, spacing hidden", "gain over the best control"
+
+Answers = Mapping[tuple[str, str, float], pd.DataFrame]  # of a network, control and factor: seeds by images, 1 if right
+
+
+class Points(NamedTuple):
+    """A difference in percent.
+
+    Attributes:
+        mean: Over seeds and images.
+        deviation: Of seeds, not a number where there is one.
+        half: Half of the 95% interval that the choice of images leaves, which all seeds share.
+    """
+
+    mean: float
+    deviation: float
+    half: float
+
+    def __str__(self) -> str:
+        spread = "" if np.isnan(self.deviation) else f" ± {self.deviation:.1f}"
+        return f"{self.mean:.1f}{spread} ({self.mean - self.half:.0f} to {self.mean + self.half:.0f})"
 
 
 def read(file: Path) -> pd.DataFrame:
     """Reads the results, none if there is no file."""
     if not file.exists():
         return pd.DataFrame(columns=COLUMNS)
-    return pd.read_csv(file, keep_default_na=False)
+    return pd.read_csv(file, keep_default_na=False, dtype={"answers": str})
 
 
 def write(folder: Path) -> None:
@@ -36,8 +59,8 @@ def write(folder: Path) -> None:
     results = read(folder / "results.csv")
     if results.empty:
         return
-    results["share"] = 100 * results["right"] / results["count"]
-    sections = ["### At a glance, in points", goals(results).to_markdown(index=False, floatfmt=".1f", missingval="")]
+    found = goals(results)
+    sections = ["### At a glance", "", found.to_markdown(index=False)] if len(found) else []
     for task, rows in results.groupby("task", sort=False):
         sections += _task(task, rows, folder)
     file = folder / "README.md"
@@ -50,11 +73,14 @@ def _task(task: str, rows: pd.DataFrame, folder: Path) -> Iterator[str]:
     """Yields the sections of a task."""
     yield f"### {task[0].upper()}{task[1:]}"
     seconds = rows.drop_duplicates(["network", "regime", "seed"])["seconds"]
-    yield f"{len(seconds)} trainings, {seconds.sum() / 3600:.1f} hours on one core; {rows['count'].max()} test images."
-    for fixed, part in rows.groupby("fixed", sort=False):
-        name = f"{task}-{fixed}.png".replace(" ", "-")
+    yield (
+        f"{len(seconds)} trainings and their tests, {seconds.sum() / 3600:.1f} hours of one core; "
+        f"{rows['count'].max()} test images at each pixel size."
+    )
+    for setting, part in rows.groupby("setting", sort=False):
+        name = f"{task}-{setting}.png".replace(" ", "-")
         _draw(part, folder / name)
-        yield f"**With {SETTINGS[fixed]}**"
+        yield f"**With {SETTINGS[setting]}**"
         yield f"![Accuracy over pixel size]({name})"
         for regime, trained in part.groupby("regime", sort=False):
             yield from _regime(regime, trained)
@@ -62,16 +88,122 @@ def _task(task: str, rows: pd.DataFrame, folder: Path) -> Iterator[str]:
 
 def _regime(regime: str, rows: pd.DataFrame) -> Iterator[str]:
     """Yields the tables of what was trained alike and is tested alike."""
-    for network in (RAT, COARSENED):
+    for network in (TOLD, COARSENED):
         if network in set(rows["network"]):
             yield f"Trained at {REGIMES[regime]}: `{network}`, in points"
             yield compare(rows, network).to_markdown()
-    if RAT in set(rows["network"]):
-        yield f"Trained at {REGIMES[regime]}: other RATs beside `{RAT}`, in points"
-        yield changes(rows).to_markdown()
+    differing = changes(rows)
+    if len(differing):
+        yield f"Trained at {REGIMES[regime]}: what changes to RATs change, in points"
+        yield differing.to_markdown()
     yield f"<details><summary>Trained at {REGIMES[regime]}: all networks, percent right</summary>"
     yield table(rows).fillna("").to_markdown()
     yield "</details>"
+
+
+def goals(results: pd.DataFrame) -> pd.DataFrame:
+    """Returns what was asked for, with a fixed field of view: losses and gains beyond the training pixel sizes."""
+    rows = []
+    for (task, regime), part in results[results["setting"] == "field"].groupby(["task", "regime"], sort=False):
+        if TOLD in set(part["network"]):
+            found = differences(part, TOLD)
+            finest, coarsest = SEEN[regime]
+            losses = {
+                f"loss {by}x {way}": found["loss"].get(at, "")
+                for by in (2, 4)
+                for way, at in (("finer", finest / by), ("coarser", coarsest * by))
+            }
+            gains = {
+                f"least {name}": min((by for at, by in found[name].items() if not finest <= at <= coarsest), default="")
+                for name in (OVER_HIDDEN, OVER_BEST)
+                if name in found
+            }
+            rows.append({"task": task, "trained at": REGIMES[regime], **losses, **gains})
+    return pd.DataFrame(rows).fillna("").map(str)
+
+
+def compare(rows: pd.DataFrame, network: str) -> pd.DataFrame:
+    """Returns percent right, `differences`, and which control is the best, per pixel size."""
+    mine = table(rows[(rows["network"] == network) & (rows["control"] == "")])
+    differing = pd.DataFrame(differences(rows, network)).T.map(lambda by: "" if by != by else str(by))
+    best = best_controls(rows, network)
+    named = pd.DataFrame({"the best control": {at: _label(who) for at, who in best.items()}}).T
+    return pd.concat([mine.set_axis(["right"]), differing, named] if best else [mine.set_axis(["right"]), differing])
+
+
+def differences(rows: pd.DataFrame, network: str) -> dict[str, dict[float, Points]]:
+    """Returns what a network loses to itself at training pixel sizes, and gains over others, per pixel size."""
+    answers = read_answers(rows)
+    ours = {at: right for (name, control, at), right in answers.items() if (name, control) == (network, "")}
+    finest, coarsest = SEEN[rows["regime"].iloc[0]]
+    trained = sum(seen := [right for at, right in ours.items() if finest <= at <= coarsest]) / len(seen)
+    cropped = {at: right for (name, control, at), right in answers.items() if (name, control) == (network, "cropped")}
+    best = best_controls(rows, network)
+    found = {
+        "loss": {at: points(trained, right) for at, right in ours.items()},
+        SAME_VIEW: {at: points(right, ours[at]) for at, right in cropped.items()},
+        OVER_HIDDEN: _over(answers, ours, dict.fromkeys(ours, (HIDDEN, ""))) if network == TOLD else {},
+        OVER_BEST: _over(answers, ours, best),
+    }
+    if network == TOLD and not found[OVER_HIDDEN]:  # where both would be trained alike
+        found[OVER_HIDDEN] = _over(answers, ours, dict.fromkeys(ours, (TOLD, "spacing hidden")))
+    return {name: values for name, values in found.items() if values}
+
+
+def _over(
+    answers: Answers, ours: Mapping[float, pd.DataFrame], theirs: Mapping[float, tuple[str, str]]
+) -> dict[float, Points]:
+    return {at: points(ours[at], answers[(*who, at)]) for at, who in theirs.items() if (*who, at) in answers}
+
+
+def best_controls(rows: pd.DataFrame, network: str) -> dict[float, tuple[str, str]]:
+    """Returns the best network of another family at each pixel size, by these very tests, and how it is tested.
+
+    It may be told the spacing in a channel, be shown resized images, or neither, and is coarsened if the network is.
+    """
+    mine = NETWORKS[network].coarsened
+    others = [name for name, other in NETWORKS.items() if not other.is_rat and other.coarsened == mine]
+    chosen = rows[rows["network"].isin(others) & rows["control"].isin(["", "resized"])]
+    shares = (
+        (chosen["right"] / chosen["count"]).groupby([chosen["factor"], chosen["network"], chosen["control"]]).mean()
+    )
+    return {at: each.idxmax()[1:] for at, each in shares.groupby("factor")}
+
+
+def changes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns what changes to networks of this package change, and wrong spacings, per pixel size."""
+    answers = read_answers(rows)
+    pairs = {(name, ""): (network.changed, "") for name, network in NETWORKS.items()}
+    pairs |= {(TOLD, control): (TOLD, "") for control in WRONG}
+    found = {}
+    for who, base in pairs.items():
+        ours = {at: answers[(*who, at)] for at in rows["factor"].unique() if (*who, at) in answers}
+        over = _over(answers, ours, dict.fromkeys(ours, base))
+        if over:
+            found[f"{_label(who)} - {base[0]}"] = {at: str(by) for at, by in over.items()}
+    return pd.DataFrame(found).T
+
+
+def read_answers(rows: pd.DataFrame) -> Answers:
+    """Returns which images are right, as 0 or 1: seeds by images, of each network, control and factor."""
+    return {
+        key: pd.DataFrame(
+            [
+                np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[:count]
+                for bits, count in zip(each["answers"], each["count"], strict=True)
+            ],
+            index=each["seed"],
+        )
+        for key, each in rows.groupby(["network", "control", "factor"])
+    }
+
+
+def points(one: pd.DataFrame, other: pd.DataFrame) -> Points:
+    """Returns by how many percent more of the same images one is right than another, over the seeds of both."""
+    seeds = one.index.intersection(other.index)
+    difference = 100 * (one.loc[seeds].astype(float) - other.loc[seeds])
+    half = 1.96 * difference.mean(axis=0).std() / np.sqrt(difference.shape[1])
+    return Points(float(difference.to_numpy().mean()), float(difference.mean(axis=1).std()), float(half))
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -82,115 +214,37 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(rows: pd.DataFrame) -> str:
-    # all seeds are tested on the same images, so that more seeds do not make the interval of these narrower
+    share = 100 * rows["right"] / rows["count"]
+    spread = f" ± {share.std():.1f}" if len(share) > 1 else ""
+    # all seeds are tested on the same images, so that more seeds do not make the interval narrower
     interval = binomtest(round(rows["right"].mean()), int(rows["count"].iloc[0])).proportion_ci(method="wilson")
-    return f"{_spread(rows['share'])} ({100 * interval.low:.0f}-{100 * interval.high:.0f})"
+    return f"{share.mean():.1f}{spread} ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
 
 
-def _spread(values: pd.Series) -> str:
-    deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{deviation}"
-
-
-def goals(results: pd.DataFrame) -> pd.DataFrame:
-    """Returns what the study asked for, in points: losses beyond the training pixel sizes, and the least gains there.
-
-    Where a finer pixel size takes field of view, the loss is the one to images of pixel size 1 with the same view.
-    """
-    rows = []
-    for (task, fixed, regime), part in results.groupby(["task", "fixed", "regime"], sort=False):
-        for network in [name for name in (RAT, COARSENED) if name in set(part["network"])]:
-            points = pd.DataFrame({name: seeds.mean() for name, seeds in differences(part, network).items()}).T
-            finest, coarsest = SEEN[regime]
-            loss = points.loc["loss"].where(points.columns > 1, points.loc[SAME_VIEW if fixed == "size" else "loss"])
-            unseen = points.columns[(points.columns < finest) | (points.columns > coarsest)]
-            found = {f"loss {by}x {way}": loss.get(at) for by, way, at in _beyond(finest, coarsest)}
-            gains = {
-                f"least {name}": points.loc[name, unseen].min()
-                for name in (OVER_HIDDEN, OVER_BEST)
-                if name in points.index
-            }
-            rows.append({"task": task, "fixed": fixed, "trained at": regime, "network": network, **found, **gains})
-    return pd.DataFrame(rows)
-
-
-def _beyond(finest: float, coarsest: float) -> list[tuple[int, str, float]]:
-    return [(by, way, at) for by in (2, 4) for way, at in (("finer", finest / by), ("coarser", coarsest * by))]
-
-
-def compare(rows: pd.DataFrame, network: str) -> pd.DataFrame:
-    """Returns `differences` as mean ± deviation of seeds, and which control is the best."""
-    points = pd.DataFrame({name: seeds.apply(_of_seeds) for name, seeds in differences(rows, network).items()}).T
-    means = controls(rows)
-    if len(means):
-        points.loc["the best of controls"] = means.idxmax().map(_label)
-    return points
-
-
-def differences(rows: pd.DataFrame, network: str) -> dict[str, pd.DataFrame]:
-    """Returns what a network gets right, loses to itself at pixel size 1, and gains over others, seeds by pixel sizes.
-
-    Of `controls`, one is the best at a pixel size, chosen by these very tests; another is the best on average.
-    """
-    shares = rows.set_index(["network", "control", "factor", "seed"])["share"].unstack("factor")
-    ours = shares.loc[(network, "")]
-    found = {"right": ours, "loss": ours.rsub(ours[1.0], axis=0)}
-    if (network, "cropped") in shares.index:
-        found[SAME_VIEW] = shares.loc[(network, "cropped")] - ours
-    for hidden in [(HIDDEN, ""), (RAT, "spacing hidden")]:  # the second stands in where both are trained alike
-        if hidden in shares.index:
-            found.setdefault(OVER_HIDDEN, ours - shares.loc[hidden])
-    means = controls(rows)
-    if len(means):
-        average = means.mean(axis=1).idxmax()
-        found[f"gain over {_label(average)}"] = ours - shares.loc[average]
-        found[OVER_BEST] = pd.DataFrame(
-            {factor: ours[factor] - shares[factor].loc[label] for factor, label in means.idxmax().items()}
-        )
-    return found
-
-
-def changes(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns what other RATs, and wrong spacings, change: what is right less what is right as it should be."""
-    shares = rows.set_index(["network", "control", "factor", "seed"])["share"].unstack("factor")
-    ours, found = shares.loc[(RAT, "")], {}
-    for network, control in dict.fromkeys(shares.index.droplevel("seed")):
-        if (network != RAT and "rat" in network and not control) or (network == RAT and control in KNOWN_WRONG):
-            found[_label((network, control))] = (shares.loc[(network, control)] - ours).apply(_of_seeds)
-    return pd.DataFrame(found).T
-
-
-def controls(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns the mean share of other families' networks per pixel size: told it in a channel, resized, or neither."""
-    family = rows["network"].str.split(",").str[0]
-    chosen = rows[~family.isin(["rat", "plain rat"]) & rows["control"].isin(["", "resized"])]
-    return chosen.groupby(["network", "control", "factor"])["share"].mean().unstack("factor")
-
-
-def _label(parts: tuple[str, str]) -> str:
-    return " / ".join(parts).removesuffix(" / ")
-
-
-def _of_seeds(values: pd.Series) -> str:
-    return "" if values.dropna().empty else _spread(values.dropna())
+def _label(who: tuple[str, str]) -> str:
+    return " / ".join(who).removesuffix(" / ")
 
 
 def _draw(rows: pd.DataFrame, file: Path) -> None:
     regimes = list(rows["regime"].unique())
-    figure, axes = plt.subplots(1, len(regimes), figsize=(6 * len(regimes), 5), sharey=True, squeeze=False)
-    colours = {name: plt.get_cmap("tab20")(index) for index, name in enumerate(rows["network"].unique())}
-    shown = rows[rows["control"].isin(["", "resized"])]
+    figure, axes = plt.subplots(1, len(regimes), figsize=(5 * len(regimes) + 3, 5), sharey=True, squeeze=False)
+    shown = rows[rows["control"].isin(["", "resized"])].assign(share=100 * rows["right"] / rows["count"])
+    colours = {name: plt.get_cmap("tab20")(index) for index, name in enumerate(shown["network"].unique())}
+    handles = {}
     for axis, regime in zip(axes[0], regimes, strict=True):
         for (network, control), lines in shown[shown["regime"] == regime].groupby(["network", "control"], sort=False):
-            mean = lines.groupby("factor")["share"].mean()
-            style = {"linestyle": ":", "alpha": 0.6} if control else {"label": network}
-            axis.plot(mean.index, mean, marker=".", color=colours[network], **style)
+            seeds = lines.groupby("factor")["share"]
+            mean, spread = seeds.mean(), seeds.std().fillna(0)
+            style = {"linestyle": ":", "alpha": 0.6} if control else {"linewidth": 3 if network == TOLD else 1.5}
+            (line,) = axis.plot(mean.index, mean, marker=".", color=colours[network], **style)
+            axis.fill_between(mean.index, mean - spread, mean + spread, color=colours[network], alpha=0.1)
+            handles.setdefault(network, line)
         axis.set(title=f"trained at {REGIMES[regime]}", xlabel="pixel size / training pixel size", xscale="log")
         axis.set_xticks(sorted(rows["factor"].unique()), [f"{f:g}" for f in sorted(rows["factor"].unique())])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0, 0].set(ylabel="right, % (dotted: resized to the training pixel size)", ylim=(0, 102))
-    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    figure.legend(handles.values(), handles, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(file, dpi=100, bbox_inches="tight")
     plt.close(figure)

@@ -18,7 +18,7 @@ DISTANCE = 1.3  # of neighbours, in diameters
 WAVELENGTH = 0.4  # of the cells' texture, in diameters
 BLUR = 0.6  # standard deviation, micrometres
 NOISE = 0.08  # standard deviation, per pixel; cells are between 0.6 and 1
-FINE = {2: 1.0, 3: 1.75}  # micrometres that area sampling tells apart, at most
+FINE = 1.0  # micrometres that area sampling tells apart, at most
 
 
 Chance = Callable[[int], np.ndarray]  # from the index of a number to that number, between 0 and 1, at each position
@@ -38,7 +38,7 @@ class Scene(NamedTuple):
 
 def render(scene: Scene, size: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
     """Renders the middle of a scene, with area sampling: ``size`` pixels of ``spacing`` micrometres per axis."""
-    parts = [int(np.ceil(step / FINE[len(size)])) for step in spacing]
+    parts = [int(np.ceil(step / FINE)) for step in spacing]
     fine = [step / part for step, part in zip(spacing, parts, strict=True)]
     axes = [(np.arange(n * p) + 0.5 - n * p / 2) * f for n, p, f in zip(size, parts, fine, strict=True)]
     position = np.stack(np.meshgrid(*(axis.astype(np.float32) for axis in axes), indexing="ij"), axis=-1)
@@ -69,7 +69,7 @@ def _cells(position: np.ndarray, scene: Scene) -> np.ndarray:
 def _clutter(position: np.ndarray, scene: Scene, pitch: float) -> np.ndarray:
     """Round specks of all sizes, on a lattice whose pitch differs from scene to scene, so that none is a ruler."""
     image = np.zeros(position.shape[:-1], np.float32)
-    for away, chance in _neighbours(position, pitch, scene.seed + 1):
+    for away, chance in _neighbours(position, pitch, scene.seed + (1 << 32)):
         radius = pitch * 0.04 * 10 ** chance(0)  # up to 0.4 pitches
         inside = _edge(radius - np.sqrt((away**2).sum(-1)))
         image = np.maximum(image, inside * (0.2 + 0.5 * chance(1)) * (chance(2) < 0.5))

@@ -10,52 +10,66 @@ results are added to `results.csv` when it is done, so that the study may be int
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 
 import report
 from experiments import Budget, Experiment, run
 from joblib import Parallel, delayed
-from networks import NETWORKS, PEERS
+from networks import COARSENED, HIDDEN, NETWORKS, PEERS, RAT, TOLD
 from rich.progress import track
 from tasks import REGIMES, TASKS
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-RATS = ("rat, physical stem", "rat, spacing hidden", "plain rat")
-CHANNEL, RESIZED = (tuple(f"{name}, {kind}" for name in PEERS) for kind in ("channel", "resized"))
-COARSENED = ("rat, physical stem, coarsened", "convnext, resized, coarsened")
-CONVNEXTS = ("convnext", "convnext, channel", "convnext, resized")
-# Where all images have one spacing, a channel says nothing, and resizing or hiding it changes nothing in training.
-ALIKE = ("rat, physical stem", "plain rat")
+# Where all images have one spacing, neither hiding nor resizing changes the training, and a channel says nothing.
 PLAN = {
     ("cells", "one"): (
-        *ALIKE,
+        TOLD,
         *PEERS,
-        *COARSENED,
-        "rat",
+        "plain rat",
+        RAT,
         "rat, physical kernel",
         "rat, pyramid",
         "rat, strided convolutions",
+        COARSENED,
+        "convnext, resized, coarsened",
     ),
-    ("cells", "two"): (*RATS, *CONVNEXTS),
-    ("cells", "mixed"): (*RATS, *PEERS, *CHANNEL, *RESIZED, "rat", "rat, log scaling", "rat, conditioned stem"),
-    ("photographs", "one"): (*ALIKE, *PEERS, *COARSENED),
-    ("photographs", "mixed"): (*RATS, *CONVNEXTS),
-    ("cells in volumes", "one"): ALIKE,
-    ("cells in volumes", "mixed"): RATS,
+    ("cells", "two"): (TOLD, HIDDEN, "convnext, channel", "convnext, resized"),
+    ("cells", "mixed"): (
+        TOLD,
+        HIDDEN,
+        *PEERS,
+        "convnext, channel",
+        "convnext, channel, longer",
+        "convnext, resized",
+        "swin, resized",
+        RAT,
+        "rat, log scaling",
+        "rat, conditioned stem",
+    ),
+    ("photographs", "one"): (TOLD, "convnext", "swin"),
+    ("photographs", "mixed"): (TOLD, HIDDEN, "convnext, channel", "convnext, resized"),
+    ("cells in volumes", "one"): (TOLD,),
+    ("cells in volumes", "mixed"): (TOLD, HIDDEN, "rat, channel"),
 }
 
 
 def plan(tasks: list[str]) -> list[Experiment]:
-    """Returns all experiments, seed by seed."""
-    wanted = [(task, regime, networks) for (task, regime), networks in PLAN.items() if task in tasks]
-    return [Experiment(t, network, r, seed) for seed in SEEDS for t, r, networks in wanted for network in networks]
+    """Returns all experiments, task by task and seed by seed."""
+    return [
+        Experiment(task, network, regime, seed)
+        for task, seed in itertools.product(tasks, SEEDS)
+        for (of, regime), networks in PLAN.items()
+        for network in networks
+        if of == task
+    ]
 
 
 def main() -> None:
     """Runs what is left of the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=HERE, help="where results, pictures and the report go")
+    parser.add_argument("--output", type=Path, help="where results, pictures and the report go (here)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "rat_timm_study", help="for images")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
@@ -64,21 +78,23 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="experiments at a time, one core each")
     parser.add_argument("--quick", action="store_true", help="one network that learns fast, for a short time")
     given = parser.parse_args()
-    budget, wanted = Budget(), plan(given.tasks)
+    budget, wanted, output = Budget(), plan(given.tasks), given.output or HERE
     if given.quick:
-        budget = Budget(epochs=9, trained=0.3, tested=0.2, factors=(0.5, 1.0, 2.0), shares=(1.0,))
+        if given.output is None:
+            parser.error("--quick needs --output, so that its results are not taken for the study's")
+        budget = Budget(epochs=9, trained=0.3, tested=0.2, factors=(0.5, 1.0, 2.0), share=1.0)
         wanted = [Experiment("cells", "plain rat", "one", 0)]
     chosen = {"network": given.networks, "regime": given.regimes, "seed": given.seeds}
     wanted = [each for each in wanted if all(getattr(each, name) in allowed for name, allowed in chosen.items())]
-    file = given.output / "results.csv"
+    file = output / "results.csv"
     done = report.read(file)
     finished = set(done[["task", "network", "regime", "seed"]].itertuples(index=False, name=None))
     left = [each for each in wanted if dataclasses.astuple(each) not in finished]
     jobs = (delayed(run)(each, budget, given.cache) for each in left)
-    given.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     for rows in track(Parallel(given.jobs, return_as="generator_unordered")(jobs), "trainings", total=len(left)):
         rows[report.COLUMNS].to_csv(file, mode="a", header=not file.exists(), index=False)
-    report.write(given.output)
+    report.write(output)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Pixel sizes are factors of a task's own; images are cached, since all networks s
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +27,12 @@ class Task:
     Attributes:
         draw: Renders an image of a class: from label, seed, size, spacing, and whether it is to be trained on.
         classes: Number of classes.
-        size: Pixels of a training image, per axis.
+        size: Pixels of a training image at factor 1, per axis.
         spacing: Their size, per axis.
         training: Number of images to train on.
         test: Number of images to test on at each factor.
+        settings: How they are tested. With a factor, the field of view changes and the "size" is fixed; the number of
+            pixels changes and the "field" is fixed; or that of "slices" along the first axis, and nothing else.
     """
 
     draw: Callable[[int, int, Sequence[int], Sequence[float], bool], np.ndarray]
@@ -38,12 +41,17 @@ class Task:
     spacing: tuple[float, ...]
     training: int
     test: int
+    settings: tuple[str, ...] = ("field", "size")
 
-    def size_at(self, factor: float, fixed: str) -> tuple[int, ...]:
-        """Returns the number of pixels at a factor: as in training, or about as much field of view, in fours."""
-        if fixed == "size":
+    def ratio(self, factor: float, setting: str) -> tuple[float, ...]:
+        """Returns the spacing at a factor, relative to that at factor 1, per axis."""
+        return tuple(1.0 if setting == "slices" and axis else factor for axis in range(len(self.size)))
+
+    def size_at(self, factor: float, setting: str) -> tuple[int, ...]:
+        """Returns the number of pixels at a factor."""
+        if setting == "size":
             return self.size
-        return tuple(max(4, 4 * round(n / factor / 4)) for n in self.size)
+        return tuple(round(n / by) for n, by in zip(self.size, self.ratio(factor, setting), strict=True))
 
 
 def draw_cells(label: int, seed: int, size: Sequence[int], spacing: Sequence[float], train: bool) -> np.ndarray:
@@ -53,8 +61,10 @@ def draw_cells(label: int, seed: int, size: Sequence[int], spacing: Sequence[flo
 
 TASKS = {
     "cells": Task(draw_cells, len(DIAMETERS), (48, 48), (1.0, 1.0), 1500, 300),
-    "cells in volumes": Task(draw_cells, len(DIAMETERS), (16, 32, 32), (2.0, 1.0, 1.0), 600, 90),
     "photographs": Task(photograph, len(KINDS), (48, 48), (1.0, 1.0), 1500, 300),
+    "cells in volumes": Task(
+        draw_cells, len(DIAMETERS), (16, 32, 32), (2.0, 1.0, 1.0), 600, 150, settings=("field", "slices")
+    ),
 }
 
 
@@ -63,37 +73,45 @@ class Images(NamedTuple):
 
     Attributes:
         pixels: ``[N, 1, *size]``.
-        factor: Of the training spacing, ``[N]``.
+        ratio: Their spacing, relative to that at factor 1, per axis.
         label: ``[N]``.
     """
 
     pixels: Tensor
-    factor: Tensor
+    ratio: tuple[float, ...]
     label: Tensor
 
 
-def training_images(name: str, regime: str, count: int, cache: Path) -> Images:
-    """Draws images to train on; each has one factor of the regime's."""
-    factors = np.random.default_rng(0).choice(REGIMES[regime], count)
-    return _images(name, factors, TASKS[name].size, True, cache)
-
-
-def test_images(name: str, factor: float, fixed: str, count: int, cache: Path) -> Images:
-    """Draws images to test on, at a factor, with the training images' ``size`` or ``field`` of view fixed."""
-    return _images(name, np.full(count, factor), TASKS[name].size_at(factor, fixed), False, cache)
-
-
-def _images(name: str, factors: np.ndarray, size: tuple[int, ...], train: bool, cache: Path) -> Images:
-    draw = Memory(cache, verbose=0).cache(_draw)
-    label = np.arange(len(factors)) % TASKS[name].classes
-    pixels = draw(name, label, factors, size, train)
-    return Images(torch.from_numpy(pixels), torch.from_numpy(factors).float(), torch.from_numpy(label))
-
-
-def _draw(name: str, label: np.ndarray, factors: np.ndarray, size: tuple[int, ...], train: bool) -> np.ndarray:
-    task = TASKS[name]
-    drawn = [
-        task.draw(int(kind), seed, size, [s * factor for s in task.spacing], train)
-        for seed, (kind, factor) in enumerate(zip(label, factors, strict=True))
+def training_images(name: str, regime: str, count: int, cache: Path) -> list[Images]:
+    """Draws images to train on, as many at each factor of the regime's, with the same field of view at all of them."""
+    each = count // len(REGIMES[regime])
+    return [
+        _images(name, factor, "field", range(index * each, (index + 1) * each), True, cache)
+        for index, factor in enumerate(REGIMES[regime])
     ]
-    return np.stack(drawn)[:, None]
+
+
+def test_images(name: str, factor: float, setting: str, count: int, cache: Path) -> Images:
+    """Draws images to test on: at all factors and in all settings of the same scenes."""
+    return _images(name, factor, setting, range(count), False, cache)
+
+
+def _images(name: str, factor: float, setting: str, seeds: range, train: bool, cache: Path) -> Images:
+    task, draw = TASKS[name], Memory(cache, verbose=0).cache(_draw)
+    ratio = task.ratio(factor, setting)
+    pixels = draw(name, task.size_at(factor, setting), ratio, seeds, train, _version())
+    return Images(torch.from_numpy(pixels), ratio, torch.tensor(seeds) % task.classes)
+
+
+def _draw(
+    name: str, size: Sequence[int], ratio: Sequence[float], seeds: range, train: bool, version: str
+) -> np.ndarray:
+    task = TASKS[name]
+    spacing = [step * by for step, by in zip(task.spacing, ratio, strict=True)]
+    return np.stack([task.draw(seed % task.classes, seed, size, spacing, train) for seed in seeds])[:, None]
+
+
+def _version() -> str:
+    """A digest of the code that draws, so that images of older code are drawn anew."""
+    files = [Path(__file__).with_name(name) for name in ("scenes.py", "photographs.py", "tasks.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
