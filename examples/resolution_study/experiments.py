@@ -51,7 +51,7 @@ class Budget:
     trained: float = 1.0
     tested: float = 1.0
     factors: tuple[float, ...] = FACTORS
-    share: float = 0.33
+    share: float = 0.5
     batch: int = 32
 
 
