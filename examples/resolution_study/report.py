@@ -60,7 +60,7 @@ def write(folder: Path) -> None:
     if results.empty:
         return
     found = goals(results)
-    sections = ["### At a glance", "", found.to_markdown(index=False)] if len(found) else []
+    sections = ["### At a glance", found.to_markdown(index=False)] if len(found) else []
     for task, rows in results.groupby("task", sort=False):
         sections += _task(task, rows, folder)
     file = folder / "README.md"
