@@ -237,7 +237,8 @@ def _draw(rows: pd.DataFrame, file: Path) -> None:
             mean, spread = seeds.mean(), seeds.std().fillna(0)
             style = {"linestyle": ":", "alpha": 0.6} if control else {"linewidth": 3 if network == TOLD else 1.5}
             (line,) = axis.plot(mean.index, mean, marker=".", color=colours[network], **style)
-            axis.fill_between(mean.index, mean - spread, mean + spread, color=colours[network], alpha=0.1)
+            if network in (TOLD, COARSENED) and not control:
+                axis.fill_between(mean.index, mean - spread, mean + spread, color=colours[network], alpha=0.15)
             handles.setdefault(network, line)
         axis.set(title=f"trained at {REGIMES[regime]}", xlabel="pixel size / training pixel size", xscale="log")
         axis.set_xticks(sorted(rows["factor"].unique()), [f"{f:g}" for f in sorted(rows["factor"].unique())])
