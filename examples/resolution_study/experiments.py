@@ -154,13 +154,13 @@ def crop(images: Images, factor: float) -> Images:
 
 def are_right(classifier: Classifier, images: Images, control: str, pixels_at_once: int = 1 << 18) -> np.ndarray:
     """Returns which images are told right."""
-    pixels, ratio = images.pixels, images.ratio
+    pixels, ratio, ones = images.pixels, images.ratio, (1.0,) * len(images.ratio)
     if control == "resized":
-        pixels, ratio = at_spacing(pixels, ratio, [1.0] * len(ratio)), (1.0,) * len(ratio)
+        pixels = at_spacing(pixels, ratio, ones)
     if control == "wrong spacing":
         ratio = tuple(WRONG * by for by in ratio)
-    if control == "spacing hidden":
-        ratio = (1.0,) * len(ratio)
+    if control in ("resized", "spacing hidden"):
+        ratio = ones
     batch = max(1, pixels_at_once // pixels[0].numel())
     logits = torch.cat([classifier(x, ratio) for x in pixels.split(batch)])
     return (logits.argmax(-1) == images.label).numpy()

@@ -20,7 +20,6 @@ SIZES = {"dynamic_img_size": True, "dynamic_img_pad": True}
 CONV = {"depths": (3, 2, 2, 1), "dims": (48, 72, 80, 80)}
 SWIN = {"img_size": 48, "window_size": 6, "embed_dim": 32, "depths": (3, 2, 1), "num_heads": (1, 2, 4)}
 
-
 RAT, TOLD, HIDDEN, COARSENED = "rat", "rat, physical stem", "rat, spacing hidden", "rat, physical stem, coarsened"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from networks import COARSENED, HIDDEN, NETWORKS, TOLD
 from scipy.stats import binomtest
+from tasks import REGIMES
 
 COLUMNS = ["task", "network", "regime", "seed", "setting", "factor", "control", "right", "count", "seconds", "answers"]
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -20,9 +21,8 @@ SETTINGS = {
     "size": "a fixed number of pixels, so that the field of view changes",
     "slices": "slices of another thickness, and nothing else changed",
 }
-REGIMES = {"one": "one pixel size (1)", "two": "two pixel sizes (0.7, 1.4)", "mixed": "pixel sizes from 0.5 to 2"}
-SEEN = {"one": (1.0, 1.0), "two": (0.7, 1.4), "mixed": (0.5, 2.0)}  # the finest and the coarsest
-WRONG = ("wrong spacing", "spacing hidden")
+TRAINED_AT = {"one": "one pixel size (1)", "two": "two pixel sizes (0.7, 1.4)", "mixed": "pixel sizes from 0.5 to 2"}
+TOLD_WRONG = ("wrong spacing", "spacing hidden")
 SAME_VIEW = "loss to the same field of view"
 OVER_HIDDEN, OVER_BEST = "gain over itself, spacing hidden", "gain over the best control"
 
@@ -43,8 +43,7 @@ class Points(NamedTuple):
     half: float
 
     def __str__(self) -> str:
-        spread = "" if np.isnan(self.deviation) else f" ± {self.deviation:.1f}"
-        return f"{self.mean:.1f}{spread} ({self.mean - self.half:.0f} to {self.mean + self.half:.0f})"
+        return f"{_spread(self.mean, self.deviation)} ({self.mean - self.half:.0f} to {self.mean + self.half:.0f})"
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -90,13 +89,13 @@ def _regime(regime: str, rows: pd.DataFrame) -> Iterator[str]:
     """Yields the tables of what was trained alike and is tested alike."""
     for network in (TOLD, COARSENED):
         if network in set(rows["network"]):
-            yield f"Trained at {REGIMES[regime]}: `{network}`, in points"
+            yield f"Trained at {TRAINED_AT[regime]}: `{network}`, in points"
             yield compare(rows, network).to_markdown()
     differing = changes(rows)
     if len(differing):
-        yield f"Trained at {REGIMES[regime]}: what changes to RATs change, in points"
+        yield f"Trained at {TRAINED_AT[regime]}: what changes to RATs change, in points"
         yield differing.to_markdown()
-    yield f"<details><summary>Trained at {REGIMES[regime]}: all networks, percent right</summary>"
+    yield f"<details><summary>Trained at {TRAINED_AT[regime]}: all networks, percent right</summary>"
     yield table(rows).fillna("").to_markdown()
     yield "</details>"
 
@@ -107,7 +106,7 @@ def goals(results: pd.DataFrame) -> pd.DataFrame:
     for (task, regime), part in results[results["setting"] == "field"].groupby(["task", "regime"], sort=False):
         if TOLD in set(part["network"]):
             found = differences(part, TOLD)
-            finest, coarsest = SEEN[regime]
+            finest, coarsest = min(REGIMES[regime]), max(REGIMES[regime])
             losses = {
                 f"loss {by}x {way}": found["loss"].get(at, "")
                 for by in (2, 4)
@@ -118,7 +117,7 @@ def goals(results: pd.DataFrame) -> pd.DataFrame:
                 for name in (OVER_HIDDEN, OVER_BEST)
                 if name in found
             }
-            rows.append({"task": task, "trained at": REGIMES[regime], **losses, **gains})
+            rows.append({"task": task, "trained at": TRAINED_AT[regime], **losses, **gains})
     return pd.DataFrame(rows).fillna("").map(str)
 
 
@@ -128,15 +127,16 @@ def compare(rows: pd.DataFrame, network: str) -> pd.DataFrame:
     differing = pd.DataFrame(differences(rows, network)).T.map(lambda by: "" if by != by else str(by))
     best = best_controls(rows, network)
     named = pd.DataFrame({"the best control": {at: _label(who) for at, who in best.items()}}).T
-    return pd.concat([mine.set_axis(["right"]), differing, named] if best else [mine.set_axis(["right"]), differing])
+    return pd.concat([mine.set_axis(["right"]), differing, *([named] if best else [])])
 
 
 def differences(rows: pd.DataFrame, network: str) -> dict[str, dict[float, Points]]:
     """Returns what a network loses to itself at training pixel sizes, and gains over others, per pixel size."""
     answers = read_answers(rows)
     ours = {at: right for (name, control, at), right in answers.items() if (name, control) == (network, "")}
-    finest, coarsest = SEEN[rows["regime"].iloc[0]]
-    trained = sum(seen := [right for at, right in ours.items() if finest <= at <= coarsest]) / len(seen)
+    seen = REGIMES[rows["regime"].iloc[0]]
+    at_seen = [right for at, right in ours.items() if min(seen) <= at <= max(seen)]
+    trained = sum(at_seen) / len(at_seen)
     cropped = {at: right for (name, control, at), right in answers.items() if (name, control) == (network, "cropped")}
     best = best_controls(rows, network)
     found = {
@@ -174,7 +174,7 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
     """Returns what changes to networks of this package change, and wrong spacings, per pixel size."""
     answers = read_answers(rows)
     pairs = {(name, ""): (network.changed, "") for name, network in NETWORKS.items()}
-    pairs |= {(TOLD, control): (TOLD, "") for control in WRONG}
+    pairs |= {(TOLD, control): (TOLD, "") for control in TOLD_WRONG}
     found = {}
     for who, base in pairs.items():
         ours = {at: answers[(*who, at)] for at in rows["factor"].unique() if (*who, at) in answers}
@@ -215,10 +215,14 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _cell(rows: pd.DataFrame) -> str:
     share = 100 * rows["right"] / rows["count"]
-    spread = f" ± {share.std():.1f}" if len(share) > 1 else ""
     # all seeds are tested on the same images, so that more seeds do not make the interval narrower
     interval = binomtest(round(rows["right"].mean()), int(rows["count"].iloc[0])).proportion_ci(method="wilson")
-    return f"{share.mean():.1f}{spread} ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
+    return f"{_spread(share.mean(), share.std())} ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
+
+
+def _spread(mean: float, deviation: float) -> str:
+    """Writes the deviation of seeds only where there is more than one seed."""
+    return f"{mean:.1f}" if np.isnan(deviation) else f"{mean:.1f} ± {deviation:.1f}"
 
 
 def _label(who: tuple[str, str]) -> str:
@@ -240,7 +244,7 @@ def _draw(rows: pd.DataFrame, file: Path) -> None:
             if network in (TOLD, COARSENED) and not control:
                 axis.fill_between(mean.index, mean - spread, mean + spread, color=colours[network], alpha=0.15)
             handles.setdefault(network, line)
-        axis.set(title=f"trained at {REGIMES[regime]}", xlabel="pixel size / training pixel size", xscale="log")
+        axis.set(title=f"trained at {TRAINED_AT[regime]}", xlabel="pixel size / training pixel size", xscale="log")
         axis.set_xticks(sorted(rows["factor"].unique()), [f"{f:g}" for f in sorted(rows["factor"].unique())])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
