@@ -83,7 +83,15 @@ def test_regimes(study, tmp_path, regime, counts):
         assert group.pixels.shape[2:] == (round(48 / group.ratio[0]),) * 2
     if regime == "two":
         one, other = (np.asarray(group.pixels[1, 0]) for group in groups)
-        assert abs(one.mean() - other.mean()) > 1e-4
+        assert abs(one.std() - other.std()) > 1e-4
+
+
+def test_photographs_are_centred(study, tmp_path):
+    """Networks see textures and not one offset that all have in common, with which they did not learn."""
+    (training,) = study("tasks").training_images("photographs", "one", 80, tmp_path)
+    image = training.pixels.flatten(1)
+    assert image.mean(1).abs().max() < 0.01
+    assert 0.5 < image.std(1).mean() < 1.1
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,6 @@ NETWORKS = {
     RAT: Network("test_rat", RAT_OPTIONS, "given"),
     TOLD: PHYSICAL,
     HIDDEN: Network("test_rat", RAT_OPTIONS, changed=RAT),
-    "rat, channel": Network("test_rat", RAT_OPTIONS, "channel", changed=RAT),
     "plain rat": Network(_PLAIN, {**VIT, **SIZES, "physical_patches": True}, "given", lr=1e-3),
     **PEERS,
     "convnext, channel": dataclasses.replace(PEERS["convnext"], spacing="channel"),

@@ -12,9 +12,10 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from skimage import color, data
 
 NAMES = ("brick", "grass", "gravel", "immunohistochemistry")
-MAGNIFICATIONS = (1.0, 1.6)
+MAGNIFICATIONS = (1.0, 2.0)
 KINDS = tuple((name, magnification) for name in NAMES for magnification in MAGNIFICATIONS)
 TRAINED = 0.5  # share of a photograph's width that is for training
+NOISE = 0.08  # standard deviation, per pixel; that of a photograph is 1
 SPAN = 1.0  # pixels of a photograph that are as wide as the training spacing
 
 
@@ -45,5 +46,5 @@ def photograph(label: int, seed: int, size: Sequence[int], spacing: Sequence[flo
         for extent, n, step in zip(part.shape, size, steps, strict=True)
     ]
     image = map_coordinates(part, np.meshgrid(*axes, indexing="ij"), order=1, mode="mirror")
-    image = (image - image.mean()) / (image.std() + 1e-3)  # light and contrast differ between photographs
-    return (0.5 + 0.25 * image + rng.normal(0, 0.02, size)).astype(np.float32)
+    image = (image - image.mean()) / _photograph(name).std()  # light and contrast differ between photographs
+    return (image + rng.normal(0, NOISE, size)).astype(np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from networks import COARSENED, HIDDEN, NETWORKS, TOLD
 from scipy.stats import binomtest
-from tasks import REGIMES
+from tasks import REGIMES, TASKS
 
 COLUMNS = ["task", "network", "regime", "seed", "setting", "factor", "control", "right", "count", "seconds", "answers"]
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -21,6 +21,7 @@ SETTINGS = {
     "size": "a fixed number of pixels, so that the field of view changes",
     "slices": "slices of another thickness, and nothing else changed",
 }
+ORDER = {name: place for names in (TASKS, REGIMES, NETWORKS) for place, name in enumerate(names)}
 TRAINED_AT = {"one": "one pixel size (1)", "two": "two pixel sizes (0.7, 1.4)", "mixed": "pixel sizes from 0.5 to 2"}
 TOLD_WRONG = ("wrong spacing", "spacing hidden")
 SAME_VIEW = "loss to the same field of view"
@@ -58,6 +59,7 @@ def write(folder: Path) -> None:
     results = read(folder / "results.csv")
     if results.empty:
         return
+    results = results.sort_values(["task", "regime", "network"], key=lambda names: names.map(ORDER), kind="stable")
     found = goals(results)
     sections = ["### At a glance", found.to_markdown(index=False)] if len(found) else []
     for task, rows in results.groupby("task", sort=False):

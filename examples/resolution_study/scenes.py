@@ -6,8 +6,8 @@ of any size in all classes, blur is the microscope's, noise the camera's. A scen
 physical position: at any pixel size and in any field of view it is the same scene.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +18,10 @@ DISTANCE = 1.3  # of neighbours, in diameters
 WAVELENGTH = 0.4  # of the cells' texture, in diameters
 BLUR = 0.6  # standard deviation, micrometres
 NOISE = 0.08  # standard deviation, per pixel; cells are between 0.6 and 1
+EDGE = 0.3  # micrometres over which something ends
 FINE = 1.0  # micrometres that area sampling tells apart, at most
 
-
-Chance = Callable[[int], np.ndarray]  # from the index of a number to that number, between 0 and 1, at each position
+Chance = Callable[[int], np.ndarray]  # from the index of a number to that number, between 0 and 1, of each point
 
 
 class Scene(NamedTuple):
@@ -40,63 +40,76 @@ def render(scene: Scene, size: Sequence[int], spacing: Sequence[float]) -> np.nd
     """Renders the middle of a scene, with area sampling: ``size`` pixels of ``spacing`` micrometres per axis."""
     parts = [int(np.ceil(step / FINE)) for step in spacing]
     fine = [step / part for step, part in zip(spacing, parts, strict=True)]
-    axes = [(np.arange(n * p) + 0.5 - n * p / 2) * f for n, p, f in zip(size, parts, fine, strict=True)]
-    position = np.stack(np.meshgrid(*(axis.astype(np.float32) for axis in axes), indexing="ij"), axis=-1)
+    axes = [
+        ((np.arange(n * p) + 0.5 - n * p / 2) * f).astype(np.float32) for n, p, f in zip(size, parts, fine, strict=True)
+    ]
     rng = np.random.default_rng([scene.seed, 0])
-    image = np.maximum(_cells(position, scene), _clutter(position, scene, rng.uniform(6, 24)))
-    shade = position @ rng.normal(0, 0.002, len(size)).astype(np.float32)  # light from one side
+    image = np.maximum(_cells(axes, scene), _clutter(axes, scene, rng.uniform(6, 24)))
+    slope = rng.normal(0, 0.002, len(size)).astype(np.float32)
+    shade = _dot(np.meshgrid(*axes, indexing="ij", sparse=True), slope)  # light from one side
     image = gaussian_filter(image * rng.uniform(0.7, 1.0) + rng.uniform(0, 0.2) + shade, [BLUR / f for f in fine])
     image = image.reshape([n for pair in zip(size, parts, strict=True) for n in pair])
     image = image.mean(axis=tuple(range(1, 2 * len(size), 2)))
     return (image + np.random.default_rng([scene.seed, 1]).normal(0, NOISE, size)).astype(np.float32)
 
 
-def _cells(position: np.ndarray, scene: Scene) -> np.ndarray:
+def _cells(axes: Sequence[np.ndarray], scene: Scene) -> np.ndarray:
     """Cells on a disturbed lattice: somewhat elongated, each with a plane wave for a texture."""
     diameter = DIAMETERS[scene.label]
     elongation = np.random.default_rng([scene.seed, 2]).uniform(1.0, 1.6)
-    image = np.zeros(position.shape[:-1], np.float32)
-    for away, chance in _neighbours(position, DISTANCE * diameter, scene.seed):
-        long, wave = (_direction(chance, first, position.shape[-1]) for first in (4, 8))
-        along = (away * long).sum(-1)
-        distance = np.sqrt((away**2).sum(-1) - (1 - elongation**-2) * along**2) * elongation ** (1 / away.shape[-1])
-        inside = _edge(diameter / 2 * (0.9 + 0.2 * chance(0)) - distance)
-        phase = (away * wave).sum(-1) / (WAVELENGTH * diameter) + chance(1)
-        image = np.maximum(image, inside * (0.6 + 0.4 * chance(2)) * (0.8 + 0.2 * np.cos(2 * np.pi * phase)))
+    points, chance = _lattice(axes, DISTANCE * diameter, scene.seed)
+    long, wave = (_direction(chance, first, len(axes)) for first in (4, 8))
+    radius, phase, light = diameter / 2 * (0.9 + 0.2 * chance(0)), chance(1), 0.6 + 0.4 * chance(2)
+    thickness = elongation ** (1 / len(axes))  # of a sphere as large, over that of the cell
+    image = np.zeros([len(axis) for axis in axes], np.float32)
+    for index, point in enumerate(points):
+        part, away = _around(axes, point, radius[index] * elongation / thickness)
+        along = _dot(away, long[index])
+        distance = np.sqrt(_dot(away, away) - (1 - elongation**-2) * along**2) * thickness
+        wavelengths = _dot(away, wave[index]) / (WAVELENGTH * diameter) + phase[index]
+        texture = 0.8 + 0.2 * np.cos(2 * np.pi * wavelengths)
+        image[part] = np.maximum(image[part], _edge(radius[index] - distance) * light[index] * texture)
     return image
 
 
-def _clutter(position: np.ndarray, scene: Scene, pitch: float) -> np.ndarray:
+def _clutter(axes: Sequence[np.ndarray], scene: Scene, pitch: float) -> np.ndarray:
     """Round specks of all sizes, on a lattice whose pitch differs from scene to scene, so that none is a ruler."""
-    image = np.zeros(position.shape[:-1], np.float32)
-    for away, chance in _neighbours(position, pitch, scene.seed + (1 << 32)):
-        radius = pitch * 0.04 * 10 ** chance(0)  # up to 0.4 pitches
-        inside = _edge(radius - np.sqrt((away**2).sum(-1)))
-        image = np.maximum(image, inside * (0.2 + 0.5 * chance(1)) * (chance(2) < 0.5))
+    points, chance = _lattice(axes, pitch, scene.seed + (1 << 32))
+    radius, light, there = pitch * 0.04 * 10 ** chance(0), 0.2 + 0.5 * chance(1), chance(2) < 0.5  # up to 0.4 pitches
+    image = np.zeros([len(axis) for axis in axes], np.float32)
+    for index in np.flatnonzero(there):
+        part, away = _around(axes, points[index], radius[index])
+        inside = _edge(radius[index] - np.sqrt(_dot(away, away)))
+        image[part] = np.maximum(image[part], inside * light[index])
     return image
 
 
 def _edge(depth: np.ndarray) -> np.ndarray:
     """From 0 outside to 1 inside, over about a micrometre."""
-    return 1 / (1 + np.exp(-np.clip(depth / 0.3, -30, 30)))
+    return 1 / (1 + np.exp(-np.clip(depth / EDGE, -30, 30)))
 
 
-def _neighbours(position: np.ndarray, pitch: float, seed: int) -> Iterator[tuple[np.ndarray, Chance]]:
-    """Yields, for each lattice point around a position, the way from the point there, and a source of its chance."""
-    axes = position.shape[-1]
-    nearest = np.round(position / pitch).astype(np.int64)
-    first, last = (limit(nearest, axis=tuple(range(axes))) for limit in (np.min, np.max))
-    box = np.stack(np.meshgrid(*map(np.arange, first - 1, last + 2), indexing="ij"), axis=-1)
-    keys = _hash(box, seed)  # of all lattice points in reach, far fewer than there are positions
-    moves = np.stack([_uniform(keys, 16 + axis) for axis in range(axes)], axis=-1)
-    points = ((box + 0.35 * (2 * moves - 1)) * pitch).astype(np.float32)
-    for step in itertools.product((0, 1, 2), repeat=axes):
-        place = tuple(np.moveaxis(nearest - first + step, -1, 0))
+def _lattice(axes: Sequence[np.ndarray], pitch: float, seed: int) -> tuple[np.ndarray, Chance]:
+    """Returns the points ``[N, axes]`` of a disturbed lattice in and around a field of view, and their chance."""
+    ends = np.array([axis[[0, -1]] for axis in axes]) / pitch
+    first, last = np.round(ends).astype(np.int64).T
+    box = np.stack(np.meshgrid(*map(np.arange, first - 1, last + 2), indexing="ij"), axis=-1).reshape(-1, len(axes))
+    keys = _hash(box, seed)
+    moves = np.stack([_uniform(keys, 16 + axis) for axis in range(len(axes))], axis=-1)
+    return ((box + 0.35 * (2 * moves - 1)) * pitch).astype(np.float32), functools.partial(_uniform, keys)
 
-        def chance(index: int, place: tuple[np.ndarray, ...] = place) -> np.ndarray:
-            return _uniform(keys, index)[place]
 
-        yield position - points[place], chance
+def _around(axes: Sequence[np.ndarray], point: np.ndarray, radius: float) -> tuple[tuple[slice, ...], list[np.ndarray]]:
+    """Returns the part of an image that something at a point may touch, and the way there from the point, per axis."""
+    reach = radius + 14 * EDGE  # what is further outside is less than a millionth
+    ends = [np.searchsorted(axis, (at - reach, at + reach)) for axis, at in zip(axes, point, strict=True)]
+    part = tuple(slice(*end) for end in ends)
+    away = [axis[along] - at for axis, along, at in zip(axes, part, point, strict=True)]
+    return part, np.meshgrid(*away, indexing="ij", sparse=True)
+
+
+def _dot(a: Sequence[np.ndarray], b: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 def _direction(chance: Chance, first: int, axes: int) -> np.ndarray:

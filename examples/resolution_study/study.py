@@ -49,9 +49,9 @@ PLAN = {
         "rat, conditioned stem",
     ),
     ("photographs", "one"): (TOLD, "convnext", "swin"),
-    ("photographs", "mixed"): (TOLD, HIDDEN, "convnext, channel", "convnext, resized"),
+    ("photographs", "mixed"): (TOLD, HIDDEN, "convnext, channel", "convnext, resized", "swin, resized"),
     ("cells in volumes", "one"): (TOLD,),
-    ("cells in volumes", "mixed"): (TOLD, HIDDEN, "rat, channel"),
+    ("cells in volumes", "mixed"): (TOLD, HIDDEN),
 }
 
 
