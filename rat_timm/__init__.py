@@ -3,6 +3,7 @@
 Spacing is physical, in array-axis order (z, y, x). Masks are True where valid.
 """
 
+from .context import geometry
 from .grid import Grid
 from .layers.backend import attention_backend, set_attention_backend
 from .models import AdaptiveVit, RatConfig, RatVit, ResolutionAwareTransformer
@@ -17,5 +18,6 @@ __all__ = [
     "ResolutionAwareTransformer",
     "__version__",
     "attention_backend",
+    "geometry",
     "set_attention_backend",
 ]

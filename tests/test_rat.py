@@ -399,8 +399,45 @@ def test_a_physical_stem_takes_a_spacing_per_sample():
     assert model(x[:0], spacing=spacing[:0]).shape == (0, 7)
     assert torch.isfinite(model(x[..., :3, :3], spacing=8.0)).all()
     levels, spacings = [x, x[..., ::2, ::2]], [spacing, spacing * torch.tensor([[2.0], [3.0]])]
-    with pytest.raises(ValueError, match="spacing must be related to level 0's alike"):
-        model(levels, spacing=spacings)
+    both = model(levels, spacing=spacings)
+    for i in range(2):
+        own = model([level[i : i + 1] for level in levels], spacing=[s[i : i + 1] for s in spacings])
+        torch.testing.assert_close(both[i : i + 1], own, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="return_assignments takes one spacing"):
+        model.forward_intermediates(x, spacing=spacing, output_dict=True, return_assignments=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_batch_of_several_pixel_sizes_equals_its_items(name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model = lively(timm.create_model(name, num_classes=7, physical_stem=True).eval())
+    axes, batch = model.spatial_dims, 3
+    size = [int(n) for n in torch.randint(9, (60, 28)[axes - 2], (axes,), generator=generator)]
+    images = [torch.randn(batch, model.in_chans, *s, generator=generator) for s in (size, [n // 2 + 1 for n in size])]
+    spacing = 0.5 * 3 ** torch.rand(batch, axes, generator=generator)
+    spacing[1] = spacing[0]  # two samples share a grid
+    masks = [torch.rand(batch, *x.shape[2:], generator=generator) < 0.8 for x in images]
+    for x, told, mask in ((images[0], spacing, None), (images, [spacing, 2.5 * spacing], masks)):
+
+        def of(i, value):
+            return [v[i : i + 1] for v in value] if isinstance(value, list) else value[i : i + 1]
+
+        together = model.forward_intermediates(x, spacing=told, mask=mask, output_dict=True)
+        logits = model(x, spacing=told, mask=mask)
+        for i in range(batch):
+            given = {"spacing": of(i, told), "mask": None if mask is None else of(i, mask)}
+            torch.testing.assert_close(logits[i : i + 1], model(of(i, x), **given), rtol=1e-4, atol=1e-4)
+            own = model.forward_intermediates(of(i, x), output_dict=True, **given)
+            for whole, whole_mask, part, grid in zip(
+                *(d[k] for d, k in ((together, "image_intermediates"), (together, "masks"))),
+                *(own[k] for k in ("image_intermediates", "grids")),
+                strict=True,
+            ):
+                for a, m, b, g in zip(*([v] if isinstance(x, torch.Tensor) else v for v in (whole, whole_mask, part, grid)), strict=True):
+                    inside = (..., *(slice(n) for n in g.shape))
+                    torch.testing.assert_close(a[i : i + 1][inside], b, rtol=1e-4, atol=1e-4)
+                    assert m is None or int(m[i].sum()) == int(m[i][inside].sum())
 
 
 def test_a_physical_stem_compiles_with_numbers():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..grid import channels_first, fill
 from .masking import check_mask
+from .tracing import traced_as_whole
 
 POOLS = ("avg", "token", "")
 
@@ -61,6 +62,7 @@ class Head(nn.Module):
             nn.init.zeros_(linear.bias)
         self.train(self.training)
 
+    @traced_as_whole
     def forward(
         self,
         features: Sequence[Tensor],

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..grid import Grid, Tokens, exact_dtype, fill
 
@@ -30,7 +31,7 @@ def resample(tokens: Tokens, spacing: Sequence[float], known: Sequence[float] | 
     ratios = [tuple(s / new for s, new in zip(row, spacing, strict=True)) for row in rows]
     if all(abs(ratio - 1) < _SAME for row in ratios for ratio in row):
         return tokens
-    if len(set(ratios)) == 1:
+    if len(ratios) == 1 or len(set(ratios)) == 1:
         return _resample(tokens, ratios[0], spacing)
     grid = tokens.grid
     parts = []
@@ -40,7 +41,7 @@ def resample(tokens: Tokens, spacing: Sequence[float], known: Sequence[float] | 
         origin = grid.origin[here] if len(grid.origin) > 1 else grid.origin
         part = Tokens(tokens.x[here], grid._replace(spacing=grid.spacing[here], origin=origin), mask)
         parts.append(_resample(part, ratio, spacing))
-    return _stack(parts)
+    return stack(parts)
 
 
 def spacing_rows(grid: Grid) -> list[tuple[float, ...]]:
@@ -108,15 +109,24 @@ def _weigh(x: Tensor, axis: int, index: Tensor, weight: Tensor, normalize: bool 
     return total
 
 
-def _stack(parts: Sequence[Tokens]) -> Tokens:
-    """Puts samples of several sizes into one batch, with masked ends."""
-    size = tuple(max(sizes) for sizes in zip(*(part.grid.shape for part in parts), strict=True))
-    channels = parts[0].x.shape[-1]
-    x = parts[0].x.new_zeros(len(parts), *size, channels)
-    mask = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
-    for row, part in enumerate(parts):
-        here = tuple(slice(n) for n in part.grid.shape)
-        x[row][here] = part.x[0]
-        mask[row][here] = True if part.mask is None else part.mask[0]
-    origin = torch.cat([part.grid.origin for part in parts])
-    return Tokens(x, parts[0].grid._replace(shape=size, origin=origin), mask)
+def stack(parts: Sequence[Tokens]) -> Tokens:
+    """Puts samples on grids of several sizes into one batch; their far ends are filled up and masked."""
+    shapes = [part.grid.shape for part in parts]
+    size = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+    whole = len(set(shapes)) == 1 and all(part.mask is None for part in parts)
+    mask = None if whole else torch.cat([_fill_up(_full_mask(part), size) for part in parts])
+    x = torch.cat([_fill_up(part.x, size) for part in parts])
+    spacing = torch.cat([part.grid.spacing.expand(len(part.x), -1) for part in parts])
+    origin = torch.cat([part.grid.origin.expand(len(part.x), -1) for part in parts])
+    return Tokens(x, Grid(size, spacing, origin), mask)
+
+
+def _full_mask(part: Tokens) -> Tensor:
+    return part.x.new_ones(part.x.shape[:-1], dtype=torch.bool) if part.mask is None else part.mask
+
+
+def _fill_up(x: Tensor, size: Sequence[int]) -> Tensor:
+    """``[B, *grid, ...]`` -> ``[B, *size, ...]``, with zeros at the far ends."""
+    ends = [part for n, most in zip(x.shape[1:], size, strict=False) for part in (most - n, 0)][::-1]
+    return F.pad(x, [0, 0] * (x.ndim - 1 - len(size)) + ends)
+

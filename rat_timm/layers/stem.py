@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..grid import Pyramid, Tokens, channels_first, channels_last
 from .masking import pool_mask
+from .tracing import traced_as_whole
 
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -52,6 +53,7 @@ class Stem(nn.Module):
         norms = widths[1:] if len(kernel_size) > 1 else []
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6, **dd) for width in norms)
 
+    @traced_as_whole
     def forward(self, pyramid: Pyramid) -> Pyramid:
         """Turns images ``[B, *size, in_chans]`` into tokens ``[B, *ceil(size / stride), embed_dim]``."""
         return pyramid._replace(levels=[self._embed(image) for image in pyramid.levels])

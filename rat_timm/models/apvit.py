@@ -13,6 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..context import what_is_told
 from ..grid import Positions, Tokens, axis_values, fill, merge_axes
 from ..layers.adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
 from ..layers.rose import RotarySpatialEmbedding
@@ -261,7 +262,8 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
     def _read(self, x: Tensor, spacing: Any, mask: Any, origin: Any) -> Tokens:
         if isinstance(x, (list, tuple)):
             raise ValueError("x must be an image: adaptive patches are cut out of one image, not of a pyramid")
-        return read_images(x, spacing, mask, origin, self.reference_spacing, self.in_chans, (1, 1)).levels[0]
+        told = what_is_told(spacing, mask, origin)
+        return read_images(x, told, self.reference_spacing, self.in_chans, (1, 1)).levels[0]
 
     def _run(
         self,

@@ -1,23 +1,21 @@
 """What a user hands to a model, checked and turned into a `Pyramid` of images on their grids."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
+from ..context import Told
 from ..grid import Pyramid, Tokens, channels_last, pyramid_grids, spacing_numbers
-from ..layers.resample import resample, spacing_rows
+from ..layers.resample import resample, spacing_rows, stack
 
 
 @register_notrace_function
 def read_images(
     x: Tensor | Sequence[Tensor],
-    spacing: Any,
-    mask: Any,
-    origin: Any,
+    told: Told,
     reference: tuple[float, ...],
     in_chans: int,
     min_size: tuple[int, ...],
@@ -26,9 +24,7 @@ def read_images(
 
     Args:
         x: An image ``[B, C, *size]``, or a pyramid: a list of them.
-        spacing: See `rat_timm.grid.pyramid_grids`.
-        mask: ``[B, *size]``, True = valid, per image or level; bool, or another type with zeros and ones only.
-        origin: See `rat_timm.grid.pyramid_grids`.
+        told: What is said about them; masks may have another type than bool, with zeros and ones only.
         reference: The model's reference spacing.
         in_chans: The model's number of channels.
         min_size: The smallest size per axis.
@@ -52,17 +48,31 @@ def read_images(
                 f"level {level}: x must have level 0's batch size {images[0].shape[0]}, got {image.shape[0]}"
             )
     sizes = [tuple(image.shape[2:]) for image in images]
-    masks = _read_masks(mask, images, single)
+    masks = _read_masks(told.mask, images, single)
     grids = pyramid_grids(
-        sizes, spacing, origin, reference=reference, batch_size=images[0].shape[0], device=images[0].device
+        sizes, told.spacing, told.origin, reference=reference, batch_size=images[0].shape[0], device=images[0].device
     )
     levels = [Tokens(channels_last(image), grid, m) for image, grid, m in zip(images, grids, masks, strict=True)]
     return Pyramid(levels, None, single)
 
 
-@register_notrace_function
-def to_reference(images: Pyramid, spacing: Any, reference: tuple[float, ...]) -> Pyramid:
+class Part(NamedTuple):
+    """Samples of a batch that have one grid.
+
+    Attributes:
+        rows: Their indices in the batch; None for all of it.
+        images: These samples.
+    """
+
+    rows: list[int] | None
+    images: Pyramid
+
+
+def parts_at_reference(images: Pyramid, spacing: Any, reference: tuple[float, ...]) -> list[Part]:
     """Resamples a pyramid, so that its first level has the reference spacing and the others keep theirs relative to it.
+
+    Samples whose images come out on grids of their own are parts of their own: side by side in one tensor, all but the
+    largest would have to be filled up, and windows at their true border would reach into the fill.
 
     Args:
         images: The images on their grids.
@@ -70,31 +80,72 @@ def to_reference(images: Pyramid, spacing: Any, reference: tuple[float, ...]) ->
         reference: The model's reference spacing.
 
     Raises:
-        ValueError: If a spacing is a tensor and the model is compiled, or samples differ in how the levels' spacings
-            are related.
+        ValueError: If a spacing is a tensor and the model is compiled, or an image would become too large.
     """
     numbers = spacing_numbers([tokens.grid.shape for tokens in images.levels], spacing, reference)
-    first, levels = None, []
-    for tokens, known in zip(images.levels, numbers, strict=True):
-        rows = spacing_rows(tokens.grid) if known is None else [known]
-        first = rows if first is None else first
-        if not rows:
-            return images  # of an empty batch, with a spacing for each of its no samples
-        levels.append(resample(tokens, _relative_to(first, rows, reference), known))
+    rows = [
+        spacing_rows(tokens.grid) if known is None else [known]
+        for tokens, known in zip(images.levels, numbers, strict=True)
+    ]
+    if not all(rows):
+        return [Part(None, images)]  # an empty batch, with a spacing for each of its no samples
+    count = max(map(len, rows))
+    if count == 1:
+        return [Part(None, _resample(images, [row[0] for row in rows], reference))]
+    members: dict[tuple, list[int]] = {}  # by the spacings of all levels
+    for index, spacings in enumerate(zip(*(row * (count // len(row)) for row in rows), strict=True)):
+        members.setdefault(spacings, []).append(index)
+    if len(members) == 1:
+        return [Part(None, _resample(images, next(iter(members)), reference))]
+    return [Part(index, _resample(_select(images, index), known, reference)) for known, index in members.items()]
+
+
+@register_notrace_function
+def to_reference(images: Pyramid, spacing: Any, reference: tuple[float, ...]) -> Pyramid:
+    """Does what `parts_at_reference` does in graphs, which are of one part.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    parts = parts_at_reference(images, spacing, reference)
+    if len(parts) > 1:
+        raise ValueError("spacing must be the same for all samples where the model is a graph and its stem physical")
+    return parts[0].images
+
+
+def _select(images: Pyramid, rows: Sequence[int]) -> Pyramid:
+    index = torch.tensor(rows, device=images.levels[0].x.device)
+    return images._replace(levels=[_select_rows(tokens, index) for tokens in images.levels])
+
+
+def _select_rows(tokens: Tokens, index: Tensor) -> Tokens:
+    grid = tokens.grid
+    spacing, origin = (r if len(r) == 1 else r.index_select(0, index) for r in (grid.spacing, grid.origin))
+    mask = None if tokens.mask is None else tokens.mask.index_select(0, index)
+    return Tokens(tokens.x.index_select(0, index), grid._replace(spacing=spacing, origin=origin), mask)
+
+
+def _resample(images: Pyramid, spacings: Sequence[tuple[float, ...]], reference: tuple[float, ...]) -> Pyramid:
+    """Resamples images whose levels have the ``spacings``."""
+    levels = []
+    for tokens, known in zip(images.levels, spacings, strict=True):
+        wanted = [r * s / base for r, s, base in zip(reference, known, spacings[0], strict=True)]
+        levels.append(resample(tokens, wanted, known))
     return images._replace(levels=levels)
 
 
-def _relative_to(first: list, rows: list, reference: tuple[float, ...]) -> list[float]:
-    """Returns the spacing of a level where that of the first level is the reference, the same for all samples."""
-    count = max(len(first), len(rows))
-    pairs = zip(first * (count // len(first)), rows * (count // len(rows)), strict=True)
-    wanted = [[r * s / base for r, s, base in zip(reference, row, level0, strict=True)] for level0, row in pairs]
-    if any(not math.isclose(a, b, rel_tol=1e-5) for row in wanted for a, b in zip(row, wanted[0], strict=True)):
-        raise ValueError(
-            "spacing must be related to level 0's alike in all samples where the stem is physical, "
-            f"got {rows} beside {first}"
-        )
-    return wanted[0]
+def join_parts(pyramids: Sequence[Pyramid], rows: Sequence[Sequence[int]]) -> Pyramid:
+    """Puts parts of a batch side by side again, in the batch's order; what is smaller is filled up and masked.
+
+    Args:
+        pyramids: What a model made of each part.
+        rows: The indices of its samples in the batch.
+    """
+    order = torch.tensor([row for part in rows for row in part], device=pyramids[0].levels[0].x.device).argsort()
+    levels = [_select_rows(stack(parts), order) for parts in zip(*(p.levels for p in pyramids), strict=True)]
+    prefixes = [pyramid.prefix for pyramid in pyramids if pyramid.prefix is not None]
+    prefix = torch.cat(prefixes).index_select(0, order) if prefixes else None
+    return Pyramid(levels, prefix, pyramids[0].single)
 
 
 def _name(name: str, level: int, single: bool) -> str:
@@ -119,8 +170,10 @@ def _read_masks(mask: Any, images: list[Tensor], single: bool) -> list[Tensor | 
         if not single and len(images) > 1:
             raise ValueError(f"mask must be a list with one entry per level ({len(images)}), got a tensor")
         masks = [mask]
-    else:
+    elif isinstance(mask, (list, tuple)):
         masks = list(mask)
+    else:
+        raise ValueError(f"mask must be a tensor, or a list with one per level, got {mask!r}")
     if len(masks) != len(images):
         raise ValueError(f"mask must have one entry per level ({len(images)}), got {len(masks)}")
     return [

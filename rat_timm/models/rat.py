@@ -8,16 +8,19 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates, get_device_dtype, register_notrace_module, trunc_normal_
+from timm.layers import calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from ..grid import Pyramid, channels_first, channels_last, integers, merge_axes
+from ..context import what_is_told
+from ..grid import Pyramid, channels_last, integers, merge_axes
+from ..layers.assignment import Assignment
 from ..layers.head import Head
 from ..layers.rose import RotarySpatialEmbedding
 from ..layers.stem import Stem
@@ -34,15 +37,29 @@ from .convert import (
     unwrap,
     warn_of_dropped_classifier,
 )
-from .inputs import read_images, to_reference
-from .stage import PyramidNorm, Stage
+from .inputs import Part, join_parts, parts_at_reference, read_images, to_reference
+from .stage import PyramidNorm, Stage, stage_maps
 
 __all__ = ["RatConfig", "ResolutionAwareTransformer"]
 
 
-# geometry and masks steer these modules, so symbolic tracing has to take each as a whole
-for _module in (Stem, Stage, PyramidNorm, Head):
-    register_notrace_module(_module)
+# geometry steers these functions, so that symbolic tracing has to take each as a whole
+for _function in ("what_is_told", "read_images", "to_reference", "stage_maps"):
+    torch.fx.wrap(_function)
+
+
+class Run(NamedTuple):
+    """What the stages made of images.
+
+    Attributes:
+        last: The last stage that ran, before the final norm.
+        stages: The stages that were asked for.
+        assignments: For each grouping that ran, how each level's tokens were grouped; empty if not asked for.
+    """
+
+    last: Pyramid
+    stages: list[Pyramid]
+    assignments: list[list[Assignment | None]]
 
 
 class ResolutionAwareTransformer(nn.Module):
@@ -136,22 +153,46 @@ class ResolutionAwareTransformer(nn.Module):
         Raises:
             ValueError: If an argument does not fit the model or another argument.
         """
-        pyramid = self._encode(x, spacing, mask, origin)
+        pyramid = self.norm(self._run(x, spacing, mask, origin).last)
         return self.head(pyramid.features, pyramid.masks, pyramid.prefix, pyramid.single)
 
     def forward_features(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Any:
         """Returns the last stage's map, ``[B, C, *grid]``, or a list of maps for a list; see `forward`."""
-        return _maps(self._encode(x, spacing, mask, origin), "NCHW")
+        return stage_maps(self.norm(self._run(x, spacing, mask, origin).last))
 
-    def _encode(self, x: Any, spacing: Any, mask: Any, origin: Any) -> Pyramid:
-        pyramid = self._tokenize(x, spacing, mask, origin)
-        for stage in self.stages:
-            pyramid = stage(pyramid)[0]
-        return self.norm(pyramid)
+    def _run(
+        self,
+        x: Any,
+        spacing: Any,
+        mask: Any,
+        origin: Any,
+        take: Sequence[int] = (),
+        count: int | None = None,
+        return_assignments: bool = False,
+    ) -> Run:
+        """Runs the first ``count`` stages; keeps those in ``take``."""
+        told = what_is_told(spacing, mask, origin)
+        images = read_images(x, told, *self._image_limits)
+        if not self.cfg.physical_stem:
+            parts = [Part(None, images)]
+        elif isinstance(images, Proxy):
+            parts = [Part(None, to_reference(images, told.spacing, self.reference_spacing))]
+        else:
+            parts = parts_at_reference(images, told.spacing, self.reference_spacing)
+        if len(parts) > 1 and return_assignments:
+            raise ValueError("return_assignments takes one spacing for all samples where the stem is physical")
+        runs = [self._run_stages(part.images, take, count, return_assignments) for part in parts]
+        return runs[0] if len(runs) == 1 else _join(runs, parts)
 
-    def _tokenize(self, x: Any, spacing: Any, mask: Any, origin: Any) -> Pyramid:
-        images = read_images(x, spacing, mask, origin, *self._image_limits)
-        return self.stem(to_reference(images, spacing, self.reference_spacing) if self.cfg.physical_stem else images)
+    def _run_stages(self, images: Pyramid, take: Sequence[int], count: int | None, return_assignments: bool) -> Run:
+        pyramid, taken, assignments = self.stem(images), [], []
+        for i, stage in enumerate(self.stages[:count]):
+            pyramid, grouped = stage.advance(pyramid, return_assignments)
+            if return_assignments and stage.downsample is not None:
+                assignments.append(grouped)
+            if i in take:
+                taken.append(pyramid)
+        return Run(pyramid, taken, assignments)
 
     def forward_head(self, x: Any, pre_logits: bool = False, mask: Any = None, prefix: Tensor | None = None) -> Any:
         """Pools and classifies what `forward_features` returned.
@@ -213,29 +254,23 @@ class ResolutionAwareTransformer(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take_indices, last = feature_take_indices(len(self.stages), indices)
-        pyramid = self._tokenize(x, spacing, mask, origin)
-        stages = self.stages[: last + 1] if stop_early else self.stages
-        taken, assignments = [], []
-        for i, stage in enumerate(stages):
-            pyramid, grouped = stage(pyramid, return_assignments)
-            if grouped is not None:
-                assignments.append(pyramid.unwrap(grouped))
-            if i in take_indices:
-                taken.append(pyramid)
-        if len(stages) == len(self.stages) and (norm or not intermediates_only):
+        count = last + 1 if stop_early else len(self.stages)
+        run = self._run(x, spacing, mask, origin, take_indices, count, return_assignments)
+        pyramid, taken = run.last, run.stages
+        if count == len(self.stages) and (norm or not intermediates_only):
             pyramid = self.norm(pyramid)
-            if norm and len(stages) - 1 in take_indices:
+            if norm and count - 1 in take_indices:
                 taken[-1] = pyramid
         maps = [_maps(level, output_fmt) for level in taken]
         if not output_dict:
-            return maps if intermediates_only else (_maps(pyramid, "NCHW"), maps)
-        final = {} if intermediates_only else {"image_features": _maps(pyramid, "NCHW"), "prefix": pyramid.prefix}
+            return maps if intermediates_only else (stage_maps(pyramid), maps)
+        final = {} if intermediates_only else {"image_features": stage_maps(pyramid), "prefix": pyramid.prefix}
         return {
             **final,
             "image_intermediates": maps,
             "grids": [level.unwrap([tokens.grid for tokens in level.levels]) for level in taken],
             "masks": [level.unwrap(level.masks) for level in taken],
-            **({"assignments": assignments} if return_assignments else {}),
+            **({"assignments": [pyramid.unwrap(g) for g in run.assignments]} if return_assignments else {}),
         }
 
     def prune_intermediate_layers(
@@ -326,7 +361,14 @@ class ResolutionAwareTransformer(nn.Module):
 
 
 def _maps(pyramid: Pyramid, output_fmt: str) -> Any:
-    return pyramid.unwrap([channels_first(x) if output_fmt == "NCHW" else x for x in pyramid.features])
+    return stage_maps(pyramid) if output_fmt == "NCHW" else pyramid.unwrap(pyramid.features)
+
+
+def _join(runs: Sequence[Run], parts: Sequence[Part]) -> Run:
+    """Puts what was made of the parts of a batch side by side again."""
+    rows = [part.rows or [] for part in parts]
+    stages = [join_parts(pyramids, rows) for pyramids in zip(*(run.stages for run in runs), strict=True)]
+    return Run(join_parts([run.last for run in runs], rows), stages, [])
 
 
 def _init_weights(module: nn.Module) -> None:

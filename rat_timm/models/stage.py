@@ -3,19 +3,20 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import trunc_normal_
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from ..grid import Positions, Pyramid, Tokens, field_center
+from ..grid import Positions, Pyramid, Tokens, channels_first, channels_last, field_center
 from ..layers.assignment import Assignment
 from ..layers.attention import Attention, Block
 from ..layers.grouping import DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
-from ..layers.masking import join_masks
+from ..layers.masking import join_masks, pool_mask
 from ..layers.rose import RotarySpatialEmbedding
+from ..layers.tracing import traced_as_whole
 from .config import RatConfig, StageConfig
 
 TAKEN = 0.1
@@ -82,9 +83,31 @@ class Downsample(nn.Module):
         assignments = [assignment for _, assignment in grouped] if return_assignments else None
         return Pyramid(levels, prefix, pyramid.single), assignments
 
+    @property
+    def step(self) -> tuple[tuple[int, ...], ...]:
+        """Kernel size, stride and padding: what a `Grid` has to know of the grouping."""
+        return self.sga.kernel_size, self.sga.stride, self.sga.padding
+
+
+class StageOutput(NamedTuple):
+    """What a stage returns that has more to say than its map.
+
+    Attributes:
+        maps: ``[B, C, *grid]``, or one per level for a list.
+        prefix: ``[B, P, C]``, or None before the first stage with global attention.
+        assignments: How each level's tokens were grouped, if asked for.
+    """
+
+    maps: Any
+    prefix: Tensor | None
+    assignments: list[Assignment | None] | None
+
 
 class Stage(nn.Module):
     """Downsampling and blocks; the blocks of a global stage see all tokens of all levels and the prefix together.
+
+    The model calls `advance`, which takes and gives a `Pyramid`; that calls the module itself with maps, so that hooks
+    on a stage meet the tensor that ``features_only`` gives.
 
     Args:
         cfg: The model.
@@ -127,17 +150,38 @@ class Stage(nn.Module):
             Block(attention(), stage.dim, stage.mlp_ratio, proj_drop, rate, **dd) for rate in drop_path
         )
 
-    def forward(
+    def advance(
         self, pyramid: Pyramid, return_assignments: bool = False
     ) -> tuple[Pyramid, list[Assignment | None] | None]:
-        """Takes the pyramid one stage further; returns, if asked, how each level's tokens were grouped."""
-        assignments = None
+        """Takes a pyramid one stage further; returns, if asked, how each level's tokens were grouped."""
+        output = self(stage_maps(pyramid), pyramid, return_assignments)
+        return advanced(pyramid, output, None if self.downsample is None else self.downsample.step)
+
+    @traced_as_whole
+    def forward(self, x: Any, pyramid: Pyramid, return_assignments: bool = False) -> Any:
+        """Computes maps from maps.
+
+        Args:
+            x: ``[B, C, *grid]``, or one per level for a list.
+            pyramid: Where they stand; its features are not looked at.
+            return_assignments: Whether to return how each level's tokens were grouped.
+
+        Returns:
+            ``[B, C, *grid]``, or one per level for a list, zero where masked; a `StageOutput` if there are prefix tokens
+            or assignments.
+        """
+        maps = [x] if isinstance(x, Tensor) else x
+        levels = [t._replace(x=channels_last(level)) for t, level in zip(pyramid.levels, maps, strict=True)]
+        pyramid, assignments = pyramid._replace(levels=levels), None
         if self.downsample is not None:
             pyramid, assignments = self._run(self.downsample, pyramid, return_assignments)
         if self.reg_tokens is not None:
             batch_size = pyramid.levels[0].x.shape[0]
             pyramid = pyramid._replace(prefix=self.reg_tokens.expand(batch_size, -1, -1))
-        return (self._attend_together(pyramid) if self.is_global else self._attend_apart(pyramid)), assignments
+        pyramid = self._attend_together(pyramid) if self.is_global else self._attend_apart(pyramid)
+        if pyramid.prefix is None and assignments is None:
+            return stage_maps(pyramid)
+        return StageOutput(stage_maps(pyramid), pyramid.prefix, assignments)
 
     def _attend_apart(self, pyramid: Pyramid) -> Pyramid:
         levels = []
@@ -160,9 +204,38 @@ class Stage(nn.Module):
         return checkpoint(module, *inputs) if self.grad_checkpointing else module(*inputs)
 
 
+@torch.fx.wrap
+def stage_maps(pyramid: Pyramid) -> Any:
+    """Returns a pyramid's features channels first, ``[B, C, *grid]``, zero where masked; a list of them for a list."""
+    return pyramid.unwrap([channels_first(x) for x in pyramid.features])
+
+
+@torch.fx.wrap
+def advanced(
+    pyramid: Pyramid, output: Any, step: tuple[tuple[int, ...], ...] | None
+) -> tuple[Pyramid, list[Assignment | None] | None]:
+    """Puts what a stage made of a pyramid on the grids where it stands.
+
+    Args:
+        pyramid: What the stage was given.
+        output: What it returned.
+        step: The grouping's kernel size, stride and padding; None for a stage without one.
+    """
+    if not isinstance(output, StageOutput):
+        output = StageOutput(output, None, None)
+    maps = [output.maps] if pyramid.single else output.maps
+    levels = []
+    for x, (_, grid, mask) in zip(maps, pyramid.levels, strict=True):
+        if step is not None:
+            grid, mask = grid.conv(*step), None if mask is None else pool_mask(mask, step[1])
+        levels.append(Tokens(channels_last(x), grid, mask))
+    return Pyramid(levels, output.prefix, pyramid.single), output.assignments
+
+
 class PyramidNorm(nn.LayerNorm):
     """LayerNorm over the channels of all levels and of the prefix."""
 
+    @traced_as_whole
     def forward(self, input: Any) -> Any:
         """Normalises every token of a `Pyramid`."""
         normalize = super().forward

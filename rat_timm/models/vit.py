@@ -16,6 +16,7 @@ from timm.models import checkpoint, eva, generate_default_cfgs, register_model, 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..context import Told, what_is_told
 from ..grid import Grid, Tokens, axis_values, channels_first, field_center, integers, merge_axes, spacing_numbers
 from ..layers.masking import check_mask, join_masks
 from ..layers.patches import patchify, physical_patchify, resample_kernel
@@ -286,7 +287,8 @@ class RatVit(eva.Eva):
             raise ValueError("attn_mask and is_causal go with one image, without spacing, mask, origin and output_dict")
         if self.training and self.patch_drop is not None:
             raise ValueError("patch_drop_rate goes with one image, without spacing, mask, origin and output_dict")
-        pyramid = read_images(x, spacing, mask, origin, self.reference_spacing, self.in_chans, (1,) * self.spatial_dims)
+        told = Told(spacing, mask, origin)
+        pyramid = read_images(x, told, self.reference_spacing, self.in_chans, (1,) * self.spatial_dims)
         proj = self.patch_embed.proj
         if self.physical_patches:
             shapes = [tokens.grid.shape for tokens in pyramid.levels]
