@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_HUGE = 1e30  # from here on, distances of some million pixels overflow in float32
+
 Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 """A physical quantity: one number, one value per axis, or ``[batch, axes]``; always in array-axis order (z, y, x)."""
 
@@ -254,7 +256,20 @@ def spacing_numbers(
 def _numbers(value: Any, axes: int) -> tuple[float, ...] | None:
     values = (value,) * axes if _is_number(value) else value
     known = isinstance(values, (list, tuple)) and all(_is_number(v) for v in values)
-    return tuple(float(v) for v in values) if known else None
+    return tuple(float(fixed(v)) for v in values) if known else None
+
+
+def fixed(number: Any) -> Any:
+    """Returns a number on which sizes depend as a constant of the program that a compiler makes.
+
+    Compilers take a number, or a size, that has changed for one that may be any: all that is worked out of it is then
+    symbolic, and one such program takes longer to compile than ten of constants.
+    """
+    if not torch.compiler.is_compiling():
+        return number
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # takes long to import
+
+    return guard_scalar(number)
 
 
 def _lower_level(
@@ -321,21 +336,21 @@ def _as_rows(value: Any, name: str, dtype: torch.dtype, device: torch.device | N
 
 
 def _check_numbers(values: Sequence[float], name: str, positive: bool) -> None:
-    least = 0 if positive else -math.inf
-    if not all(least < v < math.inf for v in values):
+    least = 0 if positive else -_HUGE
+    if not all(least < v < _HUGE for v in values):
         raise ValueError(f"{name} must be {_kind(positive)}, got {tuple(values)}")
 
 
 def _check_tensor(rows: Tensor, name: str, positive: bool) -> None:
-    if torch.compiler.is_compiling() or rows.is_meta:
-        return  # a traced tensor has no values yet
-    valid = torch.isfinite(rows) & (rows > 0) if positive else torch.isfinite(rows)
+    if torch.compiler.is_compiling() or rows.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(rows):
+        return  # a traced tensor has no values yet, one that is mapped over (vmap) has several
+    valid = (rows > (0 if positive else -_HUGE)) & (rows < _HUGE)
     if not bool(valid.all()):
         raise ValueError(f"{name} must be {_kind(positive)}, got {rows.tolist()}")
 
 
 def _kind(positive: bool) -> str:
-    return "positive and finite" if positive else "finite"
+    return f"{'positive' if positive else 'finite'} and less than {_HUGE:g}"
 
 
 def _per_level(value: Any, name: str, levels: int, axes: int) -> list:

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+import rat_timm
 from rat_timm import RatConfig, ResolutionAwareTransformer
 
 NAMES = ["test_rat", "test_rat_3d"]
@@ -221,6 +222,7 @@ def test_unknown_keywords_are_type_errors():
         (torch.zeros(1, 3, 32, 32), {"spacing": (1, 1, 1)}, "spacing must be a number, 2 values"),
         (torch.zeros(2, 3, 32, 32), {"spacing": torch.ones(3, 2)}, "spacing must be"),
         (torch.zeros(1, 3, 32, 32), {"mask": torch.ones(1, 32, 31)}, "mask must be"),
+        (torch.zeros(1, 3, 32, 32), {"mask": 1}, "mask must be a tensor, or a list with one per level, got 1"),
         (torch.zeros(1, 3, 32, 32), {"mask": torch.full((1, 32, 32), 0.5)}, "mask must be bool"),
         ([torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 16, 16)], {}, "level 1: x must have level 0's batch size"),
         ([torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 16, 16)], {}, "level 1: x must have 3 channels"),
@@ -403,7 +405,7 @@ def test_a_physical_stem_takes_a_spacing_per_sample():
     for i in range(2):
         own = model([level[i : i + 1] for level in levels], spacing=[s[i : i + 1] for s in spacings])
         torch.testing.assert_close(both[i : i + 1], own, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="return_assignments takes one spacing"):
+    with pytest.raises(ValueError, match="spacing must be the same for all samples .* or with assignments"):
         model.forward_intermediates(x, spacing=spacing, output_dict=True, return_assignments=True)
 
 
@@ -434,10 +436,57 @@ def test_a_batch_of_several_pixel_sizes_equals_its_items(name, seed):
                 *(own[k] for k in ("image_intermediates", "grids")),
                 strict=True,
             ):
-                for a, m, b, g in zip(*([v] if isinstance(x, torch.Tensor) else v for v in (whole, whole_mask, part, grid)), strict=True):
+                for a, m, b, g in zip(
+                    *([v] if isinstance(x, torch.Tensor) else v for v in (whole, whole_mask, part, grid)), strict=True
+                ):
                     inside = (..., *(slice(n) for n in g.shape))
                     torch.testing.assert_close(a[i : i + 1][inside], b, rtol=1e-4, atol=1e-4)
                     assert m is None or int(m[i].sum()) == int(m[i][inside].sum())
+
+
+def test_maps_that_do_not_tell_their_grids_have_one():
+    backbone = timm.create_model("test_rat", features_only=True, physical_stem=True).eval()
+    x = torch.randn(2, 3, 40, 56)
+    assert len(backbone(x, spacing=[[2.0, 2.0], [2.0, 2.0]])) == 4
+    for call in (backbone, backbone.model.forward_intermediates):
+        with pytest.raises(ValueError, match="spacing must be the same for all samples"):
+            call(x, spacing=[[2.0, 2.0], [1.0, 1.0]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_spacing_in_a_wrong_unit_does_not_fill_the_memory(name):
+    model = timm.create_model(name, physical_stem=True, spacing=0.5).eval()
+    x = torch.randn(1, *IMAGE[name])
+    with pytest.raises(ValueError, match=r"spacing would make \d+ x .* more than the limit of 16777216"):
+        model(x, spacing=500.0)
+    assert rat_timm.resample_limit() == 2**24
+    try:
+        rat_timm.set_resample_limit(100)
+        with pytest.raises(ValueError, match="more than the limit of 100"):
+            model(x, spacing=2.0)
+        assert torch.isfinite(model(x, spacing=0.51)).all()  # grows by less than four times
+    finally:
+        rat_timm.set_resample_limit(2**24)
+    with pytest.raises(ValueError, match="pixels must be"):
+        rat_timm.set_resample_limit(0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spacings_that_overflow_are_refused(name):
+    model, x = timm.create_model(name).eval(), torch.randn(1, *IMAGE[name])
+    for spacing in (1e30, torch.full((1, model.spatial_dims), 1e30, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="spacing must be positive and less than 1e"):
+            model(x, spacing=spacing)
+    assert torch.isfinite(model(x, spacing=9e29)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spacings_can_be_mapped_over(name):
+    model, x = timm.create_model(name, num_classes=5).eval(), torch.randn(1, *IMAGE[name])
+    spacings = 0.5 + torch.rand(3, model.spatial_dims)
+    mapped = torch.func.vmap(lambda spacing: model(x, spacing=spacing))(spacings)
+    for out, spacing in zip(mapped, spacings, strict=True):
+        torch.testing.assert_close(out, model(x, spacing=spacing), rtol=1e-4, atol=1e-5)
 
 
 def test_a_physical_stem_compiles_with_numbers():
@@ -445,6 +494,7 @@ def test_a_physical_stem_compiles_with_numbers():
     model = timm.create_model("test_rat", num_classes=3, iters=1, physical_stem=True).eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(1, 3, 32, 48)
-    torch.testing.assert_close(compiled(x, spacing=(2.0, 1.4)), model(x, spacing=(2.0, 1.4)), rtol=1e-4, atol=1e-5)
+    for spacing in ((2.0, 1.4), (1.5, 1.5), (0.7, 2.2)):
+        torch.testing.assert_close(compiled(x, spacing=spacing), model(x, spacing=spacing), rtol=1e-4, atol=1e-5)
     with pytest.raises(Exception, match="spacing must be numbers"):
         compiled(x, spacing=torch.tensor([[2.0, 1.4]]))

@@ -41,7 +41,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.kernel_size = kernel_size
+        self.attn_kernel_size = kernel_size  # not "kernel_size", which summaries take for a convolution's
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.rose = rose
         self.attn_drop = attn_drop
@@ -61,8 +61,8 @@ class Attention(nn.Module):
         if rotation is not None:
             query, key = rotation(query), rotation(key)
         dropout_p = self.attn_drop if self.training else 0.0
-        if self.kernel_size is not None:
-            out = neighborhood_attention(query, key, value, self.kernel_size, mask, dropout_p)
+        if self.attn_kernel_size is not None:
+            out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p)
         else:
             allowed = None if mask is None else mask[:, None, None, :]
             query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, heads, N, d]
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """Describes the module in a printed model."""
-        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}"
+        return f"num_heads={self.num_heads}, kernel_size={self.attn_kernel_size}"
 
 
 class Block(nn.Module):

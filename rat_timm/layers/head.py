@@ -12,6 +12,7 @@ from .masking import check_mask
 from .tracing import traced_as_whole
 
 POOLS = ("avg", "token", "")
+_MASK = "_rat_timm_mask"  # an attribute of tensors
 
 
 class Head(nn.Module):
@@ -105,6 +106,21 @@ class Head(nn.Module):
     def extra_repr(self) -> str:
         """Describes the module in a printed model."""
         return f"pool_type={self.pool_type!r}"
+
+
+def with_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns features that carry their mask, for who hands them on to ``forward_head`` and nothing else.
+
+    transformers does: what it pools would otherwise count masked places as zeros.
+    """
+    if mask is not None:
+        setattr(x, _MASK, mask)
+    return x
+
+
+def carried_mask(x: Tensor) -> Tensor | None:
+    """Returns the mask that features carry, True = valid; see `with_mask`."""
+    return getattr(x, _MASK, None)
 
 
 def average(features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:

@@ -7,9 +7,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..grid import Grid, Tokens, exact_dtype, fill
+from ..grid import Grid, Tokens, exact_dtype, fill, integers
 
 _SAME = 1e-6  # how near 1 a ratio of spacings is taken for 1
+_GROWTH = 4  # by which an image may grow beyond the limit: large ones near the wanted pixel size are no mistake
+_limit = 2**24
+
+
+def set_resample_limit(pixels: int) -> None:
+    """Sets how many pixels a resampled image may have; a pixel size in a wrong unit asks for millions of times as many.
+
+    Images that do not become more than four times as large are never refused.
+
+    Args:
+        pixels: Number of pixels of one image, 2^24 when the package is imported (4096 x 4096, 256 x 256 x 256).
+
+    Raises:
+        ValueError: If it is not a positive whole number.
+    """
+    global _limit
+    (_limit,) = integers(pixels, "pixels", 1)
+
+
+def resample_limit() -> int:
+    """Returns how many pixels a resampled image may have; see `set_resample_limit`."""
+    return _limit
 
 
 def resample(tokens: Tokens, spacing: Sequence[float], known: Sequence[float] | None = None) -> Tokens:
@@ -25,7 +47,8 @@ def resample(tokens: Tokens, spacing: Sequence[float], known: Sequence[float] | 
         known: That of the grid in numbers, per axis; None: read from the grid, which a compiled model cannot do.
 
     Raises:
-        ValueError: If the grid's spacing is a tensor and the model is compiled.
+        ValueError: If the grid's spacing is a tensor and the model is compiled, or an image would become larger than
+            `resample_limit` and four times its size.
     """
     rows = spacing_rows(tokens.grid) if known is None else [tuple(known)]
     ratios = [tuple(s / new for s, new in zip(row, spacing, strict=True)) for row in rows]
@@ -55,6 +78,7 @@ def spacing_rows(grid: Grid) -> list[tuple[float, ...]]:
 def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) -> Tokens:
     """Resamples to ``ratio`` pixels for one, per axis."""
     size = tuple(max(1, round(n * r)) for n, r in zip(tokens.grid.shape, ratio, strict=True))
+    _check_size(tokens.grid.shape, size)
     step = tokens.grid.spacing.new_tensor([list(spacing)])
     grid = tokens.grid._replace(shape=size, spacing=step, origin=tokens.grid.corners()[0] + step / 2)
     mask, dtype = tokens.mask, tokens.x.dtype
@@ -71,6 +95,15 @@ def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) 
     valid = covered[..., 0] > 0
     weight = torch.where(valid.unsqueeze(-1), weight, 1.0)  # no division by zero, whose gradient is not a number
     return Tokens(fill(x / weight, valid).to(dtype), grid, valid)
+
+
+def _check_size(shape: Sequence[int], size: Sequence[int]) -> None:
+    if math.prod(size) > max(_limit, _GROWTH * math.prod(shape)):
+        new, old = (" x ".join(map(str, sizes)) for sizes in (size, shape))
+        raise ValueError(
+            f"spacing would make {new} pixels of {old} at the model's own pixel size, more than the limit of {_limit}: "
+            "is its unit the model's? rat_timm.set_resample_limit raises the limit"
+        )
 
 
 def _triangle(n: int, size: int, ratio: float) -> tuple[Tensor, Tensor]:
@@ -129,4 +162,3 @@ def _fill_up(x: Tensor, size: Sequence[int]) -> Tensor:
     """``[B, *grid, ...]`` -> ``[B, *size, ...]``, with zeros at the far ends."""
     ends = [part for n, most in zip(x.shape[1:], size, strict=False) for part in (most - n, 0)][::-1]
     return F.pad(x, [0, 0] * (x.ndim - 1 - len(size)) + ends)
-

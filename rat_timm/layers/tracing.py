@@ -18,6 +18,7 @@ def traced_as_whole(forward: Callable[..., Any]) -> Callable[..., Any]:
         proxy = next((value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)), None)
         if proxy is None:
             return forward(module, *args, **kwargs)
-        return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(module), args, kwargs)
+        tracer: Any = proxy.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
     return call

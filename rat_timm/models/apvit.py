@@ -13,9 +13,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..context import what_is_told
+from ..context import Told, what_is_told
 from ..grid import Positions, Tokens, axis_values, fill, merge_axes
 from ..layers.adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
+from ..layers.head import carried_mask, with_mask
 from ..layers.rose import RotarySpatialEmbedding
 from ..layers.sequence import attention_mask
 from .build import build, entries_of
@@ -24,6 +25,8 @@ from .inputs import read_images
 from .pool import pool_tokens
 
 __all__ = ["AdaptiveVit"]
+
+torch.fx.wrap("what_is_told")  # else symbolic tracing would ask at once what is to be asked in each call
 
 POSITIONS = ("interpolated", "rose")
 
@@ -148,7 +151,7 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
     def forward_features(self, x: Tensor, spacing: Any = None, mask: Any = None, origin: Any = None) -> Tensor:
         """Returns the last tokens, ``[B, prefix + patches, C]``, zero for patches that are not valid; see `forward`."""
         tokens, patches, _ = self._run(x, spacing, mask, origin)
-        return self._fill(self.norm(tokens), patches.mask)
+        return self._features(tokens, patches)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
         """Pools and classifies what `forward_features` returned.
@@ -156,13 +159,14 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         Args:
             x: ``[B, prefix + patches, C]``.
             pre_logits: Whether to stop before the classifier.
-            mask: ``[B, patches]``, bool, True = valid: which patches to pool over. Not the image's mask.
+            mask: ``[B, patches]``, bool, True = valid: which patches to pool over. Not the image's mask. Default: what
+                `forward_features` and `forward_intermediates` know of the very tensor that they returned.
         """
-        return self._classify(x, mask, pre_logits)
+        return self._classify(x, carried_mask(x) if mask is None else mask, pre_logits)
 
     def patches(self, x: Tensor, spacing: Any = None, mask: Any = None, origin: Any = None) -> Patches:
         """Returns the patches that are cut out of images, and where; see `forward`."""
-        return self.patching(self._read(x, spacing, mask, origin))
+        return self.patching(self._read(x, what_is_told(spacing, mask, origin)))
 
     def forward_intermediates(
         self,
@@ -208,7 +212,7 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
             maps = [(m, t[:, :prefix]) for m, t in zip(maps, taken, strict=True)]
         if intermediates_only and not output_dict:
             return maps
-        final = {} if intermediates_only else {"image_features": self._fill(self.norm(tokens), patches.mask)}
+        final = {} if intermediates_only else {"image_features": self._features(tokens, patches)}
         if output_dict:
             return {**final, "image_intermediates": maps, "patches": patches}
         return final["image_features"], maps
@@ -259,10 +263,9 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         args = {name: getattr(self.patching, name) for name in names}
         return {**args, "positions": self.positions, "spacing": merge_axes(self.reference_spacing)}
 
-    def _read(self, x: Tensor, spacing: Any, mask: Any, origin: Any) -> Tokens:
+    def _read(self, x: Tensor, told: Told) -> Tokens:
         if isinstance(x, (list, tuple)):
             raise ValueError("x must be an image: adaptive patches are cut out of one image, not of a pyramid")
-        told = what_is_told(spacing, mask, origin)
         return read_images(x, told, self.reference_spacing, self.in_chans, (1, 1)).levels[0]
 
     def _run(
@@ -275,8 +278,8 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         blocks: int | None = None,
     ) -> tuple[Tensor, Patches, list[Tensor]]:
         """Runs the first ``blocks`` blocks; returns the last one's tokens, the patches, and the tokens to ``take``."""
-        tracing = isinstance(x, torch.fx.Proxy)
-        image = self._read(image_without_mask(x, mask) if tracing else x, spacing, mask, origin)
+        tracing, told = isinstance(x, torch.fx.Proxy), what_is_told(spacing, mask, origin)
+        image = self._read(image_without_mask(x, told.mask) if tracing else x, told)
         patches = self.patching(image)
         if tracing:
             patches = Patches(patches.x, patches.transform, patches.center, patches.position)
@@ -309,6 +312,9 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
     def _positions(self, patches: Patches, image: Tokens) -> Positions:
         unit = [p * s for p, s in zip(self.patch_embed.patch_size, self.reference_spacing, strict=True)]
         return sequence_positions(patches.center, image, unit, self.num_prefix_tokens)
+
+    def _features(self, tokens: Tensor, patches: Patches) -> Tensor:
+        return with_mask(self._fill(self.norm(tokens), patches.mask), patches.mask)
 
     def _fill(self, x: Tensor, valid: Tensor | None) -> Tensor:
         return fill(x, None if valid is None else F.pad(valid, (self.num_prefix_tokens, 0), value=True))

@@ -8,7 +8,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from ..context import Told
-from ..grid import Pyramid, Tokens, channels_last, pyramid_grids, spacing_numbers
+from ..grid import Pyramid, Tokens, channels_last, fixed, pyramid_grids, spacing_numbers
 from ..layers.resample import resample, spacing_rows, stack
 
 
@@ -47,7 +47,7 @@ def read_images(
             raise ValueError(
                 f"level {level}: x must have level 0's batch size {images[0].shape[0]}, got {image.shape[0]}"
             )
-    sizes = [tuple(image.shape[2:]) for image in images]
+    sizes = [tuple(fixed(n) for n in image.shape[2:]) for image in images]
     masks = _read_masks(told.mask, images, single)
     grids = pyramid_grids(
         sizes, told.spacing, told.origin, reference=reference, batch_size=images[0].shape[0], device=images[0].device

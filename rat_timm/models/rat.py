@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..context import what_is_told
-from ..grid import Pyramid, channels_last, integers, merge_axes
+from ..grid import Pyramid, channels_first, channels_last, integers, merge_axes
 from ..layers.assignment import Assignment
-from ..layers.head import Head
+from ..layers.head import Head, carried_mask, with_mask
 from ..layers.rose import RotarySpatialEmbedding
 from ..layers.stem import Stem
 from .build import build
@@ -153,40 +153,38 @@ class ResolutionAwareTransformer(nn.Module):
         Raises:
             ValueError: If an argument does not fit the model or another argument.
         """
-        pyramid = self.norm(self._run(x, spacing, mask, origin).last)
+        pyramid = self.norm(self._run(self._read(x, spacing, mask, origin)).last)
         return self.head(pyramid.features, pyramid.masks, pyramid.prefix, pyramid.single)
 
     def forward_features(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Any:
         """Returns the last stage's map, ``[B, C, *grid]``, or a list of maps for a list; see `forward`."""
-        return stage_maps(self.norm(self._run(x, spacing, mask, origin).last))
+        return _features(self.norm(self._run(self._read(x, spacing, mask, origin)).last))
+
+    def _read(self, x: Any, spacing: Any, mask: Any, origin: Any) -> list[Part]:
+        """Reads a batch; samples whose images are brought to grids of their own are parts of their own."""
+        told = what_is_told(spacing, mask, origin)
+        images = read_images(x, told, *self._image_limits)
+        if not self.cfg.physical_stem:
+            return [Part(None, images)]
+        if isinstance(images, Proxy):
+            return [Part(None, to_reference(images, told.spacing, self.reference_spacing))]
+        return parts_at_reference(images, told.spacing, self.reference_spacing)
 
     def _run(
         self,
-        x: Any,
-        spacing: Any,
-        mask: Any,
-        origin: Any,
+        parts: Sequence[Part],
         take: Sequence[int] = (),
         count: int | None = None,
         return_assignments: bool = False,
     ) -> Run:
-        """Runs the first ``count`` stages; keeps those in ``take``."""
-        told = what_is_told(spacing, mask, origin)
-        images = read_images(x, told, *self._image_limits)
-        if not self.cfg.physical_stem:
-            parts = [Part(None, images)]
-        elif isinstance(images, Proxy):
-            parts = [Part(None, to_reference(images, told.spacing, self.reference_spacing))]
-        else:
-            parts = parts_at_reference(images, told.spacing, self.reference_spacing)
-        if len(parts) > 1 and return_assignments:
-            raise ValueError("return_assignments takes one spacing for all samples where the stem is physical")
+        """Runs the first ``count`` stages on each part of a batch; keeps those in ``take``."""
         runs = [self._run_stages(part.images, take, count, return_assignments) for part in parts]
         return runs[0] if len(runs) == 1 else _join(runs, parts)
 
     def _run_stages(self, images: Pyramid, take: Sequence[int], count: int | None, return_assignments: bool) -> Run:
         pyramid, taken, assignments = self.stem(images), [], []
-        for i, stage in enumerate(self.stages[:count]):
+        stages: Any = self.stages[:count]
+        for i, stage in enumerate(stages):
             pyramid, grouped = stage.advance(pyramid, return_assignments)
             if return_assignments and stage.downsample is not None:
                 assignments.append(grouped)
@@ -201,6 +199,7 @@ class ResolutionAwareTransformer(nn.Module):
             x: Map ``[B, C, *grid]``, or a list of maps.
             pre_logits: Whether to stop before the classifier.
             mask: ``[B, *grid]``, bool, True = valid, or one per map: which places to pool over. Not the images' mask.
+                Default: what `forward_features` and `forward_intermediates` know of the very tensor that they returned.
             prefix: ``[B, P, C]``, for ``global_pool="token"``.
 
         Raises:
@@ -208,7 +207,10 @@ class ResolutionAwareTransformer(nn.Module):
         """
         single = isinstance(x, Tensor)
         features = [channels_last(level) for level in ([x] if single else x)]
-        masks = [mask] if single else [None] * len(features) if mask is None else list(mask)
+        if mask is None:
+            masks = [carried_mask(level) for level in ([x] if single else x)]
+        else:
+            masks = [mask] if single else list(mask)
         if len(masks) != len(features):
             raise ValueError(f"mask must have one entry per map ({len(features)}), got {len(masks)}")
         return self.head(features, masks, prefix, single, pre_logits)
@@ -254,8 +256,15 @@ class ResolutionAwareTransformer(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take_indices, last = feature_take_indices(len(self.stages), indices)
+        parts = self._read(x, spacing, mask, origin)
+        if len(parts) > 1 and (return_assignments or not output_dict):
+            raise ValueError(
+                "spacing must be the same for all samples where the stem is physical and maps come without their grids, "
+                "or with assignments: each sample's map lies on a grid of its own. Take samples of one spacing at a time, "
+                "or output_dict=True, which tells grids and masks"
+            )
         count = last + 1 if stop_early else len(self.stages)
-        run = self._run(x, spacing, mask, origin, take_indices, count, return_assignments)
+        run = self._run(parts, take_indices, count, return_assignments)
         pyramid, taken = run.last, run.stages
         if count == len(self.stages) and (norm or not intermediates_only):
             pyramid = self.norm(pyramid)
@@ -263,8 +272,8 @@ class ResolutionAwareTransformer(nn.Module):
                 taken[-1] = pyramid
         maps = [_maps(level, output_fmt) for level in taken]
         if not output_dict:
-            return maps if intermediates_only else (stage_maps(pyramid), maps)
-        final = {} if intermediates_only else {"image_features": stage_maps(pyramid), "prefix": pyramid.prefix}
+            return maps if intermediates_only else (_features(pyramid), maps)
+        final = {} if intermediates_only else {"image_features": _features(pyramid), "prefix": pyramid.prefix}
         return {
             **final,
             "image_intermediates": maps,
@@ -362,6 +371,12 @@ class ResolutionAwareTransformer(nn.Module):
 
 def _maps(pyramid: Pyramid, output_fmt: str) -> Any:
     return stage_maps(pyramid) if output_fmt == "NCHW" else pyramid.unwrap(pyramid.features)
+
+
+def _features(pyramid: Pyramid) -> Any:
+    return pyramid.unwrap(
+        [with_mask(channels_first(x), m) for x, m in zip(pyramid.features, pyramid.masks, strict=True)]
+    )
 
 
 def _join(runs: Sequence[Run], parts: Sequence[Part]) -> Run:

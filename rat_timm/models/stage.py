@@ -70,23 +70,26 @@ class Downsample(nn.Module):
         for name in ("norm2", "norm3"):
             # at first all groups take nearly the same, which at full weight drowns what tells them apart
             nn.init.constant_(self.sga.get_parameter(f"{name}.weight"), TAKEN)
-        same = stage.dim_in == stage.dim
-        self.proj = nn.Identity() if same else nn.Linear(stage.dim_in, stage.dim, **dd)
+        self.proj = None if stage.dim_in == stage.dim else nn.Linear(stage.dim_in, stage.dim, **dd)
 
     def forward(
         self, pyramid: Pyramid, return_assignments: bool = False
     ) -> tuple[Pyramid, list[Assignment | None] | None]:
         """Groups each level by itself; prefix tokens are only projected."""
         grouped = [self.sga(tokens, return_assignments) for tokens in pyramid.levels]
-        levels = [tokens._replace(x=self.proj(tokens.x)) for tokens, _ in grouped]
-        prefix = None if pyramid.prefix is None else self.proj(pyramid.prefix)
+        levels = [tokens._replace(x=self._project(tokens.x)) for tokens, _ in grouped]
+        prefix = None if pyramid.prefix is None else self._project(pyramid.prefix)
         assignments = [assignment for _, assignment in grouped] if return_assignments else None
         return Pyramid(levels, prefix, pyramid.single), assignments
+
+    def _project(self, x: Tensor) -> Tensor:
+        return x if self.proj is None else self.proj(x)
 
     @property
     def step(self) -> tuple[tuple[int, ...], ...]:
         """Kernel size, stride and padding: what a `Grid` has to know of the grouping."""
-        return self.sga.kernel_size, self.sga.stride, self.sga.padding
+        sga: Any = self.sga
+        return sga.kernel_size, sga.stride, sga.padding
 
 
 class StageOutput(NamedTuple):

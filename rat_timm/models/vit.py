@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..context import Told, what_is_told
 from ..grid import Grid, Tokens, axis_values, channels_first, field_center, integers, merge_axes, spacing_numbers
+from ..layers.head import carried_mask, with_mask
 from ..layers.masking import check_mask, join_masks
 from ..layers.patches import patchify, physical_patchify, resample_kernel
 from ..layers.rope import FAMILIES, Frame, extend_along_z, rotary_embedding
@@ -28,6 +29,8 @@ from .inputs import read_images
 from .pool import pool_tokens
 
 __all__ = ["RatVit"]
+
+torch.fx.wrap("what_is_told")  # else symbolic tracing would ask at once what is to be asked in each call
 
 _MAX_PARAMETERS = 2e9
 _HEAD = ("head.", "attn_pool.", "norm.", "fc_norm.")  # what another number of classes or another pooling changes
@@ -136,10 +139,11 @@ class RatVit(eva.Eva):
         Raises:
             ValueError: If an argument does not fit the model or another argument.
         """
-        if (image := self._plain(x, spacing, mask, origin)) is not None:
+        told = what_is_told(spacing, mask, origin)
+        if (image := self._plain(x, told)) is not None:
             out = super().forward(image, attn_mask=attn_mask, is_causal=is_causal)
             return out if self._pools or isinstance(x, Tensor) else [out]
-        encoded = self._encode(x, spacing, mask, origin, attn_mask, is_causal)
+        encoded = self._encode(x, told, attn_mask, is_causal)
         return self._classify(self.norm(self._run(encoded)[0]), encoded)
 
     def forward_features(
@@ -156,9 +160,10 @@ class RatVit(eva.Eva):
         Prefix tokens (class, registers) are shared by the levels, and stand in front of each level's patches. Invalid
         patches are zero.
         """
-        if (image := self._plain(x, spacing, mask, origin)) is not None:
+        told = what_is_told(spacing, mask, origin)
+        if (image := self._plain(x, told)) is not None:
             return self._unwrap([super().forward_features(image, attn_mask, is_causal)], isinstance(x, Tensor))
-        encoded = self._encode(x, spacing, mask, origin, attn_mask, is_causal)
+        encoded = self._encode(x, told, attn_mask, is_causal)
         return self._sequences(self.norm(self._run(encoded)[0]), encoded)
 
     def forward_head(self, x: Any, pre_logits: bool = False, mask: Any = None) -> Any:
@@ -168,11 +173,15 @@ class RatVit(eva.Eva):
             x: ``[B, prefix + patches, C]``, or a list with one such per level.
             pre_logits: Whether to stop before the classifier.
             mask: ``[B, *grid]`` or ``[B, patches]``, bool, True = valid, or one per level: which patches to pool over.
+                Default: what `forward_features` and `forward_intermediates` know of the very tensor that they returned.
         """
-        if isinstance(x, Tensor) and mask is None:
+        sequences = [x] if isinstance(x, Tensor) else list(x)
+        if mask is None:
+            masks = [carried_mask(sequence) for sequence in sequences]
+        else:
+            masks = [mask] if isinstance(x, Tensor) else mask
+        if isinstance(x, Tensor) and masks[0] is None:
             return super().forward_head(x, pre_logits)
-        sequences, masks = ([x], [mask]) if isinstance(x, Tensor) else (list(x), mask)
-        masks = [None] * len(sequences) if masks is None else masks
         if not isinstance(masks, (list, tuple)) or len(masks) != len(sequences):
             raise ValueError(f"mask must be a list with one entry per level ({len(sequences)}), got {mask!r}")
         patches = [sequence[:, self.num_prefix_tokens :] for sequence in sequences]
@@ -226,12 +235,13 @@ class RatVit(eva.Eva):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        if isinstance(x, Tensor) and self._plain(x, spacing, mask, origin) is not None and not output_dict:
+        told = what_is_told(spacing, mask, origin)
+        if isinstance(x, Tensor) and self._plain(x, told) is not None and not output_dict:
             return super().forward_intermediates(
                 x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, attn_mask, is_causal
             )
         take, last = feature_take_indices(len(self.blocks), indices)
-        encoded = self._encode(x, spacing, mask, origin, attn_mask, is_causal)
+        encoded = self._encode(x, told, attn_mask, is_causal)
         sequence, taken = self._run(encoded, take, last + 1 if stop_early else None)
         taken = [self.norm(tokens) for tokens in taken] if norm else taken
         maps = [self._maps(tokens, encoded, output_fmt) for tokens in taken]
@@ -269,41 +279,42 @@ class RatVit(eva.Eva):
     def _pools(self) -> bool:
         return bool(self.global_pool) or self.attn_pool is not None
 
-    def _plain(self, x: Any, spacing: Any, mask: Any, origin: Any) -> Tensor | None:
+    def _plain(self, x: Any, told: Told) -> Tensor | None:
         """Returns the only image if nothing is said about its geometry, else None."""
         if isinstance(x, torch.fx.Proxy):
             if self.pos_embed is not None:
                 raise ValueError("torch.fx cannot trace learned embeddings of images of any size: use torch.export")
-            return image_alone(x, spacing, mask, origin)
+            return image_alone(x, told.spacing, told.mask, told.origin)
         image = x[0] if isinstance(x, (list, tuple)) and len(x) == 1 else x
-        told = any(value is not None for value in (spacing, mask, origin))
-        plain = isinstance(image, Tensor) and image.ndim == 4 and self.spatial_dims == 2 and not told
+        plain = (
+            isinstance(image, Tensor)
+            and image.ndim == 4
+            and self.spatial_dims == 2
+            and all(value is None for value in told)
+        )
         return image if plain else None
 
-    def _encode(
-        self, x: Any, spacing: Any, mask: Any, origin: Any, attn_mask: Tensor | None, is_causal: bool
-    ) -> TokenSequence:
+    def _encode(self, x: Any, told: Told, attn_mask: Tensor | None, is_causal: bool) -> TokenSequence:
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask and is_causal go with one image, without spacing, mask, origin and output_dict")
         if self.training and self.patch_drop is not None:
             raise ValueError("patch_drop_rate goes with one image, without spacing, mask, origin and output_dict")
-        told = Told(spacing, mask, origin)
         pyramid = read_images(x, told, self.reference_spacing, self.in_chans, (1,) * self.spatial_dims)
         proj = self.patch_embed.proj
         if self.physical_patches:
             shapes = [tokens.grid.shape for tokens in pyramid.levels]
-            numbers = spacing_numbers(shapes, spacing, self.reference_spacing)
+            numbers = spacing_numbers(shapes, told.spacing, self.reference_spacing)
             levels = [
                 physical_patchify(tokens, proj.weight, proj.bias, self.reference_spacing, known)
                 for tokens, known in zip(pyramid.levels, numbers, strict=True)
             ]
         else:
             levels = [patchify(tokens, proj.weight, proj.bias) for tokens in pyramid.levels]
-        frame = self._frame(levels, [tokens.grid for tokens in pyramid.levels], spacing is not None)
+        frame = self._frame(levels, [tokens.grid for tokens in pyramid.levels], told.spacing is not None)
         places = [level.grid.coordinates().flatten(1, -2) for level in levels]
         rows = max(len(p) for p in places)
         rope = rotary_embedding(self.rope, frame, torch.cat([p.expand(rows, -1, -1) for p in places], dim=1))
-        stretched = [spacing is None and i == 0 for i in range(len(levels))]  # what timm does with an image
+        stretched = [told.spacing is None and i == 0 for i in range(len(levels))]  # what timm does with an image
         embedded = [
             level.x.flatten(1, -2) + self._position_embedding(level, frame, p, whole)
             for level, p, whole in zip(levels, places, stretched, strict=True)
@@ -377,7 +388,13 @@ class RatVit(eva.Eva):
     def _sequences(self, x: Tensor, encoded: TokenSequence) -> Any:
         prefix = x[:, : self.num_prefix_tokens]
         patches = encoded.split(x, self.num_prefix_tokens)
-        return self._unwrap([torch.cat((prefix, p.flatten(1, -2)), dim=1) for p in patches], encoded.single)
+        sequences = [
+            with_mask(
+                torch.cat((prefix, p.flatten(1, -2)), dim=1), None if level.mask is None else level.mask.flatten(1)
+            )
+            for p, level in zip(patches, encoded.levels, strict=True)
+        ]
+        return self._unwrap(sequences, encoded.single)
 
     @staticmethod
     def _unwrap(per_level: list, single: bool) -> Any:
