@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rat_timm.layers import tiling
+from rat_timm.layers import local_grouping_attention, neighborhood_attention, tiling
 
 CPU = torch.device("cpu")
 axes = st.lists(st.tuples(st.integers(1, 13), st.integers(2, 6)), min_size=1, max_size=3)
@@ -171,3 +171,22 @@ def test_half_precision(function, dtype):
     x = torch.randn(2, *shape, 3, 4)
     call = tiles.keys.take if function == "take" else lambda x: tiles.keys.add(tiles.keys.take(x), shape)
     torch.testing.assert_close(call(x.to(dtype)).float(), call(x), rtol=0.03, atol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
+@pytest.mark.parametrize("grid", [(9, 13), (5, 7, 4)])
+@pytest.mark.parametrize("layer", ["neighborhood", "grouping"])
+def test_a_torchscript_trace_gives_what_the_layer_gives(layer, grid):
+    coarse = tuple(-(-n // 2) for n in grid)
+    shapes, function = {
+        "neighborhood": ([grid] * 3, lambda *tensors: neighborhood_attention(*tensors, 3)),
+        "grouping": ([coarse, grid, grid], lambda *tensors: local_grouping_attention(*tensors, 2)),
+    }[layer]
+
+    def inputs():
+        return [torch.randn(2, *shape, 3, 4) for shape in shapes]
+
+    function(*inputs())  # a plan that is kept must not keep the tracer from its own
+    traced = torch.jit.trace(function, inputs())
+    given = inputs()
+    torch.testing.assert_close(traced(*given), function(*given), rtol=0, atol=1e-6)

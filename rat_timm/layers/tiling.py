@@ -334,7 +334,7 @@ def overlaps(runs: tuple[Runs, ...], device: torch.device) -> Overlaps:
 
 def is_traced() -> bool:
     """Tells whether tensors made here and now stand for others: those of a compiler, a fake mode, `torch.func`."""
-    if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(torch.empty(0)) is not Tensor:
         return True
     return torch._C._are_functorch_transforms_active()
 
