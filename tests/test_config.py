@@ -47,3 +47,24 @@ def test_any_number_of_stages(depths):
     stages = RatConfig(depths=depths).stages()
     assert [s.depth for s in stages] == list(depths)
     assert stages[-1].attn_kernel_size is None
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_output_strides_leave_out_the_last_strides(axes):
+    whole, dense = RatConfig(axes), RatConfig(axes, output_stride=8)
+    for stage, expected in zip(whole.stages(), ((4, 1, 7), (8, 1, 7), (16, 1, 7), (32, 1, None)), strict=True):
+        assert (stage.total_stride[0], stage.dilation[0]) == expected[:2]
+    assert [stage.total_stride[0] for stage in dense.stages()] == [4, 8, 8, 8]
+    assert [stage.stride[0] for stage in dense.stages()] == [1, 2, 1, 1]
+    assert [stage.dilation[0] for stage in dense.stages()] == [1, 1, 1, 2]  # taps are as far apart in pixels
+    assert [stage.neighborhood_kernel[0] for stage in dense.stages()] == [3, 3, 5, 9]
+    kernels = [stage.attn_kernel_size and stage.attn_kernel_size[0] for stage in dense.stages()]
+    assert kernels == ([7, 7, 13, None] if axes == 2 else [5, 5, 9, None])
+    for a, b in zip(whole.stages(), dense.stages(), strict=True):
+        assert (a.unit, a.sga_unit) == (b.unit, b.sga_unit)
+
+
+@pytest.mark.parametrize("stride", [2, 0, 7.5, "8"])
+def test_output_strides_are_checked(stride):
+    with pytest.raises(ValueError, match="output_stride must be whole and at least 4"):
+        RatConfig(output_stride=stride)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-import rat_timm  # noqa: F401
+import rat_timm
 
 NAMES = ("test_rat", "test_rat_3d")
 IMAGE = {"test_rat": (3, 40, 56), "test_rat_3d": (1, 12, 20, 28)}
@@ -202,3 +202,37 @@ def test_transformers_pools_what_is_valid(tmp_path):
     assert_same([pooled], [model.forward_head(model.forward_features(x, **expected), pre_logits=True)])
     with rat_timm.geometry(**expected):
         assert_same([classifier(x).logits], [model(x)])
+
+
+@pytest.mark.parametrize("decoder", ["PAN", "DeepLabV3", "DeepLabV3Plus"])
+def test_segmentation_networks_that_want_denser_maps(decoder):
+    import segmentation_models_pytorch as smp
+
+    network = getattr(smp, decoder)("tu-test_rat", encoder_weights=None, classes=2).train()
+    out = network(torch.randn(2, 3, 128, 192))
+    assert out.shape == (2, 2, 128, 192)
+    out.sum().backward()
+    stages = [p for name, p in network.named_parameters() if name.startswith("encoder.model.model.stages")]
+    assert stages
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in stages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchscript_traces(name):
+    model, x = build(name), torch.randn(2, *IMAGE[name])
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-6, atol=1e-6)
+        other = torch.randn_like(x)
+        torch.testing.assert_close(traced(other), model(other), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fvcores_counter(name):
+    from fvcore.nn import FlopCountAnalysis
+
+    from rat_timm.cost import count_macs
+
+    model, x = build(name), torch.randn(1, *IMAGE[name])
+    counted = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    assert 0.5 * count_macs(model, x) < counted.total() < 1.5 * count_macs(model, x)

@@ -405,7 +405,7 @@ def test_a_physical_stem_takes_a_spacing_per_sample():
     for i in range(2):
         own = model([level[i : i + 1] for level in levels], spacing=[s[i : i + 1] for s in spacings])
         torch.testing.assert_close(both[i : i + 1], own, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="spacing must be the same for all samples .* or with assignments"):
+    with pytest.raises(ValueError, match=r"spacing must be the same for all samples .* or with assignments"):
         model.forward_intermediates(x, spacing=spacing, output_dict=True, return_assignments=True)
 
 
@@ -498,3 +498,44 @@ def test_a_physical_stem_compiles_with_numbers():
         torch.testing.assert_close(compiled(x, spacing=spacing), model(x, spacing=spacing), rtol=1e-4, atol=1e-5)
     with pytest.raises(Exception, match="spacing must be numbers"):
         compiled(x, spacing=torch.tensor([[2.0, 1.4]]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_output_strides_give_denser_maps_of_the_same_weights(name, output_stride):
+    x = torch.randn(1, *IMAGE[name])
+    whole = lively(timm.create_model(name, num_classes=0).eval())
+    dense = timm.create_model(name, num_classes=0, output_stride=output_stride).eval()
+    dense.load_state_dict(whole.state_dict())
+    expected, found = (m.forward_intermediates(x, output_dict=True) for m in (whole, dense))
+    for info, grid, a, b in zip(
+        dense.feature_info, found["grids"], expected["image_intermediates"], found["image_intermediates"], strict=True
+    ):
+        stride = min(output_stride, 2 ** (2 + info_index(dense, info)))
+        assert info["reduction"] == stride
+        assert b.shape[2:] == tuple(-(-n // stride) for n in x.shape[2:]) == grid.shape
+        assert grid.spacing[0].tolist() == list(info["spacing"]) == [stride] * (x.ndim - 2)
+        if stride == 2 ** (2 + info_index(dense, info)):
+            torch.testing.assert_close(a, b)
+    if output_stride == 32:
+        assert torch.equal(whole(x), dense(x))
+    assert dense.model_args()["output_stride"] == output_stride
+
+
+def info_index(model, info):
+    return model.feature_info.index(info)
+
+
+def test_a_denser_grouping_starts_from_the_same_taps():
+    """Every second group of the undone stride starts from what the whole stride starts it from."""
+    x = torch.randn(1, 3, 64, 64)
+    whole = timm.create_model("test_rat", num_classes=0).eval()
+    dense = timm.create_model("test_rat", num_classes=0, output_stride=8).eval()
+    dense.load_state_dict(whole.state_dict())
+    seen = [[], []]
+    for model, starts in zip((whole, dense), seen, strict=True):
+        for stage in model.stages[1:]:
+            stage.downsample.sga.strider.register_forward_hook(lambda m, args, out, starts=starts: starts.append(out))
+        model(x)
+    torch.testing.assert_close(seen[0][0], seen[1][0])
+    torch.testing.assert_close(seen[0][1], seen[1][1][..., ::2, ::2])

@@ -45,6 +45,7 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         kernel_size: Size of the strided convolution that starts the groups, odd, one number or one per axis.
         num_heads: Number of heads.
         stride: Its stride, one number or one per axis. Default: half the kernel.
+        dilation: Distance of its taps, one number or one per axis.
         unit: Physical length of one unit of the rotary coordinate, one number or one per axis: the fine side's spacing
             where the input of the network has the reference spacing.
         device: Where parameters are made.
@@ -65,6 +66,7 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         num_heads: int = 16,
         stride: int | Sequence[int] | None = None,
         *,
+        dilation: int | Sequence[int] = 1,
         unit: float | Sequence[float] = 1.0,
         learnable_rose_scaling: bool = False,
         rose_initial_scaling: str | None = None,
@@ -102,7 +104,11 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
             raise ValueError(f"kernel_size must be odd, got {kernel_size!r}")
         del self.mask_embedding
         nn.init.constant_(self.temp, (feature_dims // num_heads) ** -0.5)
-        self.padding = tuple((k - 1) // 2 for k in self.kernel_size)
+        dilation = integers(dilation, "dilation", spatial_dims)
+        self.extent = tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, dilation, strict=True))
+        self.padding = tuple((extent - 1) // 2 for extent in self.extent)
+        # upstream's convolution has no dilation
+        self.strider.dilation, self.strider.padding = dilation, self.padding
         self.unit = axis_values(unit, "unit", spatial_dims)
         self.to(dtype=dtype)
 
@@ -125,7 +131,7 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
             The groups, and, if asked for, the matrices of the last iteration.
         """
         x, grid, mask = tokens.filled(), tokens.grid, tokens.mask
-        coarse = grid.conv(self.kernel_size, self.stride, self.padding)
+        coarse = grid.conv(self.extent, self.stride, self.padding)
         center = field_center([grid])
         key, value = self._split_heads(self.kv(x), 2)
         key = self.temp.to(key.dtype) * self.rose(key, grid.positions(center, self.unit))

@@ -28,6 +28,9 @@ class StageConfig:
         reg_tokens: Number of prefix tokens that join at this stage.
         total_stride: Pixels per token, per axis.
         unit: Physical length of one rotary unit in the blocks, per axis.
+        stride: That of the grouping, per axis.
+        dilation: Distance of the taps of the convolution that starts the groups, per axis.
+        neighborhood_kernel: Window of a sparse grouping in stride cells, per axis.
         sga_attention_type: How tokens are grouped at the start: "dense", "sparse", or None for not at all.
         sga_num_heads: Heads of the grouping.
         sga_unit: Physical length of one rotary unit in the grouping (the fine side's), per axis.
@@ -42,6 +45,9 @@ class StageConfig:
     reg_tokens: int
     total_stride: tuple[int, ...]
     unit: tuple[float, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    neighborhood_kernel: tuple[int, ...]
     sga_attention_type: str | None
     sga_num_heads: int
     sga_unit: tuple[float, ...]
@@ -69,6 +75,9 @@ class RatConfig:
         physical_stem: Whether images are resampled to the reference spacing in front of the stem, so that kernels mean
             the same at any spacing. Maps have then a number of places that goes with the extent, not with the pixels;
             samples of different spacings are padded to the largest, and masked.
+        output_stride: Most pixels per token: groupings that would make more leave out their stride. Windows, and the
+            taps of the convolutions that start groups, are as far apart as they would be with it (atrous convolution,
+            arXiv 1706.05587), and so are rotary units, so that weights of the whole stride go on. None for the whole.
         kernel_size: Kernel of the strided convolution that starts a grouping, one number or one per axis.
         stride: Its stride, one number or one per axis.
         sga_attention_type: "dense" or "sparse" for all groupings, or one per grouping. Default: sparse, the last dense.
@@ -102,6 +111,7 @@ class RatConfig:
     stem_kernel_size: Sequence[int] = (3, 3)
     stem_stride: int | Sequence[int] = 4
     physical_stem: bool = False
+    output_stride: int | None = None
     kernel_size: int | Sequence[int] = 3
     stride: int | Sequence[int] = 2
     sga_attention_type: str | Sequence[str] | None = None
@@ -125,6 +135,8 @@ class RatConfig:
             raise ValueError("reg_tokens and leading_tokens are two names for one thing: give one of them")
         _check_number("iters", self.iters, Integral, least=1)
         _check_number("reg_tokens", self.prefix_tokens, Integral, least=0)
+        if self.output_stride is not None:
+            _check_number("output_stride", self.output_stride, Integral, least=max(self.stem_strides))
         for name in ("base_theta", "sga_mlp_ratio"):
             _check_number(name, getattr(self, name), Real, above=0)
         for name in ("kernel_size", "neighborhood_kernel"):
@@ -180,12 +192,16 @@ class RatConfig:
         first_global = next((i for i, kernel in enumerate(kernels) if kernel is None), None)
         if self.prefix_tokens and first_global is None:
             raise ValueError(f"reg_tokens {self.prefix_tokens} need a stage with global attention (attn_kernel_size 0)")
-        stride = self.stem_strides
+        window = integers(self.neighborhood_kernel, "neighborhood_kernel", self.spatial_dims)
+        stride = nominal = self.stem_strides
         stages = []
         for i in range(count):
-            fine = stride
+            fine, dilation, step = nominal, _divide(nominal, stride), (1,) * self.spatial_dims
             if groupings[i]:
-                stride = tuple(a * b for a, b in zip(stride, steps, strict=True))
+                nominal = _multiply(nominal, steps)
+                step = steps if self._is_allowed(_multiply(stride, steps)) else step
+                stride = _multiply(stride, step)
+            wider = _divide(nominal, stride)
             stages.append(
                 StageConfig(
                     dim_in=dims[max(i - 1, 0)],
@@ -193,16 +209,22 @@ class RatConfig:
                     depth=depths[i],
                     num_heads=heads[i],
                     mlp_ratio=ratios[i],
-                    attn_kernel_size=kernels[i],
+                    attn_kernel_size=_widen(kernels[i], wider),
                     reg_tokens=self.prefix_tokens if i == first_global else 0,
                     total_stride=stride,
-                    unit=self._unit(stride),
+                    unit=self._unit(nominal),
+                    stride=step,
+                    dilation=dilation,
+                    neighborhood_kernel=_widen(window, wider) or window,
                     sga_attention_type=groupings[i],
                     sga_num_heads=heads[max(i - 1, 0)],
                     sga_unit=self._unit(fine),
                 )
             )
         return tuple(stages)
+
+    def _is_allowed(self, stride: Sequence[int]) -> bool:
+        return self.output_stride is None or max(stride) <= self.output_stride
 
     def _unit(self, stride: Sequence[int]) -> tuple[float, ...]:
         return tuple(a * b for a, b in zip(self.reference, stride, strict=True))
@@ -248,6 +270,19 @@ class RatConfig:
                 f"got {self.sga_attention_type!r}"
             )
         return kinds if self.group_first else [None, *kinds]
+
+
+def _multiply(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    return tuple(m * n for m, n in zip(a, b, strict=True))
+
+
+def _divide(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    return tuple(m // n for m, n in zip(a, b, strict=True))
+
+
+def _widen(kernel: tuple[int, ...] | None, factor: Sequence[int]) -> tuple[int, ...] | None:
+    """Returns a window that reaches as far where tokens are so many times as dense; None for all."""
+    return kernel and tuple((k - 1) * f + 1 for k, f in zip(kernel, factor, strict=True))
 
 
 def _sequence(value: Any, name: str, meaning: str) -> Sequence:

@@ -128,7 +128,7 @@ class ResolutionAwareTransformer(nn.Module):
                 "reduction": max(stage.total_stride),
                 "module": f"stages.{i}",
                 "stride": stage.total_stride,
-                "spacing": stage.unit,
+                "spacing": tuple(s * n for s, n in zip(self.reference_spacing, stage.total_stride, strict=True)),
             }
             for i, stage in enumerate(stages)
         ]
@@ -259,9 +259,9 @@ class ResolutionAwareTransformer(nn.Module):
         parts = self._read(x, spacing, mask, origin)
         if len(parts) > 1 and (return_assignments or not output_dict):
             raise ValueError(
-                "spacing must be the same for all samples where the stem is physical and maps come without their grids, "
-                "or with assignments: each sample's map lies on a grid of its own. Take samples of one spacing at a time, "
-                "or output_dict=True, which tells grids and masks"
+                "spacing must be the same for all samples where the stem is physical and maps come without their "
+                "grids, or with assignments: each sample's map lies on a grid of its own. Take samples of one spacing "
+                "at a time, or output_dict=True, which tells grids and masks"
             )
         count = last + 1 if stop_early else len(self.stages)
         run = self._run(parts, take_indices, count, return_assignments)

@@ -46,13 +46,14 @@ class Downsample(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         grouping: Callable[..., nn.Module] = DenseSpatialGroupingAttention
         if stage.sga_attention_type == "sparse":
-            grouping = partial(SparseSpatialGroupingAttention, neighborhood_kernel=cfg.neighborhood_kernel)
+            grouping = partial(SparseSpatialGroupingAttention, neighborhood_kernel=stage.neighborhood_kernel)
         self.sga = grouping(
             stage.dim_in,
             cfg.spatial_dims,
             cfg.kernel_size,
             stage.sga_num_heads,
-            cfg.stride,
+            stage.stride,
+            dilation=stage.dilation,
             unit=stage.sga_unit,
             iters=cfg.iters,
             mlp_ratio=cfg.sga_mlp_ratio,
@@ -89,7 +90,7 @@ class Downsample(nn.Module):
     def step(self) -> tuple[tuple[int, ...], ...]:
         """Kernel size, stride and padding: what a `Grid` has to know of the grouping."""
         sga: Any = self.sga
-        return sga.kernel_size, sga.stride, sga.padding
+        return sga.extent, sga.stride, sga.padding
 
 
 class StageOutput(NamedTuple):
@@ -170,8 +171,8 @@ class Stage(nn.Module):
             return_assignments: Whether to return how each level's tokens were grouped.
 
         Returns:
-            ``[B, C, *grid]``, or one per level for a list, zero where masked; a `StageOutput` if there are prefix tokens
-            or assignments.
+            ``[B, C, *grid]``, or one per level for a list, zero where masked; a `StageOutput` if there are prefix
+            tokens or assignments.
         """
         maps = [x] if isinstance(x, Tensor) else x
         levels = [t._replace(x=channels_last(level)) for t, level in zip(pyramid.levels, maps, strict=True)]
