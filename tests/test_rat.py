@@ -9,6 +9,7 @@ import torch
 
 import rat_timm
 from rat_timm import RatConfig, ResolutionAwareTransformer
+from rat_timm.models.rat import checkpoint_filter_fn
 
 NAMES = ["test_rat", "test_rat_3d"]
 IMAGE = {"test_rat": (3, 45, 70), "test_rat_3d": (1, 20, 33, 17)}
@@ -520,6 +521,33 @@ def test_output_strides_give_denser_maps_of_the_same_weights(name, output_stride
     if output_stride == 32:
         assert torch.equal(whole(x), dense(x))
     assert dense.model_args()["output_stride"] == output_stride
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_token_gets_gradients_and_hides_what_is_masked(name):
+    model = lively(timm.create_model(name, num_classes=0, mask_token=True).eval())
+    x = torch.randn(2, *IMAGE[name])
+    mask = torch.ones(2, *x.shape[2:], dtype=torch.bool)
+    mask[:, :, 8:] = False
+    out = model.forward_intermediates(x, mask=mask, output_dict=True)
+    assert out["masks"] == [None] * 4
+    hidden = out["image_intermediates"][0][:, :, :, 2:]
+    assert hidden.abs().amin(dim=1).max() > 0  # tokens stand there
+    hidden.sum().backward()
+    assert model.stem.mask_token.grad.abs().sum() > 0
+    other = torch.where(mask[:, None], x, torch.nan)
+    assert torch.equal(model(other, mask=mask), model(x, mask=mask))
+    assert not torch.allclose(model(x), model(x, mask=mask))
+    assert "stem.mask_token" in model.no_weight_decay()
+
+
+def test_weights_go_between_models_with_and_without_a_mask_token():
+    plain, hiding = (timm.create_model("test_rat", mask_token=token).eval() for token in (False, True))
+    x = torch.randn(1, 3, 32, 32)
+    for source, target in ((plain, {"mask_token": True}), (hiding, {})):
+        loaded = timm.create_model("test_rat", **target).eval()
+        loaded.load_state_dict(checkpoint_filter_fn(source.state_dict(), loaded))
+        assert torch.equal(loaded(x), source(x))
 
 
 def info_index(model, info):

@@ -23,6 +23,7 @@ class Stem(nn.Module):
         spatial_dims: Number of axes.
         kernel_size: Kernel size of each convolution, odd.
         stride: Total stride per axis, shared out among the convolutions from the first on.
+        mask_token: Whether a learnable token stands at masked places, and is valid there.
         device: Where parameters are made.
         dtype: Their type.
 
@@ -37,6 +38,7 @@ class Stem(nn.Module):
         spatial_dims: int = 2,
         kernel_size: Sequence[int] = (3, 3),
         stride: Sequence[int] = (4, 4),
+        mask_token: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -52,6 +54,9 @@ class Stem(nn.Module):
         )
         norms = widths[1:] if len(kernel_size) > 1 else []
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6, **dd) for width in norms)
+        self.mask_token = nn.Parameter(torch.empty(embed_dim, **dd)) if mask_token else None
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     @traced_as_whole
     def forward(self, pyramid: Pyramid) -> Pyramid:
@@ -67,7 +72,9 @@ class Stem(nn.Module):
                 x = F.gelu(x)
             grid = tokens.grid.conv(kernel, stride, [k // 2 for k in kernel])
             tokens = Tokens(x, grid, None if tokens.mask is None else pool_mask(tokens.mask, stride))
-        return tokens
+        if self.mask_token is None or tokens.mask is None:
+            return tokens
+        return Tokens(torch.where(tokens.mask.unsqueeze(-1), tokens.x, self.mask_token), tokens.grid)
 
 
 def share_stride(stride: Sequence[int], kernel_size: Sequence[int]) -> list[tuple[int, ...]]:

@@ -75,6 +75,9 @@ class RatConfig:
         physical_stem: Whether images are resampled to the reference spacing in front of the stem, so that kernels mean
             the same at any spacing. Maps have then a number of places that goes with the extent, not with the pixels;
             samples of different spacings are padded to the largest, and masked.
+        mask_token: Whether a learnable token stands at masked places of the first map, for masked image modelling: it
+            takes part like any other, gets gradients, and is all that masked pixels are known by. Without it, masked
+            places take no part.
         output_stride: Most pixels per token: groupings that would make more leave out their stride. Windows, and the
             taps of the convolutions that start groups, are as far apart as they would be with it (atrous convolution,
             arXiv 1706.05587), and so are rotary units, so that weights of the whole stride go on. None for the whole.
@@ -111,6 +114,7 @@ class RatConfig:
     stem_kernel_size: Sequence[int] = (3, 3)
     stem_stride: int | Sequence[int] = 4
     physical_stem: bool = False
+    mask_token: bool = False
     output_stride: int | None = None
     kernel_size: int | Sequence[int] = 3
     stride: int | Sequence[int] = 2

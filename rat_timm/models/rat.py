@@ -113,7 +113,13 @@ class ResolutionAwareTransformer(nn.Module):
         self.num_features = self.head_hidden_size = stages[-1].dim
 
         self.stem = Stem(
-            in_chans, stages[0].dim_in, self.cfg.spatial_dims, self.cfg.stem_kernel_size, self.cfg.stem_strides, **dd
+            in_chans,
+            stages[0].dim_in,
+            self.cfg.spatial_dims,
+            self.cfg.stem_kernel_size,
+            self.cfg.stem_strides,
+            self.cfg.mask_token,
+            **dd,
         )
         drop_path = calculate_drop_path_rates(drop_path_rate, [stage.depth for stage in stages], stagewise=True)
         self.stages = nn.ModuleList(
@@ -333,7 +339,7 @@ class ResolutionAwareTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters that weight decay would harm: geometry, temperatures and tokens."""
-        kept = ("freqs", "temp", "reg_tokens", "scale_a", "scale_b", "scale_c", "scale_d")
+        kept = ("freqs", "temp", "reg_tokens", "mask_token", "scale_a", "scale_b", "scale_c", "scale_d")
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in kept}
 
     def init_non_persistent_buffers(self) -> None:
@@ -399,7 +405,7 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTrans
     Takes our own state dicts and those of `resolution_aware_transformer.ResolutionAwareTransformer`; timm's training
     checkpoints, of which the moving average if there is one; names with the prefixes of DistributedDataParallel and
     ``torch.compile``; images' weights for a model of volumes; any number of channels; another reference spacing, if
-    ``model.pretrained_model_args`` tells the one that the weights were trained with.
+    ``model.pretrained_model_args`` tells the one that the weights were trained with; with or without a mask token.
 
     Raises:
         ValueError: If parameters are missing or left over, but for the classifier, or cannot be converted.
@@ -414,10 +420,18 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTrans
         check_axes(state_dict.get("stem.convs.0.weight"), cfg)
         ratio = (1.0,) * cfg.spatial_dims if known is None else spacing_ratio(cfg, known)
         lengths = [(ratio, ratio)] * len(cfg.depths)
-    state_dict = rescale(fit(state_dict, model), lengths, cfg)
+    state_dict = rescale(fit(_with_mask_token(state_dict, model), model), lengths, cfg)
     check_names(state_dict, model)
     warn_of_dropped_classifier(state_dict, model)
     return state_dict
+
+
+def _with_mask_token(state_dict: dict[str, Tensor], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
+    """Drops a mask token that the model does not have, and lets one start anew that the checkpoint does not have."""
+    name, own = "stem.mask_token", model.stem.mask_token
+    if own is None:
+        return {key: value for key, value in state_dict.items() if key != name}
+    return {name: own.detach(), **state_dict}
 
 
 model_cfgs = {

@@ -1,0 +1,114 @@
+"""Other libraries' networks around a backbone of this package."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .context import Told, geometry, what_is_told
+from .optional import need
+
+
+class WithGeometry(nn.Module):
+    """A network around a RAT that takes one image alone, made to take what is known of the image, and any size.
+
+        unet = WithGeometry(smp.Unet("tu-rat_tiny", encoder_weights=None, classes=2))
+        logits = unet(image, spacing=0.5, mask=mask)  # [B, 2, *size]
+
+    Images are filled up at the far ends to whole multiples, the fill is masked, and the result is cut off again. (Near
+    the fill, neighbourhood attention keeps to windows inside the filled image: results there differ a little from
+    those of an image that needs none.)
+
+    Args:
+        network: Gives ``[B, classes, *size]`` for an image ``[B, C, *size]``, such as one of segmentation_models_pytorch
+            or MONAI's ``FlexibleUNet``.
+        multiple: Of which the sizes that it takes are multiples.
+    """
+
+    def __init__(self, network: nn.Module, multiple: int = 32) -> None:
+        super().__init__()
+        self.network = network
+        self.multiple = multiple
+
+    def forward(self, x: Tensor, spacing: Any = None, mask: Tensor | None = None, origin: Any = None) -> Tensor:
+        """Runs the network.
+
+        Args:
+            x: ``[B, C, *size]``.
+            spacing: Physical pixel size in array-axis order (z, y, x), in any form that the models take.
+            mask: ``[B, *size]``, bool, True = valid.
+            origin: Physical position of the first pixel's centre, in the forms of ``spacing``.
+
+        Raises:
+            ValueError: If what is known does not fit the image, or the network gives another size than it was given.
+        """
+        filled, told = fill_up(x, what_is_told(spacing, mask, origin), self.multiple)
+        with geometry(**told._asdict()):
+            out = self.network(filled)
+        if out.shape[2:] != filled.shape[2:]:
+            raise ValueError(
+                f"network must give maps of the size it is given, {list(filled.shape[2:])}, got {list(out.shape)}"
+            )
+        return out[(..., *(slice(n) for n in x.shape[2:]))]
+
+
+def fill_up(x: Tensor, told: Told, multiple: int) -> tuple[Tensor, Told]:
+    """Fills images ``[B, C, *size]`` up with masked zeros at the far ends, to whole multiples along each axis."""
+    fill = [part for n in reversed(x.shape[2:]) for part in (0, -n % multiple)]
+    if not any(fill):
+        return x, told
+    valid = x.new_ones(len(x), *x.shape[2:], dtype=torch.bool) if told.mask is None else told.mask
+    return F.pad(x, fill), told._replace(mask=F.pad(valid, fill))
+
+
+def register_monai_encoder(name: str, **kwargs: Any) -> None:
+    """Registers a hierarchical RAT as a backbone of MONAI's ``FlexibleUNet``, under its own name.
+
+        register_monai_encoder("rat_tiny_3d")
+        unet = WithGeometry(FlexibleUNet(1, 2, "rat_tiny_3d", spatial_dims=3))
+
+    By itself, ``FlexibleUNet`` returns maps of images that are filled up to whole multiples of 32.
+
+    Args:
+        name: A registered name.
+        **kwargs: Of ``timm.create_model``.
+    """
+    networks, nets = need("monai.networks.blocks", "data"), need("monai.networks.nets.flexible_unet", "data")
+    info = timm.create_model(name, features_only=True, **kwargs, device="meta").feature_info
+
+    class Encoder(nn.Module, networks.BaseEncoder):
+        """Maps at strides 2 (which has no channels), 4, 8, 16 and 32."""
+
+        def __init__(self, spatial_dims: int, in_channels: int, pretrained: bool) -> None:
+            super().__init__()
+            self.backbone = timm.create_model(
+                name,
+                pretrained,
+                features_only=True,
+                **{"spatial_dims": spatial_dims, "in_chans": in_channels, **kwargs},
+            )
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            filled, told = fill_up(x, what_is_told(None, None, None), 32)
+            maps = self.backbone(filled, **told._asdict())
+            return [maps[0].new_empty(*maps[0].shape[:1], 0, *(2 * n for n in maps[0].shape[2:])), *maps]
+
+        @classmethod
+        def get_encoder_parameters(cls) -> list[dict[str, Any]]:
+            return [{"spatial_dims": None, "in_channels": None, "pretrained": False}]
+
+        @classmethod
+        def num_channels_per_output(cls) -> list[tuple[int, ...]]:
+            return [(0, *info.channels())]
+
+        @classmethod
+        def num_outputs(cls) -> list[int]:
+            return [1 + len(info.channels())]
+
+        @classmethod
+        def get_encoder_names(cls) -> list[str]:
+            return [name]
+
+    nets.FLEXUNET_BACKBONE.register_class(Encoder)
