@@ -22,8 +22,8 @@ class WithGeometry(nn.Module):
     those of an image that needs none.)
 
     Args:
-        network: Gives ``[B, classes, *size]`` for an image ``[B, C, *size]``, such as one of segmentation_models_pytorch
-            or MONAI's ``FlexibleUNet``.
+        network: Gives ``[B, classes, *size]`` for an image ``[B, C, *size]``, such as one of
+            segmentation_models_pytorch or MONAI's ``FlexibleUNet``.
         multiple: Of which the sizes that it takes are multiples.
     """
 
@@ -75,10 +75,11 @@ def register_monai_encoder(name: str, **kwargs: Any) -> None:
         name: A registered name.
         **kwargs: Of ``timm.create_model``.
     """
-    networks, nets = need("monai.networks.blocks", "data"), need("monai.networks.nets.flexible_unet", "data")
+    base: Any = need("monai.networks.blocks", "data").BaseEncoder
+    nets = need("monai.networks.nets.flexible_unet", "data")
     info = timm.create_model(name, features_only=True, **kwargs, device="meta").feature_info
 
-    class Encoder(nn.Module, networks.BaseEncoder):
+    class Encoder(nn.Module, base):
         """Maps at strides 2 (which has no channels), 4, 8, 16 and 32."""
 
         def __init__(self, spatial_dims: int, in_channels: int, pretrained: bool) -> None:
