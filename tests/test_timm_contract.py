@@ -193,6 +193,24 @@ def test_no_weights_is_timms_error():
         timm.create_model("rat_tiny", pretrained=True)
 
 
+@pytest.mark.parametrize(
+    ("ours", "timms", "names"),
+    [
+        ("rat_tiny", "swin_tiny_patch4_window7_224", ("embed_dim", "num_features", "head_hidden_size", "global_pool")),
+        ("rat_vit_small_patch16_dinov3", "vit_small_patch16_dinov3", ("embed_dim", "num_prefix_tokens", "global_pool")),
+        ("apvit_tiny_patch16_224", "vit_tiny_patch16_224", ("embed_dim", "has_class_token", "num_prefix_tokens")),
+    ],
+)
+def test_what_others_read_off_a_model_is_there(ours, timms, names):
+    model, other = meta(ours), meta(timms)
+    for name in names:
+        assert type(getattr(model, name)) is type(getattr(other, name)), name
+    assert meta("rat_tiny").embed_dim == 64
+    assert meta("test_rat", reg_tokens=2, global_pool="token").num_prefix_tokens == 2
+    assert meta("rat_vit_small_patch16_dinov3").has_class_token
+    assert not meta("rat_vit_small_patch16_rope_mixed_224", class_token=False, global_pool="avg").has_class_token
+
+
 def test_segmentation_models_pytorch():
     smp = pytest.importorskip("segmentation_models_pytorch")
     model = smp.Unet("tu-rat_tiny", encoder_weights=None)

@@ -358,6 +358,21 @@ class ResolutionAwareTransformer(nn.Module):
         """The spacing at which tokens sit one rotary unit apart, per axis."""
         return self.cfg.reference
 
+    @property
+    def embed_dim(self) -> int:
+        """Width of stage 1, as in timm's hierarchical models."""
+        return self.cfg.stages()[0].dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens that have no place, which no map holds."""
+        return self.cfg.prefix_tokens
+
+    @property
+    def global_pool(self) -> str:
+        """The head's pooling: "avg", "token", or "" for none."""
+        return self.head.pool_type
+
     def model_args(self) -> dict[str, Any]:
         """Returns the keywords that make this model again, as JSON has them; without ``num_classes`` and rates."""
         args = dataclasses.asdict(self.cfg)

@@ -276,6 +276,11 @@ class RatVit(eva.Eva):
         }
 
     @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is a class token, as `timm.models.VisionTransformer` tells."""
+        return self.cls_token is not None
+
+    @property
     def _pools(self) -> bool:
         return bool(self.global_pool) or self.attn_pool is not None
 
