@@ -10,8 +10,11 @@ from torch import Tensor
 
 _HUGE = 1e30  # from here on, distances of some million pixels overflow in float32
 
-Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
-"""A physical quantity: one number, one value per axis, or ``[batch, axes]``; always in array-axis order (z, y, x)."""
+Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Sequence[Tensor] | Tensor
+"""A physical quantity: one number, one value per axis, or ``[batch, axes]``; always in array-axis order (z, y, x).
+
+A list of tensors ``[batch]`` has one per axis: PyTorch's default collate makes it of the samples' tuples.
+"""
 
 
 class Positions(NamedTuple):
@@ -58,7 +61,7 @@ class Grid(NamedTuple):
 
         Args:
             shape: Number of pixels along each axis.
-            spacing: Physical size of a pixel: a number, one value per axis, or ``[B, axes]``.
+            spacing: Physical size of a pixel: a number, one value per axis, ``[B, axes]``, or one tensor ``[B]`` per axis.
             origin: Physical position of the first pixel's centre, in the same forms. Default: half the spacing, so that
                 images of one field of view at several resolutions share their outer corner.
             batch_size: Number of samples, which a ``[B, axes]`` argument must match.
@@ -330,6 +333,8 @@ def _is_number(value: Any) -> bool:
 
 def _as_rows(value: Any, name: str, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     try:
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, Tensor) and v.ndim == 1 for v in value):
+            return torch.stack([v.to(device=device, dtype=dtype) for v in value], dim=-1)  # one per axis
         return torch.as_tensor(value, dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be numbers, got {value!r}") from error

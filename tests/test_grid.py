@@ -149,3 +149,20 @@ def test_levels_share_the_corner_of_a_level_zero_with_an_origin():
 def test_wrong_pyramid_forms_name_the_level(spacing, origin, message):
     with pytest.raises(ValueError, match=message):
         pyramid_grids([(8, 8), (4, 4)], spacing, origin, reference=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_what_pytorchs_collate_makes_of_tuples(axes, batch):
+    samples = [tuple(0.5 + i + axis / 4 for axis in range(axes)) for i in range(batch)]
+    collated = torch.utils.data.default_collate(samples)
+    assert isinstance(collated, (list, tuple))
+    grid = Grid.create((4,) * axes, collated, collated, batch_size=batch)
+    expected = torch.tensor(samples, dtype=torch.float64)
+    assert torch.equal(grid.spacing, expected)
+    assert torch.equal(grid.origin, expected)
+    with pytest.raises(ValueError, match="spacing must be"):
+        Grid.create((4,) * axes, collated[:-1], batch_size=batch)
+    if batch > 1:
+        with pytest.raises(ValueError, match="spacing must be"):
+            Grid.create((4,) * axes, collated, batch_size=batch + 1)

@@ -103,6 +103,15 @@ def test_spacing_per_sample_equals_samples_one_by_one(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("batch", [2, 3])
+def test_spacing_as_pytorchs_collate_has_it(model, batch):
+    x = image(model, batch)
+    samples = [tuple(0.5 + i + axis / 4 for axis in range(model.spatial_dims)) for i in range(batch)]
+    collated = torch.utils.data.default_collate(samples)
+    assert torch.equal(model(x, spacing=collated), model(x, spacing=torch.tensor(samples, dtype=torch.float64)))
+    assert torch.equal(model([x], spacing=[collated]), model(x, spacing=collated))
+
+
 def test_spacing_per_sample_of_rat_tiny():
     model = lively(timm.create_model("rat_tiny").eval())
     x, spacing = torch.randn(2, 3, 64, 50), torch.tensor([[1.0, 1.0], [0.3, 2.0]])
@@ -293,6 +302,30 @@ def test_compile_without_graph_breaks():
     with torch.no_grad():
         spacing = torch.rand(2, model.cfg.spatial_dims) + 0.5
         torch.testing.assert_close(compiled(x, spacing=spacing), model(x, spacing=spacing), rtol=0, atol=1e-5)
+
+
+def test_each_size_is_a_program_of_constants():
+    torch.compiler.reset()
+    symbols = []
+
+    def backend(graph, inputs):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        sizes = [str(n) for value in values if isinstance(value, torch.Tensor) for n in value.shape]
+        symbols.append({size for size in sizes if not size.isdigit()})
+        return graph.forward
+
+    cfg = RatConfig(embed_dim=32, depths=(1,), attn_kernel_size=3, iters=1)
+    model = ResolutionAwareTransformer(cfg, num_classes=3).eval()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    images = [torch.randn(1, 3, size, 24) for size in (16, 20, 24)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for x in images[:2]:
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+        with pytest.raises(Exception, match="fullgraph=True"):  # as the README says
+            compiled(images[2])
+    with torch._dynamo.config.patch(recompile_limit=3):
+        torch.testing.assert_close(compiled(images[2]), model(images[2]), rtol=1e-5, atol=1e-6)
+    assert symbols == [set()] * 3
 
 
 def test_compiled_once_for_all_spacings():

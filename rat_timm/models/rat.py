@@ -147,8 +147,8 @@ class ResolutionAwareTransformer(nn.Module):
         Args:
             x: Image ``[B, C, *size]`` of any size, or a pyramid: a list of images of one scene.
             spacing: Physical pixel size in array-axis order (z, y, x): a number, one value per axis, ``[B, axes]`` per
-                sample, or a list with one of these per level. Default: the reference spacing for the first level; for
-                the others what gives them the same field of view.
+                sample, one tensor ``[B]`` per axis, or a list with one of these per level. Default: the reference
+                spacing for the first level; for the others what gives them the same field of view.
             mask: ``[B, *size]``, True = valid, or one per level. What is masked influences nothing.
             origin: Physical position of the first pixel's centre, in the forms of ``spacing``. Default: levels share
                 the outer corner of their field of view.
