@@ -61,7 +61,8 @@ class Grid(NamedTuple):
 
         Args:
             shape: Number of pixels along each axis.
-            spacing: Physical size of a pixel: a number, one value per axis, ``[B, axes]``, or a tensor ``[B]`` per axis.
+            spacing: Physical size of a pixel: a number, one value per axis, ``[B, axes]``, or one tensor ``[B]`` per
+                axis.
             origin: Physical position of the first pixel's centre, in the same forms. Default: half the spacing, so that
                 images of one field of view at several resolutions share their outer corner.
             batch_size: Number of samples, which a ``[B, axes]`` argument must match.

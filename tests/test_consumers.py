@@ -217,6 +217,14 @@ def test_segmentation_networks_that_want_denser_maps(decoder):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in stages)
 
 
+def test_a_detectors_backbone_with_dilation():
+    from transformers import TimmBackbone, TimmBackboneConfig
+
+    config = TimmBackboneConfig(backbone="test_rat", output_stride=16, out_indices=[1, 2, 3])
+    maps = TimmBackbone(config).eval()(torch.randn(1, 3, 64, 96)).feature_maps
+    assert [tuple(m.shape[2:]) for m in maps] == [(8, 12), (4, 6), (4, 6)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_torchscript_traces(name):
     model, x = build(name), torch.randn(2, *IMAGE[name])
