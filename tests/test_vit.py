@@ -512,3 +512,13 @@ def test_weights_come_from_timms_repositories(tmp_path):
         put(server, "timm/vit_small_patch16_dinov3.lvd1689m", files_of(folder))
         found = client(server, tmp_path, LOAD)
     assert found == pytest.approx(theirs.state_dict()["patch_embed.proj.weight"].sum().item())
+
+
+@pytest.mark.parametrize("spacing", [1e-4, 1e4])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_physical_patches_in_a_wrong_unit_do_not_fill_the_memory(axes, spacing):
+    model = timm.create_model(
+        "rat_vit_small_patch16_rope_mixed_224", depth=1, physical_patches=True, spatial_dims=axes, in_chans=1
+    ).eval()
+    with pytest.raises(ValueError, match="spacing would make .* more than the limit of"):
+        model(torch.randn(1, 1, *(32,) * axes), spacing=spacing)

@@ -1,5 +1,6 @@
 """Patches of a plain transformer: whole ones at any image size, and of one physical size at any pixel size."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,9 +9,10 @@ from torch.nn import functional as F
 
 from ..grid import Tokens, channels_first, channels_last
 from .masking import pool_mask
-from .resample import resample, spacing_rows
+from .resample import resample, resample_limit, spacing_rows
 
 _CONVS = {2: F.conv2d, 3: F.conv3d}
+_NUMBERS_PER_PIXEL = 16  # a kernel may be as large as features of an image of the limit's size
 
 
 def patchify(tokens: Tokens, weight: Tensor, bias: Tensor | None) -> Tokens:
@@ -76,13 +78,24 @@ def physical_patchify(
         spacing: That of the grid in numbers, per axis; None: read from the grid, which a compiled model cannot do.
 
     Raises:
-        ValueError: If samples have different spacings: they would have different numbers of patches.
+        ValueError: If samples have different spacings: they would have different numbers of patches. If a spacing, in
+            a wrong unit say, asks for an image or a kernel beyond `rat_timm.resample_limit`.
     """
     spacing = _read_spacing(tokens) if spacing is None else spacing
     length = [p * r for p, r in zip(weight.shape[2:], reference, strict=True)]
     size = [max(1, round(whole / s)) for whole, s in zip(length, spacing, strict=True)]
+    _check_kernel(weight.shape, size)
     fitting = [whole / n for n, whole in zip(size, length, strict=True)]
     return patchify(resample(tokens, fitting, spacing), resample_kernel(weight, size), bias)
+
+
+def _check_kernel(shape: Sequence[int], size: Sequence[int]) -> None:
+    numbers, limit = math.prod((*shape[:2], *size)), _NUMBERS_PER_PIXEL * resample_limit()
+    if numbers > limit:
+        raise ValueError(
+            f"spacing would make patches of {' x '.join(map(str, size))} pixels, a kernel of {numbers} numbers, more than "
+            f"the limit of {limit}: is its unit the model's? rat_timm.set_resample_limit raises the limit"
+        )
 
 
 def _read_spacing(tokens: Tokens) -> tuple[float, ...]:
