@@ -520,5 +520,5 @@ def test_physical_patches_in_a_wrong_unit_do_not_fill_the_memory(axes, spacing):
     model = timm.create_model(
         "rat_vit_small_patch16_rope_mixed_224", depth=1, physical_patches=True, spatial_dims=axes, in_chans=1
     ).eval()
-    with pytest.raises(ValueError, match="spacing would make .* more than the limit of"):
+    with pytest.raises(ValueError, match=r"spacing would make .* more than the limit of"):
         model(torch.randn(1, 1, *(32,) * axes), spacing=spacing)

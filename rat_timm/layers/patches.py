@@ -92,9 +92,10 @@ def physical_patchify(
 def _check_kernel(shape: Sequence[int], size: Sequence[int]) -> None:
     numbers, limit = math.prod((*shape[:2], *size)), _NUMBERS_PER_PIXEL * resample_limit()
     if numbers > limit:
+        pixels = " x ".join(map(str, size))
         raise ValueError(
-            f"spacing would make patches of {' x '.join(map(str, size))} pixels, a kernel of {numbers} numbers, more than "
-            f"the limit of {limit}: is its unit the model's? rat_timm.set_resample_limit raises the limit"
+            f"spacing would make patches of {pixels} pixels, a kernel of {numbers} numbers, more than the limit of "
+            f"{limit}: is its unit the model's? rat_timm.set_resample_limit raises the limit"
         )
 
 
