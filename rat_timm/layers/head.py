@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..grid import channels_first, fill
 from .masking import check_mask
@@ -120,7 +121,7 @@ def with_mask(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def carried_mask(x: Tensor) -> Tensor | None:
     """Returns the mask that features carry, True = valid; see `with_mask`."""
-    return getattr(x, _MASK, None)
+    return None if isinstance(x, Proxy) else getattr(x, _MASK, None)  # a proxy has any attribute
 
 
 def average(features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
