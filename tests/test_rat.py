@@ -443,39 +443,43 @@ def test_a_physical_stem_takes_a_spacing_per_sample():
         model.forward_intermediates(x, spacing=spacing, output_dict=True, return_assignments=True)
 
 
+def per_level(value):
+    return value if isinstance(value, list) else [value]
+
+
+def sample(value, i):
+    """One sample of a batch, as a batch of one; of each level of a pyramid."""
+    if isinstance(value, list):
+        return [sample(level, i) for level in value]
+    return None if value is None else value[i : i + 1]
+
+
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pyramid", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_batch_of_several_pixel_sizes_equals_its_items(name, seed):
-    generator = torch.Generator().manual_seed(seed)
+def test_a_batch_of_several_pixel_sizes_equals_its_items(name, pyramid, seed):
+    torch.manual_seed(seed)
     model = lively(timm.create_model(name, num_classes=7, physical_stem=True).eval())
     axes, batch = model.spatial_dims, 3
-    size = [int(n) for n in torch.randint(9, (60, 28)[axes - 2], (axes,), generator=generator)]
-    images = [torch.randn(batch, model.in_chans, *s, generator=generator) for s in (size, [n // 2 + 1 for n in size])]
-    spacing = 0.5 * 3 ** torch.rand(batch, axes, generator=generator)
+    size = torch.randint(9, (60, 28)[axes - 2], (axes,)).tolist()
+    x, spacing, mask = torch.randn(batch, model.in_chans, *size), 0.5 * 3 ** torch.rand(batch, axes), None
     spacing[1] = spacing[0]  # two samples share a grid
-    masks = [torch.rand(batch, *x.shape[2:], generator=generator) < 0.8 for x in images]
-    for x, told, mask in ((images[0], spacing, None), (images, [spacing, 2.5 * spacing], masks)):
-
-        def of(i, value):
-            return [v[i : i + 1] for v in value] if isinstance(value, list) else value[i : i + 1]
-
-        together = model.forward_intermediates(x, spacing=told, mask=mask, output_dict=True)
-        logits = model(x, spacing=told, mask=mask)
-        for i in range(batch):
-            given = {"spacing": of(i, told), "mask": None if mask is None else of(i, mask)}
-            torch.testing.assert_close(logits[i : i + 1], model(of(i, x), **given), rtol=1e-4, atol=1e-4)
-            own = model.forward_intermediates(of(i, x), output_dict=True, **given)
-            for whole, whole_mask, part, grid in zip(
-                *(d[k] for d, k in ((together, "image_intermediates"), (together, "masks"))),
-                *(own[k] for k in ("image_intermediates", "grids")),
-                strict=True,
-            ):
-                for a, m, b, g in zip(
-                    *([v] if isinstance(x, torch.Tensor) else v for v in (whole, whole_mask, part, grid)), strict=True
-                ):
-                    inside = (..., *(slice(n) for n in g.shape))
-                    torch.testing.assert_close(a[i : i + 1][inside], b, rtol=1e-4, atol=1e-4)
-                    assert m is None or int(m[i].sum()) == int(m[i][inside].sum())
+    if pyramid:
+        x, spacing = [x, torch.randn(batch, model.in_chans, *(n // 2 + 1 for n in size))], [spacing, 2.5 * spacing]
+        mask = [torch.rand(batch, *level.shape[2:]) < 0.8 for level in x]
+    together = model.forward_intermediates(x, spacing=spacing, mask=mask, output_dict=True)
+    logits = model(x, spacing=spacing, mask=mask)
+    for i in range(batch):
+        image, told = sample(x, i), {"spacing": sample(spacing, i), "mask": sample(mask, i)}
+        torch.testing.assert_close(logits[i : i + 1], model(image, **told), rtol=1e-4, atol=1e-4)
+        alone = model.forward_intermediates(image, output_dict=True, **told)
+        for stage, own, masks in zip(
+            together["image_intermediates"], alone["image_intermediates"], together["masks"], strict=True
+        ):
+            for whole, part, valid in zip(per_level(stage), per_level(own), per_level(masks), strict=True):
+                inside = tuple(slice(n) for n in part.shape[2:])
+                torch.testing.assert_close(whole[(slice(i, i + 1), slice(None), *inside)], part, rtol=1e-4, atol=1e-4)
+                assert valid is None or int(valid[i].sum()) == int(valid[(i, *inside)].sum())  # the fill is masked
 
 
 def test_maps_that_do_not_tell_their_grids_have_one():
