@@ -21,14 +21,8 @@ import numpy as np
 from rat_timm.data.errors import ReadError
 
 SECONDS, MEMORY = 20.0, 2**28
-REMOTE = (
-    "socket.connect",
-    "socket.getaddrinfo",
-    "urllib.Request",
-    "subprocess.Popen",
-    "os.system",
-    "pickle.find_class",
-)
+FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "urllib.Request", "subprocess.Popen", "os.system")
+FORBIDDEN += ("pickle.find_class",)
 OPENING = ("open", "os.listdir", "os.scandir")
 LIBRARIES = tuple({os.path.realpath(place) for place in (sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())})
 SYSTEM = ("/proc/", "/sys/", "/dev/null")
@@ -124,7 +118,7 @@ def outcome(
 
 @contextlib.contextmanager
 def guarded(folder: Path, seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
-    """Fails if the block takes too long or too much, opens what is not in the folder, or calls a network."""
+    """Fails if the block takes too long or too much, opens what is not in the folder, calls a network, or unpickles."""
     with _watching() as events, _time_limit(seconds), _memory_limit(memory):
         yield
     strange = [event for event in events if not _may(event, os.path.realpath(folder))]
@@ -133,7 +127,7 @@ def guarded(folder: Path, seconds: float = SECONDS, memory: int = MEMORY) -> Ite
 
 def _may(event: tuple[str, str], folder: str) -> bool:
     kind, path = event
-    if kind in REMOTE:
+    if kind in FORBIDDEN:
         return False
     real = os.path.realpath(path)
     return path.startswith(SYSTEM) or any(os.path.commonpath([real, root]) == root for root in (folder, *LIBRARIES))
@@ -159,7 +153,7 @@ _installed: list[bool] = []
 def _hook(event: str, arguments: tuple) -> None:
     if _watched is None:
         return
-    if event in REMOTE:
+    if event in FORBIDDEN:
         _watched.append((event, repr(arguments)))
     elif event in OPENING and isinstance(arguments[0], str | bytes | os.PathLike):
         _watched.append((event, os.fsdecode(arguments[0])))
