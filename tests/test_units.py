@@ -66,7 +66,9 @@ def test_what_is_no_number(value):
 
 
 @pytest.mark.parametrize(
-    "value", [10**400, "1e9999", "1e400", "-inf", "NaN", np.float32("nan"), -1, "-0.5", 0, "1e-400"]
+    "value",
+    [10**400, "1e9999", "1e400", "-inf", "NaN", np.float32("nan"), -1, "-0.5", 0, "1e-400"],
+    ids=lambda value: repr(value)[:10],
 )
 def test_numbers_that_no_pixel_has(value):
     with pytest.raises(ReadError, match=r"^file: a pixel cannot measure"):

@@ -126,9 +126,9 @@ def read_lazy(
     """Reads the pixel size of an image or a volume, and its pixels when and where they are computed.
 
     Blocks are read from OME-TIFF, OME-Zarr and ``.nii``, a ``.nii.gz`` is one block; DICOM is not read lazily. A block
-    has one or several chunks of the file, up to ``array.chunk-size`` of Dask's configuration. Each is read anew from the
-    file, which is open meanwhile only. In forked workers compute with ``scheduler="synchronous"``: Dask's pool of
-    threads does not survive a fork.
+    has one or several chunks of the file, up to ``array.chunk-size`` of Dask's configuration. The file is opened anew
+    for each block. In forked workers compute with ``scheduler="synchronous"``: Dask's pool of threads does not survive
+    a fork.
 
     Args:
         source: See `read`; no file object.

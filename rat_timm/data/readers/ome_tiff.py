@@ -167,15 +167,18 @@ def _check_series(chosen: Any, finest: Any, said: _Image, name: str) -> None:
 
 
 def _check_segments(series: Any, name: str) -> None:
-    """Fails if a strip or tile is not in the file: tifffile makes zeros of it."""
-    expected = math.prod(series.keyframe.chunked)
+    """Fails if a strip or tile is not in the file, of which tifffile makes zeros, or has not the bytes it needs."""
+    keyframe, expected = series.keyframe, math.prod(series.keyframe.chunked)
+    stored = expected * math.prod(keyframe.chunks) * keyframe.dtype.itemsize if keyframe.is_tiled else keyframe.nbytes
+    plain = keyframe.compression == 1 and keyframe.bitspersample % 8 == 0
     for page in series.pages:
-        offsets, counts = page.dataoffsets, page.databytecounts
-        if not page.is_contiguous and not len(offsets) == len(counts) == expected:
-            raise ReadError(f"{name}: must have {expected} strips or tiles in a plane, got {len(offsets)}")
-        end = page.parent.filehandle.size
-        if any(start <= 0 or size <= 0 or start + size > end for start, size in zip(offsets, counts, strict=False)):
+        offsets, counts, end = page.dataoffsets, page.databytecounts, page.parent.filehandle.size
+        if len(offsets) != len(counts) or (len(offsets) != expected and not page.is_contiguous):
+            raise ReadError(f"{name}: a plane must have {expected} strips or tiles, got {len(offsets)}")
+        if any(start <= 0 or size <= 0 or start + size > end for start, size in zip(offsets, counts, strict=True)):
             raise ReadError(f"{name}: a strip or tile is not in the file")
+        if plain and sum(counts) != stored:
+            raise ReadError(f"{name}: a plane must have {stored} bytes, got {sum(counts)}")
 
 
 def _chunks(series: Any) -> tuple[int, ...]:
