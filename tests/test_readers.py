@@ -11,6 +11,7 @@ import pytest
 import tifffile
 import torch
 from fuzzing import guarded
+from test_dicom import make
 from torch.utils.data import DataLoader
 
 from rat_timm.data import ReadError, read, read_lazy, read_spacing
@@ -779,3 +780,22 @@ def test_a_header_of_nifti_that_is_not_of_its_pixels(tmp_path):
                 file.write(bytes(changed))
             with pytest.raises(ReadError, match=rf"^{path}: "):
                 read(path)
+
+
+def test_dicom_from_file_objects_and_addresses(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    path = make(tmp_path / "a.dcm", VOLUME[0], spacing=(0.7, 0.3))
+    content = path.read_bytes()
+    files = fsspec.filesystem("memory")
+    files.pipe("/rat/a.dcm", content)
+    for source, form in ((io.BytesIO(content), "0001.dcm"), ("memory://rat/a.dcm", None), (path, None)):
+        scan = read(source, "mm", format=form, region=(slice(1, 4), slice(2, 7)))
+        assert scan.spacing == pytest.approx((0.7, 0.3))
+        assert np.array_equal(scan.pixels[0], VOLUME[0, 1:4, 2:7])
+        with pytest.raises(ReadError, match=r"a\.dcm|0001\.dcm: takes .* max_bytes allows 100"):
+            read(source, format=form, max_bytes=100)
+    files.rm("/rat", recursive=True)
+    with pytest.raises(ReadError, match=r"^0001\.dcm: "):
+        read(io.BytesIO(content[:200]), format="0001.dcm")
+    with pytest.raises(ValueError, match=r"a\.dcm: read_lazy reads paths of OME-TIFF, OME-Zarr and NIfTI"):
+        read_lazy(path)

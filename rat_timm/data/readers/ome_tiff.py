@@ -27,6 +27,7 @@ _DTYPES = {
     "complex": "complex64",
     "double-complex": "complex128",
 }
+_FAX = (2, 3, 4)
 _MOST_PLANES = 2**22  # tifffile makes a list of as many planes as the XML says
 
 
@@ -162,6 +163,8 @@ def _check_series(chosen: Any, finest: Any, said: _Image, name: str) -> None:
         raise ReadError(f"{name}: planes are missing or too many: has {len(chosen.pages)}, should have {said.planes}")
     if said.dtype is not None and finest.dtype != np.dtype(_DTYPES.get(said.dtype, said.dtype)):
         raise ReadError(f"{name}: pixels must be of the type {said.dtype!r:.80} of the metadata, got {finest.dtype}")
+    if chosen.keyframe.compression in _FAX and chosen.keyframe.bitspersample != 1:
+        raise ReadError(f"{name}: a compression of black and white pixels must not have others, got {chosen.dtype}")
     if chosen.ndim != finest.ndim or chosen.dtype != finest.dtype:
         raise ReadError(f"{name}: levels must be of one kind, got {finest.shape} and {chosen.shape}")
 

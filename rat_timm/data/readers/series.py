@@ -11,7 +11,7 @@ import numpy as np
 from .. import dicom
 from ..errors import ReadError
 from ..units import Length
-from .source import Found, Index, Source, opened
+from .source import Found, Source, opened
 
 
 def open_dicom(source: Source, level: int, image: int | None) -> Found:
@@ -20,12 +20,13 @@ def open_dicom(source: Source, level: int, image: int | None) -> Found:
         series = dicom.open_series(path)
     shape = tuple(map(int, series.shape))
     sizes = {axis: Length(value, "mm") for axis, value in series.sizes.items()}
-    return Found(series.axes, shape, None, shape, sizes, lambda part: _load(source, part))
+    load = series.load if isinstance(source.place, Path) else lambda: _load_copy(source)
+    return Found(series.axes, shape, None, shape, sizes, lambda part: load()[part])
 
 
-def _load(source: Source, part: Index) -> np.ndarray:
+def _load_copy(source: Source) -> np.ndarray:
     with _on_disk(source) as path:
-        return dicom.open_series(path).load()[part]
+        return dicom.open_series(path).load()
 
 
 @contextlib.contextmanager
