@@ -467,10 +467,10 @@ def test_memory_is_limited_before_it_is_taken(tmp_path):
         with nibabel.openers.ImageOpener(path, "wb") as file:
             file.write(bytes(content))
     tiff = write_tiff(tmp_path / "a.ome.tif", VOLUME, "ZYX", compression="zlib", tile=(16, 16))
-    edit_xml(tiff, 'SizeX="8"', 'SizeX="2000000000"')
+    edit_xml(tiff, 'SizeX="8"', 'SizeX="999999999"')
     with tifffile.TiffFile(tiff, mode="r+") as file:
         for page in file.pages:
-            page.tags["ImageWidth"].overwrite(2 * 10**9)
+            page.tags["ImageWidth"].overwrite(999999999)
     shape = write_any(tmp_path / "a.ome.zarr")
     edit_json(shape / "0" / "zarr.json", "4,\n    6,\n    8", "1000000,\n    1000000,\n    8")
     chunk = write_any(tmp_path / "b.ome.zarr")
@@ -672,7 +672,7 @@ def test_planes_in_other_files_of_the_folder_and_of_no_other(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     assert only_volume(read(first, region=(slice(1, 3), slice(2, 5), slice(2, 5))), np.s_[1:3, 2:5, 2:5])
     assert len(os.listdir("/proc/self/fd")) == before
-    with pytest.raises(ReadError, match=r"planes are missing: .* other files have its planes"):
+    with pytest.raises(ReadError, match=r"planes are missing: (.* )?other files have its planes"):
         read(io.BytesIO(first.read_bytes()), format=".ome.tif")
     shutil.copy(second, tmp_path / "b.ome.tif")
     for elsewhere in ("../b.ome.tif", str(tmp_path / "b.ome.tif"), "..\\b.ome.tif", "http://localhost/b.ome.tif"):
@@ -759,6 +759,7 @@ def test_absurd_metadata_of_ome_zarr(tmp_path, old, new, message):
         ('PlaneCount="4"', 'PlaneCount="999999999"', "planes are missing or too many"),
         ('IFD="0"', 'IFD="1"', "planes are missing"),
         ('SizeX="8"', 'SizeX="9"', "planes are missing"),
+        ('SizeX="8"', 'SizeX="999999999"', "planes are missing"),
     ],
 )
 def test_absurd_metadata_of_ome_tiff(tmp_path, old, new, message):

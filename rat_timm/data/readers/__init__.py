@@ -106,7 +106,7 @@ def read(
     found = _open(place, opener, level, image)
     spacing = _spacing(found, place.name, unit, assumed_unit)
     index = _index(found, place.name, time, region)
-    _check_size(_selected(index, found.shape), found, place.name, max_bytes)
+    _check_size(_selected(index), found, place.name, max_bytes)
     _check_size(found.chunks, found, place.name, max_bytes)
     pixels = _arrange(_load(found, index, place.name), found)
     return Scan(torch.from_numpy(np.require(pixels, requirements=["C", "W"])), spacing)
@@ -189,7 +189,10 @@ class _Blocks:
         self._found, self._name = found, name
 
     def __getitem__(self, index: Index) -> np.ndarray:
-        return _load(self._found, index, self._name)
+        # Dask leaves out what is as by default, and has integers of NumPy
+        parts = zip(index, self.shape, strict=True)
+        full = tuple(slice(*part.indices(size)) if isinstance(part, slice) else int(part) for part, size in parts)
+        return _load(self._found, full, self._name)
 
 
 def _locate(source: Readable, form: str | None) -> tuple[Source, _Opener]:
@@ -272,12 +275,9 @@ def _entry(axis: str, size: int, file: str, time: int | None) -> int:
     return 0
 
 
-def _selected(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of a part, with axes of one entry."""
-    return tuple(
-        len(range(*part.indices(size))) if isinstance(part, slice) else 1
-        for part, size in zip(index, shape, strict=True)
-    )
+def _selected(index: Index) -> tuple[int, ...]:
+    """Returns the shape of a part, with axes of one entry; sizes in metadata may be larger than what ``range`` has."""
+    return tuple(1 if isinstance(part, int) else -(-(part.stop - part.start) // part.step) for part in index)
 
 
 def _itemsize(found: Found) -> int:
@@ -298,8 +298,7 @@ def _load(found: Found, index: Index, file: str) -> np.ndarray:
         pixels = np.asarray(found.load(index))
     if pixels.dtype.kind not in "buif":
         raise ReadError(f"{file}: pixels must be numbers, got {pixels.dtype}")
-    selected = zip(index, _selected(index, found.shape), strict=True)
-    shape = tuple(size for part, size in selected if isinstance(part, slice))
+    shape = tuple(size for part, size in zip(index, _selected(index), strict=True) if isinstance(part, slice))
     if pixels.shape != shape:
         raise ReadError(f"{file}: must have pixels of the shape {shape}, got {pixels.shape}")
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)

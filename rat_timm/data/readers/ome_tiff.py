@@ -32,10 +32,22 @@ _MOST_PLANES = 2**22  # tifffile makes a list of as many planes as the XML says
 
 
 class _Image(NamedTuple):
-    """What the XML says of one image."""
+    """What the XML says of one image.
+
+    Attributes:
+        dtype: OME's name of the type of pixels.
+        planes: How many there are, each with all its colours.
+        shape: A plane's height and width.
+        file: Name of the file that has the first plane; None for this one.
+        page: The first plane's number in the file.
+        sizes: Pixel size per spatial axis.
+    """
 
     dtype: str | None
     planes: int
+    shape: tuple[int, int]
+    file: str | None
+    page: int
     sizes: dict[str, Length]
 
 
@@ -47,6 +59,8 @@ def open_ome_tiff(source: Source, level: int, image: int | None) -> Found:
                 f"{source.name}: must be an OME-TIFF, whose metadata say the pixel size; this is another TIFF"
             )
         images = _read_xml(tiff.ome_metadata, source.name)
+        for one in images:
+            _check_plane(tiff, one, source)
         number = _pick_image(images, tiff.series, image, source.name)
         levels = tiff.series[number].levels
         chosen, finest, said = pick(levels, level, source.name), levels[0], images[number]
@@ -124,10 +138,10 @@ def _read_xml(text: str, name: str) -> list[_Image]:
         if not abs(end - start) <= _MOST_PLANES * abs(step):
             raise ReadError(f"{name}: {along.tag} must have at most {_MOST_PLANES} steps, got {along.attrib}")
     pixels = [image.find("{*}Pixels") for image in root.iterfind("{*}Image")]
-    return [_read_pixels(one, name) for one in pixels if one is not None]
+    return [_read_pixels(one, root.get("UUID"), name) for one in pixels if one is not None]
 
 
-def _read_pixels(pixels: ElementTree.Element, name: str) -> _Image:
+def _read_pixels(pixels: ElementTree.Element, own: str | None, name: str) -> _Image:
     planes = math.prod(_count(pixels, f"Size{axis}", name) for axis in "ZCT")
     colours = max((_count(channel, "SamplesPerPixel", name, 1) for channel in pixels.iterfind("{*}Channel")), default=1)
     data = list(pixels.iterfind("{*}TiffData"))
@@ -144,7 +158,28 @@ def _read_pixels(pixels: ElementTree.Element, name: str) -> _Image:
         axis: Length(pixels.get(f"PhysicalSize{key}"), pixels.get(f"PhysicalSize{key}Unit", "um"))
         for axis, key in zip(SPACE, "ZYX", strict=True)
     }
-    return _Image(pixels.get("Type", pixels.get("PixelType")), planes // colours, sizes)
+    uuid = pixels.find("{*}TiffData/{*}UUID")
+    return _Image(
+        dtype=pixels.get("Type", pixels.get("PixelType")),
+        planes=planes // colours,
+        shape=(_count(pixels, "SizeY", name), _count(pixels, "SizeX", name)),
+        file=None if uuid is None or uuid.text == own else uuid.get("FileName"),
+        page=_count(data[0], "IFD", name, 0) if data else 0,
+        sizes=sizes,
+    )
+
+
+def _check_plane(tiff: Any, said: _Image, source: Source) -> None:
+    """Fails if an image's first plane is not as large as the XML says: tifffile makes up planes to fill the image."""
+    with contextlib.ExitStack() as stack:
+        if said.file is not None and said.file != Path(source.name).name:
+            if not isinstance(source.place, Path) or not source.place.with_name(said.file).is_file():
+                raise ReadError(f"{source.name}: planes are missing: other files have its planes: {said.file:.200}")
+            tiff = stack.enter_context(need("tifffile", "data").TiffFile(source.place.with_name(said.file)))
+        page = tiff.pages[said.page]
+        if (page.imagelength, page.imagewidth) != said.shape:
+            found = (page.imagelength, page.imagewidth)
+            raise ReadError(f"{source.name}: planes are missing: the first must be {said.shape} pixels, got {found}")
 
 
 def _count(element: ElementTree.Element, key: str, name: str, default: int | None = None) -> int:
@@ -173,6 +208,8 @@ def _check_segments(series: Any, name: str) -> None:
     """Fails if a strip or tile is not in the file, of which tifffile makes zeros, or has not the bytes it needs."""
     keyframe, expected = series.keyframe, math.prod(series.keyframe.chunked)
     stored = expected * math.prod(keyframe.chunks) * keyframe.dtype.itemsize if keyframe.is_tiled else keyframe.nbytes
+    if not {"StripByteCounts", "TileByteCounts"} & {tag.name for tag in keyframe.tags}:
+        raise ReadError(f"{name}: a plane must say how many bytes its strips or tiles have")
     plain = keyframe.compression == 1 and keyframe.bitspersample % 8 == 0
     for page in series.pages:
         offsets, counts, end = page.dataoffsets, page.databytecounts, page.parent.filehandle.size
