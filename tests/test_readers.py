@@ -141,6 +141,9 @@ def test_levels_of_a_pyramid_in_ome_tiff(tmp_path):
     assert np.array_equal(scan.pixels[0], image[::4, ::4])
     with pytest.raises(ValueError, match=r"level must be from 0 to 2, got 3"):
         read(path, level=3)
+    edit_xml(path, 'PhysicalSizeX="0.5"', 'PhysicalSizeX="1_0"')
+    with pytest.raises(ReadError, match=r"no pixel size along x, got '1_0'"):
+        read(path, level=2)
 
 
 @pytest.mark.parametrize(
@@ -443,6 +446,7 @@ def test_damaged_pixels_are_errors_with_the_files_name(tmp_path, ending):
 
 
 def test_a_tile_that_is_not_there_is_no_black_tile(tmp_path):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
     path = write_tiff(tmp_path / "a.ome.tif", VOLUME, "ZYX", compression="zlib", tile=(16, 16))
     with tifffile.TiffFile(path, mode="r+") as tiff:
         tiff.pages[1].tags["TileByteCounts"].overwrite([0])
@@ -498,6 +502,7 @@ def test_the_limit_of_memory_is_the_callers(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_region_is_the_same_part_of_the_whole(tmp_path, ending):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
     path = write_any(tmp_path / f"a{ending}")
     for region in (
         [slice(1, 3), slice(2, 6), slice(3, 4)],
@@ -520,6 +525,7 @@ def test_a_region_is_the_same_part_of_the_whole(tmp_path, ending):
 
 
 def test_regions_of_colours_and_times(tmp_path):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
     colours = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     path = write_tiff(tmp_path / "a.ome.tif", colours, "YXS", SIZES[1:], photometric="rgb", tile=(16, 16))
     region = (slice(3, 30), slice(20, 45))
@@ -601,6 +607,7 @@ def test_file_objects(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_addresses(tmp_path, ending):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
     fsspec = pytest.importorskip("fsspec")
     path = write_any(tmp_path / f"a{ending}")
     files = fsspec.filesystem("memory")
@@ -632,6 +639,7 @@ def test_groups_of_zarr(tmp_path, version):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_lazy_pixels_are_those_that_are_read(tmp_path, ending):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
     path = write_any(tmp_path / f"a{ending}")
     lazy, whole = read_lazy(path, "nm"), read(path, "nm")
     assert lazy.spacing == whole.spacing
@@ -654,6 +662,7 @@ def test_rescaled_nifti(tmp_path):
 
 
 def test_planes_in_other_files_of_the_folder_and_of_no_other(tmp_path):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
     first, second = tmp_path / "set" / "a.ome.tif", tmp_path / "set" / "b.ome.tif"
     first.parent.mkdir()
     for path, planes in ((first, VOLUME[:2]), (second, VOLUME[2:])):
@@ -710,8 +719,12 @@ def test_no_pickles_in_ome_zarr(tmp_path):
 def test_ome_zarr_without_zarr_says_which_python_it_wants(tmp_path, monkeypatch):
     path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx")
     monkeypatch.setitem(sys.modules, "zarr", None)
-    with pytest.raises(ImportError, match=r"zarr.*OME-Zarr wants Python 3\.11 or later"):
+    with pytest.raises(ImportError, match=r"zarr.*OME-Zarr and regions of OME-TIFF want Python 3\.11 or later"):
         read(path)
+    tiff = write_any(tmp_path / "a.ome.tif")
+    assert only_volume(read(tiff, region=[slice(1, 3), slice(None), slice(None)]), np.s_[1:3])
+    with pytest.raises(ImportError, match=r"regions of OME-TIFF want Python 3\.11 or later"):
+        read(tiff, region=[slice(1, 3)] * 3)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def convert(sizes: Mapping[str, Length], axes: Sequence[str], unit: str, file: s
 
 
 def _convert(size: Length, axis: str, unit: str, file: str, assumed: str | None) -> float:
-    value, written = _number(size.value), size.unit or assumed
+    value, written = number(size.value), size.unit or assumed
     if value is None:
         raise ReadError(f"{file}: no pixel size along {axis}, got {size.value!r:.80}")
     if not written:
@@ -121,7 +121,7 @@ def _convert(size: Length, axis: str, unit: str, file: str, assumed: str | None)
     return value * float(_METRES[written] / _METRES[unit])
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """Returns a number, or a text that is one; None for all else, such as True, or digits with underscores."""
     if isinstance(value, bool):
         return None

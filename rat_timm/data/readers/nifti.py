@@ -48,15 +48,16 @@ def _load(source: Source, header: Any, part: Index) -> np.ndarray:
     with _opened(source) as file:
         pixels = np.asarray(proxy(file, header, mmap=False)[part])
         if source.kind.endswith(".gz"):
-            _check_length(header, _drain(file), source.name)
+            file.seek(_end(header))
+            file.read(1)  # at the end of the stream its checksum is compared
+            _check_length(header, file.tell(), source.name)
     return pixels
 
 
-def _drain(file: BinaryIO) -> int:
-    """Reads a stream to its end, where its checksum is compared; returns its length."""
-    while file.read(2**20):
-        pass
-    return file.tell()
+def _end(header: Any) -> int:
+    """Returns where the pixels end."""
+    pixels = math.prod(map(int, header.get_data_shape())) * header.get_data_dtype().itemsize
+    return int(header.get_data_offset()) + pixels
 
 
 def _headers(file: BinaryIO, name: str) -> tuple[Any, Any]:
@@ -76,10 +77,8 @@ def _headers(file: BinaryIO, name: str) -> tuple[Any, Any]:
 
 def _check_length(header: Any, length: int, name: str) -> None:
     """Fails if the file does not end where the pixels do: its header is another file's, or the file is cut off."""
-    pixels = math.prod(map(int, header.get_data_shape())) * header.get_data_dtype().itemsize
-    end = int(header.get_data_offset()) + pixels
-    if length != end:
-        raise ReadError(f"{name}: must have {end} bytes, as its header says, got {length}")
+    if length != _end(header):
+        raise ReadError(f"{name}: must have {_end(header)} bytes, as its header says, got {length} or more")
 
 
 def _dtype(header: Any) -> np.dtype:

@@ -16,8 +16,8 @@ import numpy as np
 
 from ...optional import need
 from ..errors import ReadError
-from ..units import Length
-from .source import SPACE, Found, Index, Source, opened, pick, whole
+from ..units import Length, number
+from .source import SPACE, Found, Index, Source, need_zarr, opened, pick, whole
 
 # https://www.openmicroscopy.org/Schemas/Documentation/Generated/OME-2016-06/ome_xsd.html#PixelType
 _DTYPES = {
@@ -98,17 +98,15 @@ def _load(source: Source, number: int, level: int, part: Index) -> np.ndarray:
             chosen = np.arange(len(series.pages)).reshape(series.shape[:-plane])[part[:-plane]]
             pixels = tiff.asarray(key=chosen.ravel().tolist(), series=number, level=level)
             return pixels.reshape(*chosen.shape, *series.keyframe.shape)
-        zarr = need("zarr", "data")
+        zarr = need_zarr()
         with series.aszarr() as store:
             return np.asarray(zarr.open_array(store, mode="r")[part])
 
 
 def _times(size: Length, ratio: float) -> Length:
-    """Returns a level's pixel size, which is so much larger than the first level's."""
-    try:
-        return size if ratio == 1 or size.value is None else Length(float(size.value) * ratio, size.unit)
-    except ValueError:  # `units` says what is wrong with it
-        return size
+    """Returns a level's pixel size, which is so much larger than the first level's; what is no number stays."""
+    value = number(size.value)
+    return size if value is None else Length(value * ratio, size.unit)
 
 
 def _pick_image(images: list[_Image], series: Any, image: int | None, name: str) -> int:

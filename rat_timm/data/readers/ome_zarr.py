@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ...optional import need
 from ..errors import ReadError
 from ..units import Length
-from .source import SPACE, Found, Source, pick
+from .source import SPACE, Found, Source, need_zarr, pick
 
 
 def open_ome_zarr(source: Source, level: int, image: int | None) -> Found:
     """Reads what an OME-Zarr image says, without its pixels."""
-    zarr = _zarr()
+    zarr = need_zarr()
     group = source.place if isinstance(source.place, zarr.Group) else zarr.open_group(str(source.place), mode="r")
     multiscale = _multiscale(group, source.name)
     axes = multiscale["axes"]
@@ -37,13 +36,6 @@ def open_ome_zarr(source: Source, level: int, image: int | None) -> Found:
     return Found(
         letters, tuple(map(int, array.shape)), array.dtype, chunks, sizes, lambda part: np.asarray(array[part])
     )
-
-
-def _zarr() -> Any:
-    try:
-        return need("zarr", "data")
-    except ImportError as error:
-        raise ImportError(f"{error}; OME-Zarr wants Python 3.11 or later") from error
 
 
 def _multiscale(group: Any, name: str) -> dict[str, Any]:
@@ -89,7 +81,7 @@ def _array(group: Any, path: Any, name: str) -> Any:
     if not isinstance(path, str) or any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path:
         raise ReadError(f"{name}: a level must be in the image's own folder, got {path!r:.200}")
     array = group[path]
-    if not isinstance(array, need("zarr", "data").Array):
+    if not isinstance(array, need_zarr().Array):
         raise ReadError(f"{name}: {path} must be an array, got a {type(array).__name__}")
     if any(getattr(codec, "codec_id", "") == "pickle" for codec in (*array.filters, *array.compressors)):
         raise ReadError(f"{name}: pixels must not be pickled, for reading them would run the file's code")

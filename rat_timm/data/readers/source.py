@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -114,3 +115,11 @@ def whole(part: Index, shape: tuple[int, ...]) -> bool:
         isinstance(index, slice) and index.indices(size) == (0, size, 1)
         for index, size in zip(part, shape, strict=True)
     )
+
+
+def need_zarr() -> ModuleType:
+    """Imports zarr, which OME-Zarr and parts of the planes of OME-TIFF are read with."""
+    try:
+        return need("zarr", "data")
+    except ImportError as error:
+        raise ImportError(f"{error}; OME-Zarr and regions of OME-TIFF want Python 3.11 or later") from error
