@@ -722,7 +722,7 @@ def test_ome_zarr_without_zarr_says_which_python_it_wants(tmp_path, monkeypatch)
     with pytest.raises(ImportError, match=r"zarr.*OME-Zarr and regions of OME-TIFF want Python 3\.11 or later"):
         read(path)
     tiff = write_any(tmp_path / "a.ome.tif")
-    assert only_volume(read(tiff, region=[slice(1, 3), slice(None), slice(None)]), np.s_[1:3])
+    assert only_volume(read(tiff, region=[slice(1, 3), slice(None), slice(None)]), [slice(1, 3)])
     with pytest.raises(ImportError, match=r"regions of OME-TIFF want Python 3\.11 or later"):
         read(tiff, region=[slice(1, 3)] * 3)
 
