@@ -487,6 +487,12 @@ def test_memory_is_limited_before_it_is_taken(tmp_path):
                 read(path)
     with pytest.raises(ReadError, match=rf"^{nifti['a.nii']}: must have \d+ bytes, as its header says, got"):
         read(nifti["a.nii"])
+    for number in (10**30, 10**400):  # more than NumPy or a float has
+        endless = write_levels(tmp_path / "c.ome.zarr", [VOLUME], "zyx", chunks=(2, 3, 4))
+        edit_json(endless / "0" / "zarr.json", "4,\n    6,\n    8", f"{number},\n    6,\n    8")
+        for reader in (read, read_lazy):
+            with guarded(tmp_path), pytest.raises(ReadError, match=rf"^{endless}: takes .* GiB to read pixels"):
+                reader(endless)
     small = [slice(0, 1), slice(0, 6), slice(0, 8)]
     assert np.array_equal(read(shape, region=small).pixels[0], VOLUME[:1])
 

@@ -138,7 +138,7 @@ def read_lazy(
         time: See `read`.
         assumed_unit: See `read`.
         format: See `read`.
-        max_bytes: What a block may take in memory.
+        max_bytes: What a block may take in memory, and so may the account of all blocks.
 
     Raises:
         ReadError: As `read` does; errors of pixels come when they are computed.
@@ -152,6 +152,8 @@ def read_lazy(
     index = _index(found, place.name, time, None)
     _check_size(found.chunks, found, place.name, max_bytes)
     block = need("dask.utils", "data").parse_bytes(need("dask.config", "data").get("array.chunk-size"))
+    blocks = math.prod(found.shape) * _itemsize(found) // block
+    _check_bytes(blocks * _CHUNK_BYTES, found.shape, place.name, max_bytes)
     chunks = found.chunks if math.prod(found.chunks) * _itemsize(found) > block else "auto"
     meta = np.empty((0,) * len(found.shape), found.dtype)
     pixels = array.from_array(_Blocks(found, place.name), chunks=chunks, name=False, meta=meta, inline_array=True)
@@ -287,10 +289,14 @@ def _itemsize(found: Found) -> int:
 def _check_size(shape: tuple[int, ...], found: Found, file: str, max_bytes: int | None) -> None:
     """Fails if pixels, or the account of the chunks that hold them, take too much memory."""
     chunks = math.prod(-(-size // max(chunk, 1)) for size, chunk in zip(shape, found.chunks, strict=True))
-    promised = max(math.prod(shape) * _itemsize(found), (chunks - 1) * _CHUNK_BYTES)
+    _check_bytes(max(math.prod(shape) * _itemsize(found), (chunks - 1) * _CHUNK_BYTES), shape, file, max_bytes)
+
+
+def _check_bytes(promised: int, shape: tuple[int, ...], file: str, max_bytes: int | None) -> None:
     if max_bytes is not None and promised > max_bytes:
-        gigabytes = f"{promised / 2**30:,.1f} GiB to read {shape} pixels"
-        raise ReadError(f"{file}: takes {gigabytes}, max_bytes allows {max_bytes}: raise it, or read a region")
+        gigabytes = f"{min(promised, 10**30) / 2**30:,.1f} GiB"  # integers may be larger than floats
+        which = f"to read pixels of the shape {shape!s:.100}"
+        raise ReadError(f"{file}: takes {gigabytes} {which}, max_bytes allows {max_bytes}: raise it, or read a region")
 
 
 def _load(found: Found, index: Index, file: str) -> np.ndarray:
