@@ -1,10 +1,21 @@
+import contextlib
+import io
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
 import nibabel
 import numpy as np
 import pytest
 import tifffile
 import torch
+from fuzzing import guarded
+from test_dicom import make
+from torch.utils.data import DataLoader
 
-from rat_timm.data import read, read_spacing
+from rat_timm.data import ReadError, read, read_lazy, read_spacing
 
 MICROMETRES = {"nm": 1e-3, "um": 1.0, "mm": 1e3}
 LONG = {"nm": "nanometer", "um": "micrometer", "mm": "millimeter"}
@@ -131,6 +142,9 @@ def test_levels_of_a_pyramid_in_ome_tiff(tmp_path):
     assert np.array_equal(scan.pixels[0], image[::4, ::4])
     with pytest.raises(ValueError, match=r"level must be from 0 to 2, got 3"):
         read(path, level=3)
+    edit_xml(path, 'PhysicalSizeX="0.5"', 'PhysicalSizeX="1_0"')
+    with pytest.raises(ReadError, match=r"no pixel size along x, got '1_0'"):
+        read(path, level=2)
 
 
 @pytest.mark.parametrize(
@@ -314,3 +328,511 @@ def test_what_is_no_such_file(tmp_path):
         read(path, level=1)
     with pytest.raises(ValueError, match="'second'"):
         read(path, unit="second")
+
+
+def write_levels(path, arrays, axes, sizes=SIZES, version="0.5", **options):
+    """Writes OME-Zarr with zarr alone; options are those of its arrays."""
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(path, mode="w", zarr_format=3 if version == "0.5" else 2)
+    datasets = []
+    for level, array in enumerate(arrays):
+        group.create_array(str(level), data=array, **options)
+        scale = [dict(zip("zyx"[-len(sizes) :], sizes, strict=True)).get(axis, 1.0) * 2**level for axis in axes]
+        datasets.append({"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": scale}]})
+    kinds = {"t": {"type": "time"}, "c": {"type": "channel"}}
+    named = [{"name": axis, **kinds.get(axis, {"type": "space", "unit": "micrometer"})} for axis in axes]
+    image = {"multiscales": [{"axes": named, "datasets": datasets}]}
+    group.attrs.update({"ome": {"version": "0.5", **image}} if version == "0.5" else image)
+    return path
+
+
+ENDINGS = [".ome.tif", ".ome.zarr", ".nii", ".nii.gz"]
+
+
+def write_any(path):
+    """Writes the volume in the format of the path's ending; NIfTI has bytes in the order of other machines."""
+    if path.suffix == ".tif":
+        return write_tiff(path, VOLUME, "ZYX", compression="zlib", tile=(16, 16))
+    if path.suffix == ".zarr":
+        return write_levels(path, [VOLUME], "zyx", chunks=(2, 3, 4))
+    header = nibabel.Nifti1Header(endianness=">")
+    header.set_xyzt_units("micron")
+    nibabel.save(nibabel.Nifti1Image(VOLUME.T.astype(">i2"), np.diag([*SIZES[::-1], 1]), header), path)
+    return path
+
+
+def only_volume(scan, region=()):
+    return np.array_equal(scan.pixels, VOLUME[None][(0, *region)][None]) and scan.spacing == pytest.approx(SIZES)
+
+
+@pytest.mark.parametrize("lazily", [False, True], ids=["read", "read_lazy"])
+def test_forked_workers_read_what_their_parent_has_read(tmp_path, lazily):
+    paths = [write_any(tmp_path / f"a{ending}") for ending in ENDINGS]
+
+    def load(path):
+        pixels = read_lazy(path).pixels.compute(scheduler="synchronous") if lazily else read(path).pixels
+        return torch.as_tensor(np.asarray(pixels).astype(int))
+
+    expected = [load(path) for path in paths]
+    if lazily:
+        read_lazy(paths[1]).pixels.compute()  # starts Dask's pool
+    loader = DataLoader(
+        paths * 2, batch_size=None, collate_fn=load, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for found, wanted in zip(loader, expected * 2, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_was_read_does_not_change_with_the_file(tmp_path, ending):
+    path = write_any(tmp_path / f"a{ending}")
+    if ending == ".nii":  # in the order of this machine's bytes, and of the axes that come out
+        write_nifti(path, VOLUME.T.astype(np.int16), SIZES[::-1], "um")
+    read(path)  # whatever is opened once
+    before = len(os.listdir("/proc/self/fd"))
+    scans = [read(path) for _ in range(3)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        file.write_bytes(bytes(file.stat().st_size))
+        os.truncate(file, 10)
+    assert all(only_volume(scan) for scan in scans)
+    scans[0].pixels[:] = 0  # memory of its own, that may be written
+
+
+@pytest.mark.parametrize("options", [{"compression": "lzw"}, {"compression": "jpeg2000"}, {"compression": "zstd"}])
+def test_compressions_of_tiff(tmp_path, options):
+    path = write_tiff(tmp_path / "a.ome.tif", VOLUME, "ZYX", **options)
+    assert only_volume(read(path))
+
+
+def test_jpeg_in_tiff(tmp_path):
+    colours = np.full((16, 16, 3), (200, 100, 50), np.uint8)
+    options = {"photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": 95}}
+    scan = read(write_tiff(tmp_path / "a.ome.tif", colours, "YXS", SIZES[1:], **options))
+    assert (scan.pixels.permute(1, 2, 0) - torch.tensor([200.0, 100, 50])).abs().max() < 4
+
+
+def damage_pixels(path):
+    """Changes a byte in the middle of what is compressed."""
+    if path.is_dir():
+        path = path / "0" / "c" / "1" / "1" / "1"
+        place = path.stat().st_size - 6  # the checksum
+    elif path.suffix == ".tif":
+        with tifffile.TiffFile(path) as tiff:
+            place = tiff.pages[2].dataoffsets[0] + tiff.pages[2].databytecounts[0] // 2
+    else:
+        place = path.stat().st_size - 6 if path.suffix == ".gz" else 0
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x55
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("ending", [".ome.tif", ".ome.zarr", ".nii.gz"])
+def test_damaged_pixels_are_errors_with_the_files_name(tmp_path, ending):
+    zarr = pytest.importorskip("zarr")
+    path = write_any(tmp_path / f"a{ending}")
+    if ending == ".ome.zarr":
+        write_levels(path, [VOLUME], "zyx", chunks=(2, 3, 4), compressors=[zarr.codecs.GzipCodec()])
+    assert read_spacing(path) == pytest.approx(SIZES)
+    damage_pixels(path)
+    with pytest.raises(ReadError, match=rf"^{path}: cannot be read: \w+"):
+        read(path)
+    with pytest.raises(ReadError, match=rf"^{path}: cannot be read: \w+"):
+        read_lazy(path).pixels.compute(scheduler="synchronous")
+    if ending == ".nii.gz":  # cut off
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ReadError, match=rf"^{path}: cannot be read: EOFError"):
+            read(path)
+
+
+def test_a_tile_that_is_not_there_is_no_black_tile(tmp_path):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
+    path = write_tiff(tmp_path / "a.ome.tif", VOLUME, "ZYX", compression="zlib", tile=(16, 16))
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[1].tags["TileByteCounts"].overwrite([0])
+    for region in (None, [slice(1, 2), slice(0, 2), slice(0, 2)]):
+        with pytest.raises(ReadError, match=r"a\.ome\.tif: a strip or tile is not in the file"):
+            read(path, region=region)
+
+
+def edit_json(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_memory_is_limited_before_it_is_taken(tmp_path):
+    huge = np.iinfo(np.int16).max
+    nifti = {name: write_any(tmp_path / name) for name in ("a.nii", "a.nii.gz")}
+    for path in nifti.values():
+        with nibabel.openers.ImageOpener(path) as file:
+            content = bytearray(file.read())
+        content[42:48] = np.array([huge] * 3, ">i2").tobytes()  # dim[1:4]
+        with nibabel.openers.ImageOpener(path, "wb") as file:
+            file.write(bytes(content))
+    tiff = write_tiff(tmp_path / "a.ome.tif", VOLUME, "ZYX", compression="zlib", tile=(16, 16))
+    edit_xml(tiff, 'SizeX="8"', 'SizeX="999999999"')
+    with tifffile.TiffFile(tiff, mode="r+") as file:
+        for page in file.pages:
+            page.tags["ImageWidth"].overwrite(999999999)
+    shape = write_any(tmp_path / "a.ome.zarr")
+    edit_json(shape / "0" / "zarr.json", "4,\n    6,\n    8", "1000000,\n    1000000,\n    8")
+    chunk = write_any(tmp_path / "b.ome.zarr")
+    edit_json(chunk / "0" / "zarr.json", "2,\n        3,\n        4", "20000000,\n        300000,\n        4")
+    promises = [nifti["a.nii.gz"], tiff, shape, chunk]
+    for path in promises:
+        with guarded(tmp_path, seconds=10):
+            assert read_spacing(path) == pytest.approx(SIZES, rel=1e-4)
+            with pytest.raises(ReadError, match=rf"^{path}: (takes .* GiB .* max_bytes|must have)"):
+                read(path)
+    with pytest.raises(ReadError, match=rf"^{nifti['a.nii']}: must have \d+ bytes, as its header says, got"):
+        read(nifti["a.nii"])
+    for number in (10**30, 10**400):  # more than NumPy or a float has
+        endless = write_levels(tmp_path / "c.ome.zarr", [VOLUME], "zyx", chunks=(2, 3, 4))
+        edit_json(endless / "0" / "zarr.json", "4,\n    6,\n    8", f"{number},\n    6,\n    8")
+        for reader in (read, read_lazy):
+            with guarded(tmp_path), pytest.raises(ReadError, match=rf"^{endless}: takes .* GiB to read pixels"):
+                reader(endless)
+    small = [slice(0, 1), slice(0, 6), slice(0, 8)]
+    assert np.array_equal(read(shape, region=small).pixels[0], VOLUME[:1])
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_limit_of_memory_is_the_callers(tmp_path, ending):
+    path = write_any(tmp_path / f"a{ending}")
+    with pytest.raises(ReadError, match=r"max_bytes allows 383: raise it, or read a region"):
+        read(path, max_bytes=383)
+    assert only_volume(read(path, max_bytes=16 * 1024))
+    assert only_volume(read(path, max_bytes=None))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_region_is_the_same_part_of_the_whole(tmp_path, ending):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
+    path = write_any(tmp_path / f"a{ending}")
+    for region in (
+        [slice(1, 3), slice(2, 6), slice(3, 4)],
+        [slice(None), slice(None), slice(None)],
+        [slice(2, None), slice(None, 5), slice(0, 8, 1)],
+        (slice(3, 4), slice(None), slice(None)),
+    ):
+        scan = read(path, region=region)
+        assert only_volume(scan, region)
+        assert scan.pixels.is_contiguous()
+    for region, message in (
+        ([slice(0, 2)] * 2, "region must have one slice for each of z, y, x, got 2"),
+        ([slice(0, 9)] * 3, r"region along z must be in slice\(0, 4\)"),
+        ([slice(2, 2)] * 3, "region along z"),
+        ([slice(-2, None)] * 3, "region along z"),
+        ([slice(None), slice(None, None, 2), slice(None)], "region along y"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{path}: {message}"):
+            read(path, region=region)
+
+
+def test_regions_of_colours_and_times(tmp_path):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
+    colours = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    path = write_tiff(tmp_path / "a.ome.tif", colours, "YXS", SIZES[1:], photometric="rgb", tile=(16, 16))
+    region = (slice(3, 30), slice(20, 45))
+    assert np.array_equal(read(path, region=region).pixels, colours[region].transpose(2, 0, 1))
+    times = np.arange(3 * 2 * 5 * 20 * 30, dtype=np.uint16).reshape(3, 2, 5, 20, 30)
+    region = (slice(1, 3), *(slice(2, 18),) * 2)
+    for path, axes in ((tmp_path / "b.ome.tif", "TCZYX"), (tmp_path / "b.ome.zarr", "tczyx")):
+        write_tiff(path, times, axes) if axes.isupper() else write_levels(path, [times], axes, chunks=(1, 1, 2, 8, 8))
+        assert np.array_equal(read(path, time=2).pixels, times[2])
+        assert np.array_equal(read(path, time=2, region=region).pixels, times[2][(slice(None), *region)])
+        assert np.array_equal(read_lazy(path, time=2).pixels.compute(), times[2])
+
+
+def test_a_region_reads_only_the_chunks_that_it_needs(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    region = (slice(2, 14), slice(3, 12))
+    path = write_levels(tmp_path / "a.zarr", [image], "yx", SIZES[1:], chunks=(16, 16))
+    for file in (path / "0" / "c").rglob("*"):
+        if file.is_file() and file != path / "0" / "c" / "0" / "0":
+            file.write_bytes(b"damaged")
+    assert np.array_equal(read(path, region=region).pixels[0], image[region])
+    path = write_tiff(tmp_path / "a.ome.tif", image, "YX", SIZES[1:], compression="zlib", tile=(16, 16))
+    with tifffile.TiffFile(path) as tiff:
+        offsets = tiff.pages[0].dataoffsets
+    content = bytearray(path.read_bytes())
+    for offset in offsets[1:]:
+        content[offset + 10] ^= 0xFF
+    path.write_bytes(content)
+    assert np.array_equal(read(path, region=region).pixels[0], image[region])
+    dask = pytest.importorskip("dask")
+    with dask.config.set({"array.chunk-size": "300B"}):
+        assert np.array_equal(read_lazy(path).pixels[0][region].compute(), image[region])
+    volume = np.arange(64**3, dtype=np.int16).reshape(64, 64, 64)
+    path = write_nifti(tmp_path / "a.nii", volume.T, SIZES[::-1], "um")
+    file = Counting(path.read_bytes())
+    part = [slice(5, 7), slice(None), slice(None)]
+    assert np.array_equal(read(file, format=".nii", region=part).pixels[0], volume[5:7])
+    assert file.count < 3 * 64**2 * 2
+
+
+class Counting(io.BytesIO):
+    count = 0
+
+    def read(self, size=-1):
+        content = super().read(size)
+        self.count += len(content)
+        return content
+
+    def readinto(self, target):
+        size = super().readinto(target)
+        self.count += size
+        return size
+
+
+@pytest.mark.parametrize("ending", [".ome.tif", ".nii", ".nii.gz"])
+def test_file_objects(tmp_path, ending):
+    content = write_any(tmp_path / f"a{ending}").read_bytes()
+    for file in (io.BytesIO(content), (tmp_path / f"a{ending}").open("rb")):
+        with contextlib.closing(file):
+            file.seek(7)
+            assert only_volume(read(file, format=ending))
+            assert only_volume(read(file, format=f"0001{ending}"))
+            assert read_spacing(file, format=ending) == pytest.approx(SIZES)
+            assert not file.closed
+    with (tmp_path / f"a{ending}").open("rb") as file:  # has a name
+        assert only_volume(read(file))
+    with pytest.raises(ReadError, match=rf"^cells{ending}: "):
+        read(io.BytesIO(content[:300]), format=f"cells{ending}")
+    with pytest.raises(ValueError, match=r"^BytesIO: must be one of \.ome\.tif"):
+        read(io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"read_lazy reads paths"):
+        read_lazy(io.BytesIO(content), format=ending)
+    with pytest.raises(ValueError, match=r"OME-Zarr must be a path, an address or a zarr\.Group"):
+        read(io.BytesIO(content), format=".zarr")
+    for source in (5, None, content):
+        with pytest.raises(ValueError, match=r"source must be a path, an address, .*, got (int|NoneType|bytes)"):
+            read(source, format=ending)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_addresses(tmp_path, ending):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
+    fsspec = pytest.importorskip("fsspec")
+    path = write_any(tmp_path / f"a{ending}")
+    files = fsspec.filesystem("memory")
+    files.put(str(path), f"/rat/{path.name}", recursive=True)
+    try:
+        for address in (f"memory://rat/{path.name}", f"file://{path}"):
+            assert only_volume(read(address))
+            assert only_volume(read(address, region=[slice(1, 3)] * 3), [slice(1, 3)] * 3)
+            assert read_spacing(address) == pytest.approx(SIZES)
+            assert np.array_equal(read_lazy(address).pixels.compute(scheduler="synchronous")[0], VOLUME)
+    finally:
+        files.rm("/rat", recursive=True)
+    with pytest.raises(FileNotFoundError, match=rf"memory://rat/{path.name}: there is no such file"):
+        read(f"memory://rat/{path.name}")
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_groups_of_zarr(tmp_path, version):
+    zarr = pytest.importorskip("zarr")
+    path = write_levels(tmp_path / "a.zarr", [VOLUME, VOLUME[::2, ::2, ::2]], "zyx", version=version, chunks=(2, 3, 4))
+    group = zarr.open_group(path, mode="r")
+    assert only_volume(read(group))
+    assert read(group, level=1).spacing == pytest.approx([2 * size for size in SIZES])
+    assert np.array_equal(read_lazy(group, level=1).pixels[0].compute(), VOLUME[::2, ::2, ::2])
+    memory = zarr.create_group(zarr.storage.MemoryStore())
+    with pytest.raises(ReadError, match=r"^memory://.*: must be an image of OME-Zarr 0\.4 or later"):
+        read(memory)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_lazy_pixels_are_those_that_are_read(tmp_path, ending):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
+    path = write_any(tmp_path / f"a{ending}")
+    lazy, whole = read_lazy(path, "nm"), read(path, "nm")
+    assert lazy.spacing == whole.spacing
+    assert lazy.pixels.shape == whole.pixels.shape
+    assert lazy.pixels.dtype == whole.pixels.numpy().dtype
+    for part in (np.s_[:], np.s_[:, 1:3, ::2, 5], np.s_[0, ::-1, 2:, ::-2], np.s_[:, [2, 0], :, 1:2]):
+        assert np.array_equal(lazy.pixels[part].compute(scheduler="synchronous"), whole.pixels.numpy()[part])
+    with pytest.raises(ReadError, match="max_bytes allows 10"):
+        read_lazy(path, max_bytes=10)
+
+
+def test_rescaled_nifti(tmp_path):
+    image = nibabel.Nifti1Image(VOLUME.T.astype(np.int16), np.eye(4))
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(0.5, -3)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    stored = nibabel.load(tmp_path / "a.nii.gz")
+    assert np.array_equal(read(tmp_path / "a.nii.gz").pixels[0], np.asarray(stored.dataobj).T)
+    assert read_lazy(tmp_path / "a.nii.gz").pixels.dtype == read(tmp_path / "a.nii.gz").pixels.numpy().dtype
+
+
+def test_planes_in_other_files_of_the_folder_and_of_no_other(tmp_path):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
+    first, second = tmp_path / "set" / "a.ome.tif", tmp_path / "set" / "b.ome.tif"
+    first.parent.mkdir()
+    for path, planes in ((first, VOLUME[:2]), (second, VOLUME[2:])):
+        write_tiff(path, planes, "ZYX", compression="zlib")
+    edit_xml(first, 'SizeZ="2"', 'SizeZ="4"')
+    with tifffile.TiffFile(first) as tiff:
+        xml = tiff.ome_metadata
+    start = xml.index("<TiffData")
+    end = xml.index("/>", start) + 2
+    planes = "".join(
+        f'<TiffData FirstZ="{z}" IFD="0" PlaneCount="2"><UUID FileName="{name}">urn:uuid:{name}</UUID></TiffData>'
+        for z, name in ((0, "a.ome.tif"), (2, "b.ome.tif"))
+    )
+    tifffile.tiffcomment(first, (xml[:start] + planes + xml[end:]).encode())
+    assert only_volume(read(first))
+    for _ in range(2):  # zarr keeps a loop of its own from the first time on
+        before = len(os.listdir("/proc/self/fd"))
+        assert only_volume(read(first, region=(slice(1, 3), slice(2, 5), slice(2, 5))), np.s_[1:3, 2:5, 2:5])
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ReadError, match=r"planes are missing: (.* )?other files have its planes"):
+        read(io.BytesIO(first.read_bytes()), format=".ome.tif")
+    shutil.copy(second, tmp_path / "b.ome.tif")
+    for elsewhere in ("../b.ome.tif", str(tmp_path / "b.ome.tif"), "..\\b.ome.tif", "http://localhost/b.ome.tif"):
+        broken = tmp_path / "set" / "c.ome.tif"
+        tifffile.imwrite(broken, VOLUME[:2], metadata=None, photometric="minisblack", compression="zlib")
+        text = (xml[:start] + planes + xml[end:]).replace("b.ome.tif", elsewhere)
+        tifffile.tiffcomment(broken, text.encode())
+        with guarded(broken.parent), pytest.raises(ReadError, match=rf"^{broken}: planes must be in files of the same"):
+            read(broken)
+
+
+def test_a_file_that_was_renamed_after_its_metadata_were_written(tmp_path):
+    """As Bio-Formats writes them: each plane by itself, with the name that the file had."""
+    path = write_tiff(tmp_path / "a.ome.tif", VOLUME, "ZYX", compression="zlib")
+    with tifffile.TiffFile(path) as tiff:
+        xml = tiff.ome_metadata
+    start = xml.index("<TiffData")
+    end = xml.index("/>", start) + 2
+    uuid = '<UUID FileName="before.ome.tif">urn:uuid:1</UUID>'
+    planes = "".join(f'<TiffData FirstZ="{z}" IFD="{z}" PlaneCount="1">{uuid}</TiffData>' for z in range(4))
+    opening = xml.index("<OME ") + len("<OME ")
+    root = xml[:opening] + re.sub(r'UUID="[^"]*"', "", xml[opening:start])
+    tifffile.tiffcomment(path, (root.replace("<OME ", '<OME UUID="urn:uuid:1" ') + planes + xml[end:]).encode())
+    assert only_volume(read(path))
+
+
+@pytest.mark.parametrize(
+    "elsewhere", ["../b.zarr/0", "/b.zarr/0", "0/../../b.zarr/0", "file:///etc", "s3://a/b", "", "."]
+)
+def test_levels_in_no_other_folder(tmp_path, elsewhere):
+    for name in ("a.zarr", "b.zarr"):
+        write_levels(tmp_path / name, [VOLUME], "zyx")
+    path = tmp_path / "a.zarr"
+    edit_json(path / "zarr.json", '"path": "0"', f'"path": "{elsewhere}"')
+    with guarded(path), pytest.raises(ReadError, match=rf"^{path}: a level must be in the image's own folder"):
+        read(path)
+
+
+def test_no_pickles_in_ome_zarr(tmp_path):
+    path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx", version="0.4", compressors=None)
+    for name, codec in (("compressor", '{"id": "pickle", "protocol": 5}'), ("filters", '[{"id": "pickle"}]')):
+        other = shutil.copytree(path, tmp_path / f"{name}.zarr")
+        edit_json(other / "0" / ".zarray", f'"{name}": null', f'"{name}": {codec}')
+        if (other / ".zmetadata").exists():
+            (other / ".zmetadata").unlink()
+        with guarded(other), pytest.raises(ReadError, match=rf"^{other}: (cannot be read|pixels must not be pickled)"):
+            read(other)
+
+
+def test_ome_zarr_without_zarr_says_which_python_it_wants(tmp_path, monkeypatch):
+    path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx")
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    with pytest.raises(ImportError, match=r"zarr.*OME-Zarr and regions of OME-TIFF want Python 3\.11 or later"):
+        read(path)
+    tiff = write_any(tmp_path / "a.ome.tif")
+    assert only_volume(read(tiff, region=[slice(1, 3), slice(None), slice(None)]), [slice(1, 3)])
+    with pytest.raises(ImportError, match=r"regions of OME-TIFF want Python 3\.11 or later"):
+        read(tiff, region=[slice(1, 3)] * 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"scale": [', '"scale": [1.0, ', "must have one scale of 3 numbers"),
+        ('"type": "scale"', '"type": "affine"', "must have one scale"),
+        ("0.065", "true", "must have one scale of 3 numbers"),
+        ("0.065", '"0.065"', "must have one scale of 3 numbers"),
+        ("0.065", "-1", "a pixel cannot measure -1 micrometer along y"),
+        ("0.065", "1" + "0" * 400, "a pixel cannot measure"),
+        ('"name": "z"', '"name": "y"', "axes must differ"),
+        ('"name": "z"', '"name": "depth"', r"has 4 entries along the axis '\?'"),
+        ('"axes"', '"axis"', "must be an image of OME-Zarr 0.4 or later"),
+        ('"multiscales"', '"plate"', "must be an image of OME-Zarr 0.4 or later"),
+        ('"path": "0"', '"path": "1"', "cannot be read: KeyError"),
+        ('"micrometer"', '"?m"', "unit along z must be a length"),
+        ('"micrometer"', "5", "unit along z must be a length"),
+    ],
+)
+def test_absurd_metadata_of_ome_zarr(tmp_path, old, new, message):
+    path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx")
+    file = path / "zarr.json"
+    compact = " ".join(file.read_text().split()).replace("[ ", "[")
+    file.write_text(compact)
+    edit_json(file, old, new)
+    with pytest.raises(ReadError, match=rf"^{path}: {message}"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('PhysicalSizeX="0.13"', 'PhysicalSizeX="true"', "no pixel size along x, got 'true'"),
+        ('PhysicalSizeX="0.13"', 'PhysicalSizeX="1_000"', "no pixel size along x, got '1_000'"),
+        ('PhysicalSizeXUnit="µm"', 'PhysicalSizeXUnit="?m"', r"unit along x must be a length, got '\?m'"),
+        ('PhysicalSizeXUnit="µm"', 'PhysicalSizeXUnit="9**9**9**9*um"', "unit along x must be a length"),
+        ('PhysicalSizeXUnit="µm"', 'PhysicalSizeXUnit="m"', "a pixel cannot measure 0.13 m along x"),
+        ('Type="uint16"', 'Type="int16"', "pixels must be of the type 'int16' of the metadata, got uint16"),
+        ('Type="uint16"', 'Type="five"', "cannot be read: TypeError"),
+        ('SizeZ="4"', 'SizeZ="3"', "planes are missing or too many"),
+        ('SizeZ="4"', 'SizeZ="4000000000"', "cannot be read: SizeZ must be a number"),
+        ('SizeZ="4"', 'SizeZ="-4"', "cannot be read: SizeZ must be a number"),
+        ('SizeT="1"', 'SizeT="999999999"', "planes are missing or too many"),
+        ('PlaneCount="4"', 'PlaneCount="999999999"', "planes are missing or too many"),
+        ('IFD="0"', 'IFD="1"', "planes are missing"),
+        ('SizeX="8"', 'SizeX="9"', "planes are missing"),
+        ('SizeX="8"', 'SizeX="999999999"', "planes are missing"),
+    ],
+)
+def test_absurd_metadata_of_ome_tiff(tmp_path, old, new, message):
+    path = write_tiff(tmp_path / "a.ome.tif", VOLUME, "ZYX", compression="zlib")
+    edit_xml(path, old, new)
+    with guarded(tmp_path, seconds=5), pytest.raises(ReadError, match=rf"^{path}: {message}"):
+        read(path)
+
+
+def test_a_header_of_nifti_that_is_not_of_its_pixels(tmp_path):
+    for name in ("a.nii", "a.nii.gz"):
+        path = write_any(tmp_path / name)
+        with nibabel.openers.ImageOpener(path) as file:
+            content = bytearray(file.read())
+        for place, value in ((43, 7), (43, 9), (108, 0x7F), (344, 0x40)):  # dim[1], vox_offset, magic
+            changed = content.copy()
+            changed[place] = value
+            with nibabel.openers.ImageOpener(path, "wb") as file:
+                file.write(bytes(changed))
+            with pytest.raises(ReadError, match=rf"^{path}: "):
+                read(path)
+
+
+def test_dicom_from_file_objects_and_addresses(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    path = make(tmp_path / "a.dcm", VOLUME[0], spacing=(0.7, 0.3))
+    content = path.read_bytes()
+    files = fsspec.filesystem("memory")
+    files.pipe("/rat/a.dcm", content)
+    for source, form in ((io.BytesIO(content), "0001.dcm"), ("memory://rat/a.dcm", None), (path, None)):
+        scan = read(source, "mm", format=form, region=(slice(1, 4), slice(2, 7)))
+        assert scan.spacing == pytest.approx((0.7, 0.3))
+        assert np.array_equal(scan.pixels[0], VOLUME[0, 1:4, 2:7])
+        with pytest.raises(ReadError, match=r"a\.dcm|0001\.dcm: takes .* max_bytes allows 100"):
+            read(source, format=form, max_bytes=100)
+    files.rm("/rat", recursive=True)
+    with pytest.raises(ReadError, match=r"^0001\.dcm: "):
+        read(io.BytesIO(content[:200]), format="0001.dcm")
+    with pytest.raises(ValueError, match=r"a\.dcm: read_lazy reads paths of OME-TIFF, OME-Zarr and NIfTI"):
+        read_lazy(path)

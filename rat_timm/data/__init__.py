@@ -3,7 +3,8 @@
 Spacing is physical, in array-axis order (z, y, x), as everywhere in this package; masks are True = valid.
 """
 
-from .readers import Scan, read, read_spacing
+from .errors import ReadError
+from .readers import LazyScan, Scan, read, read_lazy, read_spacing
 from .samples import Batch, Sample, collate
 from .spacing import Spacing
 from .transforms import evaluation_transform, training_transform
@@ -11,6 +12,8 @@ from .volumes import metatensor_spacing, to_metatensor
 
 __all__ = [
     "Batch",
+    "LazyScan",
+    "ReadError",
     "Sample",
     "Scan",
     "Spacing",
@@ -18,6 +21,7 @@ __all__ = [
     "evaluation_transform",
     "metatensor_spacing",
     "read",
+    "read_lazy",
     "read_spacing",
     "to_metatensor",
     "training_transform",

@@ -13,16 +13,18 @@ class ReadError(ValueError):
 def reading(path: str | PathLike) -> Iterator[None]:
     """Turns whatever a format's package raises into a `ReadError` that names the file.
 
-    Packages have errors of their own, few of which name the file. A file that is not there or may not be opened
-    (``FileNotFoundError``, ``PermissionError``) and a package that is not installed (``ImportError``) stay what they
-    are.
+    Packages have errors of their own, few of which name the file. If the file itself is not there or may not be opened
+    (``FileNotFoundError``, ``PermissionError``), or a package is not installed (``ImportError``), errors stay what they
+    are; a part that is missing inside an image is a `ReadError`.
     """
     try:
         yield
-    except (ReadError, FileNotFoundError, PermissionError, ImportError):
+    except (ReadError, PermissionError, ImportError):
         raise
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and str(error.filename) == str(path):
+            raise
         message = str(error)
         if isinstance(error, ValueError) and message.startswith(str(path)):
             raise ReadError(message) from error
-        raise ReadError(f"{path}: cannot be read: {type(error).__name__}: {message}") from error
+        raise ReadError(f"{path}: cannot be read: {type(error).__name__}: {message:.500}") from error

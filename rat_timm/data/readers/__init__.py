@@ -1,0 +1,329 @@
+"""Readers of images and volumes with their pixel size, on the packages that own the formats.
+
+    scan = read("cells.ome.tif", unit="um")
+    scan.pixels.shape, scan.spacing  # [channels, z, y, x], (0.5, 0.1, 0.1)
+
+Read are OME-TIFF (tifffile), OME-Zarr (zarr), NIfTI (nibabel) and DICOM (pydicom), a file or a folder with the
+slices of one series. Whatever the order of axes in the file, arrays come as ``[channels, z, y, x]`` or
+``[channels, y, x]``, and spacing in the order (z, y, x). Metadata that are missing or cannot be true are errors.
+
+A file is open only while it is read, and what was read does not change with the file. Reading works in forked workers
+of a ``DataLoader``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...optional import need
+from ..errors import ReadError, reading
+from ..units import convert
+from .nifti import open_nifti
+from .ome_tiff import open_ome_tiff
+from .ome_zarr import open_ome_zarr
+from .series import open_dicom
+from .source import SPACE, Found, Index, Source, locate
+
+if TYPE_CHECKING:
+    import dask.array
+    import zarr
+
+Readable: TypeAlias = "str | PathLike | BinaryIO | zarr.Group"
+
+MAX_BYTES = 16 * 2**30  # as much memory as machines of today have: whoever wants more has to say so
+_CHUNK_BYTES = 1024  # what it takes to keep account of a chunk, however small it is
+
+
+class Scan(NamedTuple):
+    """An image or volume with its pixel size.
+
+    Attributes:
+        pixels: ``[channels, *grid]``, rescaled where the format says so (NIfTI, DICOM).
+        spacing: Size of a pixel per axis of the grid, in array-axis order (z, y, x), in the unit that was asked for.
+    """
+
+    pixels: Tensor
+    spacing: tuple[float, ...]
+
+
+class LazyScan(NamedTuple):
+    """An image or volume whose pixels are not read yet, with its pixel size.
+
+    Attributes:
+        pixels: ``[channels, *grid]``, a Dask array.
+        spacing: Size of a pixel per axis of the grid, in array-axis order (z, y, x), in the unit that was asked for.
+    """
+
+    pixels: "dask.array.Array"
+    spacing: tuple[float, ...]
+
+
+def read(
+    source: Readable,
+    unit: str = "um",
+    *,
+    level: int = 0,
+    image: int | None = None,
+    time: int | None = None,
+    region: Sequence[slice] | None = None,
+    assumed_unit: str | None = None,
+    format: str | None = None,
+    max_bytes: int | None = MAX_BYTES,
+) -> Scan:
+    """Reads an image or a volume and its pixel size.
+
+    Args:
+        source: A file ``.ome.tif``, ``.ome.tiff``, ``.nii``, ``.nii.gz`` or ``.dcm``, a folder with an OME-Zarr image,
+            or a folder with the DICOM slices of one series. Besides paths: file objects that can seek, which stay
+            open; addresses of `fsspec` (``"s3://bucket/cells.ome.zarr"``), but for folders of DICOM slices;
+            ``zarr.Group``s.
+        unit: The unit of the spacing that is returned, such as "um" or "mm".
+        level: Level of a pyramid (OME-TIFF, OME-Zarr), 0 is the finest.
+        image: Index of an OME-TIFF's image, needed where there are several.
+        time: Index on the time axis, needed where there are several times.
+        region: The part that is read, one slice of pixels per axis of the grid, (z, y, x) or (y, x); of OME-TIFF,
+            OME-Zarr and ``.nii`` nothing else is read. None is the whole.
+        assumed_unit: The unit of sizes whose unit the file does not say; None makes that an error.
+        format: The ending that tells the format (``".nii.gz"``), or a name with that ending, if the source's own name
+            does not: a file object often has none.
+        max_bytes: What the pixels that are read may take in memory, as the file's metadata promise it, before any are
+            read; None is no limit. Rearranged and rescaled pixels take twice as much for a while.
+
+    Raises:
+        ReadError: If the file cannot be read, the pixel size is missing or absurd, or pixels take more memory; a
+            ``ValueError`` that begins with the file's name.
+        ValueError: If the format is another, or ``unit`` is no length.
+        FileNotFoundError: If there is no such file.
+        ImportError: If the format's package is not installed; with the extra that installs it.
+    """
+    place, opener = _locate(source, format)
+    found = _open(place, opener, level, image)
+    spacing = _spacing(found, place.name, unit, assumed_unit)
+    index = _index(found, place.name, time, region)
+    _check_size(_selected(index), found, place.name, max_bytes)
+    _check_size(found.chunks, found, place.name, max_bytes)
+    pixels = _arrange(_load(found, index, place.name), found)
+    return Scan(torch.from_numpy(np.require(pixels, requirements=["C", "W"])), spacing)
+
+
+def read_lazy(
+    source: "str | PathLike | zarr.Group",
+    unit: str = "um",
+    *,
+    level: int = 0,
+    image: int | None = None,
+    time: int | None = None,
+    assumed_unit: str | None = None,
+    format: str | None = None,
+    max_bytes: int | None = MAX_BYTES,
+) -> LazyScan:
+    """Reads the pixel size of an image or a volume, and its pixels when and where they are computed.
+
+    Blocks are read from OME-TIFF, OME-Zarr and ``.nii``, a ``.nii.gz`` is one block; DICOM is not read lazily. A block
+    has one or several chunks of the file, up to ``array.chunk-size`` of Dask's configuration. The file is opened anew
+    for each block. In forked workers compute with ``scheduler="synchronous"``: Dask's pool of threads does not survive
+    a fork.
+
+    Args:
+        source: See `read`; no file object.
+        unit: See `read`.
+        level: See `read`.
+        image: See `read`.
+        time: See `read`.
+        assumed_unit: See `read`.
+        format: See `read`.
+        max_bytes: What a block may take in memory, and so may the account of all blocks.
+
+    Raises:
+        ReadError: As `read` does; errors of pixels come when they are computed.
+    """
+    place, opener = _locate(source, format)
+    if opener is open_dicom or hasattr(place.place, "read"):
+        raise ValueError(f"{place.name}: read_lazy reads paths of OME-TIFF, OME-Zarr and NIfTI")
+    array = need("dask.array", "data")
+    found = _open(place, opener, level, image)
+    spacing = _spacing(found, place.name, unit, assumed_unit)
+    index = _index(found, place.name, time, None)
+    _check_size(found.chunks, found, place.name, max_bytes)
+    block = need("dask.utils", "data").parse_bytes(need("dask.config", "data").get("array.chunk-size"))
+    blocks = math.prod(found.shape) * _itemsize(found) // block
+    _check_bytes(blocks * _CHUNK_BYTES, found.shape, place.name, max_bytes)
+    chunks = found.chunks if math.prod(found.chunks) * _itemsize(found) > block else "auto"
+    meta = np.empty((0,) * len(found.shape), found.dtype)
+    pixels = array.from_array(_Blocks(found, place.name), chunks=chunks, name=False, meta=meta, inline_array=True)
+    return LazyScan(_arrange(pixels[index], found), spacing)
+
+
+def read_spacing(
+    source: Readable,
+    unit: str = "um",
+    *,
+    level: int = 0,
+    image: int | None = None,
+    assumed_unit: str | None = None,
+    format: str | None = None,
+) -> tuple[float, ...]:
+    """Reads the pixel size alone, (z, y, x) or (y, x); see `read`."""
+    place, opener = _locate(source, format)
+    return _spacing(_open(place, opener, level, image), place.name, unit, assumed_unit)
+
+
+def is_readable(path: str | PathLike) -> bool:
+    """Tells whether a file's name is that of a format which `read` knows; it may know any folder."""
+    return _format(Path(path).name.lower(), path) is not None
+
+
+_Opener = Callable[[Source, int, int | None], Found]
+
+
+class _Blocks:
+    """What Dask slices: an array that is read from its file again with each access."""
+
+    def __init__(self, found: Found, name: str):
+        self.shape, self.chunks, self.ndim = found.shape, found.chunks, len(found.shape)
+        self.dtype = found.dtype
+        self._found, self._name = found, name
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        # Dask leaves out what is as by default, and has integers of NumPy
+        parts = zip(index, self.shape, strict=True)
+        full = tuple(slice(*part.indices(size)) if isinstance(part, slice) else int(part) for part, size in parts)
+        return _load(self._found, full, self._name)
+
+
+def _locate(source: Readable, form: str | None) -> tuple[Source, _Opener]:
+    place = locate(source, form)
+    opener = _format(place.kind, place.place)
+    if opener is None:
+        raise ValueError(f"{place.name}: must be one of {', '.join(_FORMATS)} or a folder of DICOM slices")
+    if opener is open_ome_zarr and hasattr(place.place, "read"):
+        raise ValueError(f"{place.name}: OME-Zarr must be a path, an address or a zarr.Group, got a file object")
+    return place, opener
+
+
+def _format(name: str, place: Any) -> _Opener | None:
+    for ending, opener in _FORMATS.items():
+        if name.endswith(ending):
+            return opener
+    if not isinstance(place, str | PathLike):
+        return None
+    if any((Path(place) / name).exists() for name in ("zarr.json", ".zattrs", ".zgroup")):
+        return open_ome_zarr
+    return open_dicom if Path(place).is_dir() else None
+
+
+def _open(place: Source, opener: _Opener, level: int, image: int | None) -> Found:
+    if level and opener not in (open_ome_tiff, open_ome_zarr):
+        raise ReadError(f"{place.name}: level must be 0 in a format without pyramids, got {level}")
+    if image is not None and opener is not open_ome_tiff:
+        raise ReadError(f"{place.name}: image must be None in a format of one image, got {image}")
+    with reading(place.name):
+        found = opener(place, level, image)
+    if found.dtype is not None and (found.dtype.kind not in "buif" or found.dtype.itemsize > 8):
+        raise ReadError(f"{place.name}: pixels must be numbers, got {found.dtype}")
+    return found
+
+
+def _space(found: Found) -> str:
+    """Returns the spatial axes in our order; a single plane is an image."""
+    sizes = dict(zip(found.axes, found.shape, strict=True))
+    return "".join(axis for axis in SPACE if axis in sizes and (axis != "z" or sizes[axis] > 1))
+
+
+def _spacing(found: Found, file: str, unit: str, assumed_unit: str | None) -> tuple[float, ...]:
+    return tuple(convert(found.sizes, _space(found), unit, file, assumed_unit))
+
+
+def _index(found: Found, file: str, time: int | None, region: Sequence[slice] | None) -> Index:
+    """Returns the part of the array that is asked for; axes that are not ours have one entry."""
+    if time and "t" not in found.axes:
+        raise ReadError(f"{file}: time must be 0 or None where there is one time, got {time}")
+    if len(set(found.axes)) < len(found.axes):
+        raise ReadError(f"{file}: axes must differ, got {found.axes!r}")
+    space = _space(found)
+    slices = [slice(None)] * len(space) if region is None else list(region)
+    if len(slices) != len(space):
+        raise ReadError(f"{file}: region must have one slice for each of {', '.join(space)}, got {len(slices)}")
+    sizes = dict(zip(found.axes, found.shape, strict=True))
+    parts = {axis: _slice(part, axis, sizes[axis], file) for axis, part in zip(space, slices, strict=True)}
+    parts["c"] = slice(0, sizes.get("c", 1), 1)
+    return tuple(
+        parts[axis] if axis in parts else _entry(axis, size, file, time)
+        for axis, size in zip(found.axes, found.shape, strict=True)
+    )
+
+
+def _slice(part: slice, axis: str, size: int, file: str) -> slice:
+    start, stop = part.start or 0, size if part.stop is None else part.stop
+    if part.step not in (None, 1) or not 0 <= start < stop <= size:
+        raise ReadError(f"{file}: region along {axis} must be in slice(0, {size}) and have a step of 1, got {part}")
+    return slice(start, stop, 1)
+
+
+def _entry(axis: str, size: int, file: str, time: int | None) -> int:
+    if axis == "t" and time is not None:
+        if not 0 <= time < size:
+            raise ReadError(f"{file}: time must be from 0 to {size - 1}, got {time}")
+        return time
+    if size > 1:
+        unknown = f"entries along the axis {axis!r}, which has no meaning here"
+        raise ReadError(f"{file}: has {size} {'times: choose one with time' if axis == 't' else unknown}")
+    return 0
+
+
+def _selected(index: Index) -> tuple[int, ...]:
+    """Returns the shape of a part, with axes of one entry; sizes in metadata may be larger than what ``range`` has."""
+    return tuple(1 if isinstance(part, int) else -(-(part.stop - part.start) // part.step) for part in index)
+
+
+def _itemsize(found: Found) -> int:
+    return 8 if found.dtype is None else found.dtype.itemsize
+
+
+def _check_size(shape: tuple[int, ...], found: Found, file: str, max_bytes: int | None) -> None:
+    """Fails if pixels, or the account of the chunks that hold them, take too much memory."""
+    chunks = math.prod(-(-size // max(chunk, 1)) for size, chunk in zip(shape, found.chunks, strict=True))
+    _check_bytes(max(math.prod(shape) * _itemsize(found), (chunks - 1) * _CHUNK_BYTES), shape, file, max_bytes)
+
+
+def _check_bytes(promised: int, shape: tuple[int, ...], file: str, max_bytes: int | None) -> None:
+    if max_bytes is not None and promised > max_bytes:
+        gigabytes = f"{min(promised, 10**30) / 2**30:,.1f} GiB"  # integers may be larger than floats
+        which = f"to read pixels of the shape {shape!s:.100}"
+        raise ReadError(f"{file}: takes {gigabytes} {which}, max_bytes allows {max_bytes}: raise it, or read a region")
+
+
+def _load(found: Found, index: Index, file: str) -> np.ndarray:
+    with reading(file):
+        pixels = np.asarray(found.load(index))
+    if pixels.dtype.kind not in "buif":
+        raise ReadError(f"{file}: pixels must be numbers, got {pixels.dtype}")
+    shape = tuple(size for part, size in zip(index, _selected(index), strict=True) if isinstance(part, slice))
+    if pixels.shape != shape:
+        raise ReadError(f"{file}: must have pixels of the shape {shape}, got {pixels.shape}")
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+
+
+def _arrange(pixels: Any, found: Found) -> Any:
+    """Returns an array, read or lazy, as ``[channels, *grid]``."""
+    kept = "c" + _space(found)
+    axes = [axis for axis in found.axes if axis in kept]
+    if "c" not in axes:
+        pixels, axes = pixels[None], ["c", *axes]
+    return pixels.transpose([axes.index(axis) for axis in kept])
+
+
+_FORMATS: dict[str, _Opener] = {
+    ".ome.tif": open_ome_tiff,
+    ".ome.tiff": open_ome_tiff,
+    ".zarr": open_ome_zarr,
+    ".nii": open_nifti,
+    ".nii.gz": open_nifti,
+    ".dcm": open_dicom,
+}
