@@ -142,7 +142,7 @@ def _storage(head: Any) -> str | None:
     return head.file_meta.get("MediaStorageSOPClassUID") or head.get("SOPClassUID")
 
 
-_HEAD = 2**26  # bytes that are inflated at most to find the image's description
+_HEAD = 2**23  # bytes that are inflated at most to find the description of an image
 
 
 def _read(file: Path, most: int, stop_before_pixels: bool) -> Any:
@@ -276,7 +276,7 @@ def _numbers(value: Any, count: int, keyword: str) -> tuple[float, ...] | None:
     if value is None:
         return None
     numbers = np.atleast_1d(np.asarray(value, dtype=float))
-    if numbers.shape != (count,) or not np.isfinite(numbers).all():
+    if numbers.shape != (count,) or not (abs(numbers) < 1e9).all():  # NaN is not
         raise ValueError(f"{keyword} must be {count} numbers, got {value}")
     return tuple(numbers.tolist())
 
