@@ -660,11 +660,13 @@ def test_doses_have_an_offset_per_frame(tmp_path):
 # sizes
 
 
-def test_the_limit(tmp_path):
-    folder = make_series(tmp_path / "s", line(4))
-    assert dicom.open_series(folder, limit=4 * 48).shape == (4, 4, 6)
-    with pytest.raises(ReadError, match=r"s: has 192 bytes of pixels, limit allows 191"):
-        dicom.open_series(folder, limit=191)
+def test_more_pixels_than_the_header_says(tmp_path):
+    path = make(tmp_path / "a.dcm", np.arange(24).reshape(4, 6))
+    changed(0, PixelData=np.arange(24, dtype="<u2").tobytes() + bytes(10))(tmp_path)  # padding
+    assert np.array_equal(dicom.open_series(path).load(), np.arange(24).reshape(4, 6))
+    changed(0, Rows=3)(tmp_path)
+    with pytest.raises(ReadError, match=r"a\.dcm: has 58 bytes of pixels, its header says 36"):
+        dicom.open_series(path).load()
 
 
 def deflated(path, elements):

@@ -6,6 +6,7 @@ thickness is.
 
 import codecs
 import io
+import os
 import re
 import struct
 import zlib
@@ -17,8 +18,6 @@ import numpy as np
 
 from ..optional import need
 from .errors import reading
-
-LIMIT = 8 * 2**30  # bytes of pixels, as they are stored, that a file or a series may have
 
 
 class Series(NamedTuple):
@@ -69,7 +68,7 @@ class _Image(NamedTuple):
     planes: list[_Plane]
 
 
-def open_series(path: Path, limit: int = LIMIT) -> Series:
+def open_series(path: Path) -> Series:
     """Reads what a file or a folder of slices says, without its pixels.
 
     In a folder, hidden files, files of other kinds, texts, and DICOM files without an image (reports, plans, DICOMDIR)
@@ -77,17 +76,14 @@ def open_series(path: Path, limit: int = LIMIT) -> Series:
 
     Args:
         path: A file, or a folder with the slices of one series; its folders are not searched.
-        limit: Bytes of pixels, as they are stored, that are read at most.
 
     Raises:
-        ReadError: If it is no image, is damaged or larger than the limit, or slices are not those of one volume: of one
+        ReadError: If it is no image, or is damaged, or slices are not those of one volume: of one
             series, parallel, one above the other and evenly spaced. Begins with the name of the file or the folder.
     """
     with reading(path):
         files = [file for file in sorted(path.iterdir()) if _may_be_slice(file)] if path.is_dir() else [path]
         images = list(_open_images(files, str(path)))
-        if (size := sum(image.size for image in images)) > limit:
-            raise ValueError(f"{path}: has {size} bytes of pixels, limit allows {limit}")
         return _open_file(images[0]) if len(images) == 1 else _open_slices(images, str(path))
 
 
@@ -145,15 +141,23 @@ def _storage(head: Any) -> str | None:
 _HEAD = 2**23  # bytes that are inflated at most to find the description of an image
 
 
+class _Reader(io.BufferedReader):
+    """A file of which no more is asked than there is; pydicom asks for as much as a damaged element claims to have."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def _read(file: Path, most: int, stop_before_pixels: bool) -> Any:
     """Reads a file's elements; inflates no more than so many bytes of a deflated one."""
     filereader, uid = need("pydicom.filereader", "data"), need("pydicom.uid", "data")
-    meta = filereader.read_file_meta_info(file)
-    if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
-        return filereader.dcmread(file, stop_before_pixels=stop_before_pixels)
-    with file.open("rb") as stream:
+    with _Reader(io.FileIO(file)) as stream:
         filereader.read_preamble(stream, force=False)
-        filereader.read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+        meta = filereader.read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+        if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
+            stream.seek(0)
+            return filereader.dcmread(stream, stop_before_pixels=stop_before_pixels)
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         plain = inflater.decompress(stream.read(), most)
     if not stop_before_pixels and not inflater.eof:
@@ -161,7 +165,7 @@ def _read(file: Path, most: int, stop_before_pixels: bool) -> Any:
     head = filereader.read_dataset(
         io.BytesIO(plain), False, True, stop_when=lambda tag, vr, length: stop_before_pixels and tag.group == 0x7FE0
     )
-    head.file_meta = meta
+    head.file_meta = need("pydicom.dataset", "data").FileMetaDataset(meta)
     return head
 
 
@@ -187,8 +191,10 @@ def _describe(file: Path, head: Any) -> _Image:
     frames = _count(head, "NumberOfFrames") if head.get("NumberOfFrames") is not None else 1
     size = need("pydicom.pixels.utils", "data").get_expected_length(head)
     syntax = head.file_meta.TransferSyntaxUID
-    least = 8 * frames if syntax.is_encapsulated else size / 1032 if syntax.is_deflated else size  # deflate's best
-    if file.stat().st_size < least:
+    least = max(8 * frames, size / 64 * (syntax == _RLE)) if syntax.is_encapsulated else size
+    if file.stat().st_size < (
+        least / 1032 if syntax.is_deflated else least
+    ):  # the best that run lengths and deflate do
         raise ValueError(f"{file}: is cut off: {frames} frames of {shape} do not fit into {file.stat().st_size} bytes")
     common = {keyword: str(head.get(keyword)) for keyword in _COMMON}
     common |= {"a rescale": str("RescaleSlope" in head), "a shape": str((frames, *shape))}
@@ -365,7 +371,7 @@ def _pixels(image: _Image) -> np.ndarray:
     """Reads the pixels as what they stand for: Hounsfield units, doses and the like."""
     with reading(image.file):
         data = _read(image.file, image.size + _HEAD, stop_before_pixels=False)
-        _check_frames(data, image)
+        _check_stored(data, image)
         pixels = data.pixel_array
         shape = (image.frames, *image.shape) if image.frames > 1 else image.shape
         if pixels.shape != shape:
@@ -373,21 +379,27 @@ def _pixels(image: _Image) -> np.ndarray:
         return _rescale(pixels, data, image.frames)
 
 
-def _check_frames(data: Any, image: _Image) -> None:
-    """Checks that compressed frames are as large as the header says, before they are decoded."""
-    uid, syntax = need("pydicom.uid", "data"), data.file_meta.TransferSyntaxUID
+def _check_stored(data: Any, image: _Image) -> None:
+    """Checks that as many pixels are stored as the header says, before any are decoded."""
+    syntax = data.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
+        stored = next(data[keyword].value for keyword in _PIXELS if keyword in data)
+        if stored[image.size + image.size % 2 :].strip(b"\0"):  # zeros are padding
+            raise ValueError(f"{image.file}: has {len(stored)} bytes of pixels, its header says {image.size}")
         return
     table = (data.get("ExtendedOffsetTable"), data.get("ExtendedOffsetTableLengths"))
     frames = need("pydicom.encaps", "data").generate_frames(
         data.PixelData, number_of_frames=image.frames, extended_offsets=None if None in table else table
     )
     longest = 2 * image.size // image.frames + 128  # of run lengths, for pixels that all differ from the next
-    for frame in frames:
-        if syntax in uid.RLETransferSyntaxes and len(frame) > longest:
+    number = 0
+    for number, frame in enumerate(frames, 1):  # noqa: B007
+        if syntax == _RLE and len(frame) > longest:
             raise ValueError(f"{image.file}: a frame has {len(frame)} bytes of run lengths, {longest} are enough")
-        if syntax not in uid.RLETransferSyntaxes and (size := _frame_size(frame)) != image.shape[:2]:
+        if syntax != _RLE and (size := _frame_size(frame)) != image.shape[:2]:
             raise ValueError(f"{image.file}: a compressed frame is of {size} pixels, the header says {image.shape[:2]}")
+    if number != image.frames:
+        raise ValueError(f"{image.file}: has {number} frames, its header says {image.frames}")
 
 
 def _frame_size(frame: bytes) -> tuple[int, int] | None:
@@ -410,6 +422,8 @@ def _frame_size(frame: bytes) -> tuple[int, int] | None:
     return None
 
 
+_RLE = "1.2.840.10008.1.2.5"
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # SOF0 to SOF15 without DHT, JPG and DAC, and SOF55 of JPEG-LS
 _STARTS_OF_FRAME = {*range(0xFFC0, 0xFFD0), 0xFFF7} - {0xFFC4, 0xFFC8, 0xFFCC}
 _TRANSFORMATION, _RESCALE = "PixelValueTransformationSequence", ("RescaleSlope", "RescaleIntercept")
