@@ -5,10 +5,12 @@ import tracemalloc
 import zlib
 from typing import NamedTuple
 
+import fuzz_dicom
 import numpy as np
 import pydicom
 import pytest
 import torch
+from fuzzing import count
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -767,3 +769,37 @@ def test_run_lengths(tmp_path):
     path = compressed(tmp_path / "b.dcm", RLELossless, runs + bytes([129, 5]) * 1000)
     with pytest.raises(ReadError, match=r"b\.dcm: a frame has 2064 bytes of run lengths, 176 are enough"):
         dicom.open_series(path).load()
+
+
+# damage of all kinds
+
+
+def deflated_original(folder):
+    return fuzz_dicom.original(deflated(folder / "a.dcm", lambda plain: plain))
+
+
+def enhanced_original(folder):
+    frames = [scaled(n, RescaleSlope=n + 1, RescaleIntercept=-1024) for n in range(3)]
+    return fuzz_dicom.original(enhanced(folder / "a.dcm", frames, merge(MEASURES, ORIENTATION)))
+
+
+def series_original(folder):
+    return fuzz_dicom.original(make_series(folder / "s", line(5)))
+
+
+ORIGINALS = {
+    **{name: lambda folder, name=name: fuzz_dicom.real(folder, name) for name in fuzz_dicom.REAL},
+    "deflated": deflated_original,
+    "enhanced": enhanced_original,
+    "series": series_original,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of pydicom, which says what it does with damaged elements
+@pytest.mark.parametrize("change", [fuzz_dicom.change_bytes, fuzz_dicom.change_metadata])
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_damage(tmp_path, name, change):
+    given = ORIGINALS[name](tmp_path)
+    results = fuzz_dicom.run(given, change, range(count(8)))
+    assert results["refused"] > 0
+    assert np.array_equal(read(given.path, "mm").pixels, given.scan.pixels)
