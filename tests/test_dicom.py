@@ -546,6 +546,10 @@ def test_what_may_lie_beside_slices(tmp_path):
     (folder / "IM0004").write_bytes(b"\0" * 1000)
     with pytest.raises(ReadError, match=rf"^{folder / 'IM0004'}: is no DICOM file"):
         read(folder)
+    (folder / "IM0004").unlink()
+    (folder / "IM0004").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ReadError, match=rf"^{folder / 'IM0004'}: is no file"):
+        read(folder)
 
 
 @pytest.mark.parametrize(

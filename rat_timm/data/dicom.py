@@ -71,15 +71,15 @@ class _Image(NamedTuple):
 def open_series(path: Path) -> Series:
     """Reads what a file or a folder of slices says, without its pixels.
 
-    In a folder, hidden files, files of other kinds, texts, and DICOM files without an image (reports, plans, DICOMDIR)
-    are left out; what may be a slice and cannot be read is an error.
+    In a folder, what is no slice is left out: folders, hidden files, texts, names of other kinds of files, and DICOM
+    files without an image (reports, plans, DICOMDIR). Every other file that cannot be read is an error.
 
     Args:
-        path: A file, or a folder with the slices of one series; its folders are not searched.
+        path: A file, or a folder with the slices of one series.
 
     Raises:
-        ReadError: If it is no image, or is damaged, or slices are not those of one volume: of one
-            series, parallel, one above the other and evenly spaced. Begins with the name of the file or the folder.
+        ReadError: If it is no image, is damaged, or slices are not those of one volume: of one series, parallel, one
+            above the other and evenly spaced. Begins with the name of the file or the folder.
     """
     with reading(path):
         files = [file for file in sorted(path.iterdir()) if _may_be_slice(file)] if path.is_dir() else [path]
@@ -94,18 +94,18 @@ _OTHER_ENDING = re.compile(
 
 
 def _may_be_slice(file: Path) -> bool:
-    """Tells whether a folder's file is a DICOM file; one that should be and is not is an error."""
-    if not file.is_file() or file.name.startswith("."):
+    """Tells whether a file of a folder is a DICOM file; one that should be and is not is an error."""
+    if file.is_dir() or file.name.startswith("."):
         return False
+    if not file.is_file():
+        raise ValueError(f"{file}: is no file, but lies among slices (a link to what is not there?)")
     with file.open("rb") as stream:
         start = stream.read(512)
     if start[128:132] == b"DICM":
         return True
     if _OTHER_ENDING.fullmatch(file.suffix) or (_is_text(start) and not _DICOM_ENDING.fullmatch(file.suffix)):
         return False
-    raise ValueError(
-        f"{file}: is no DICOM file, in a folder of slices: a damaged one, or one that has to be moved away"
-    )
+    raise ValueError(f"{file}: is no DICOM file, but lies among slices: is damaged, or has to be moved away")
 
 
 def _is_text(start: bytes) -> bool:
@@ -191,14 +191,20 @@ def _describe(file: Path, head: Any) -> _Image:
     frames = _count(head, "NumberOfFrames") if head.get("NumberOfFrames") is not None else 1
     size = need("pydicom.pixels.utils", "data").get_expected_length(head)
     syntax = head.file_meta.TransferSyntaxUID
-    least = max(8 * frames, size / 64 * (syntax == _RLE)) if syntax.is_encapsulated else size
-    if file.stat().st_size < (
-        least / 1032 if syntax.is_deflated else least
-    ):  # the best that run lengths and deflate do
-        raise ValueError(f"{file}: is cut off: {frames} frames of {shape} do not fit into {file.stat().st_size} bytes")
+    if (stored := file.stat().st_size) < _least(syntax, size, frames):
+        raise ValueError(f"{file}: is cut off: {frames} frames of {shape} do not fit into {stored} bytes")
     common = {keyword: str(head.get(keyword)) for keyword in _COMMON}
     common |= {"a rescale": str("RescaleSlope" in head), "a shape": str((frames, *shape))}
     return _Image(file, head, axes, shape, frames, size, common, _frame_planes(head, frames))
+
+
+def _least(syntax: Any, size: int, frames: int) -> float:
+    """Returns the bytes that pixels take at least: run lengths save up to 63 of 64, deflate up to 1031 of 1032."""
+    if syntax.is_deflated:
+        return size / 1032
+    if syntax == _RLE:
+        return size / 64
+    return 8 * frames if syntax.is_encapsulated else size  # a frame is an item, whose tag and length are 8 bytes
 
 
 def _count(head: Any, keyword: str) -> int:
@@ -296,7 +302,7 @@ def _common_spacing(planes: Sequence[_Plane], name: str) -> dict[str, float]:
     return {} if spacing is None else dict(zip("yx", spacing, strict=True))
 
 
-_OVER_EACH_OTHER = (None, 0x00182005, 0x00540080, 0x3004000C)  # or SliceLocationVector, SliceVector, GridFrameOffset...
+_OVER_EACH_OTHER = (None, 0x00182005, 0x00540080, 0x3004000C)  # SliceLocation-, Slice- and GridFrameOffsetVector
 
 
 def _frame_distance(image: _Image, name: str) -> dict[str, float]:
@@ -348,8 +354,8 @@ def _rounding(positions: np.ndarray) -> float:
 def _distance(planes: Sequence[_Plane], name: str) -> float:
     """Returns the distance of planes, which have to lie one above the other, in order and evenly spaced.
 
-    Positions may be off a line by a hundredth of the distance, and by what their rounding explains up to a tenth: so
-    errors do not add up from slice to slice, and thin slices are held to more.
+    They may be off a line by a hundredth of the distance, or by what the rounding of positions explains, up to a tenth.
+    All are held to the same line, so small errors do not add up.
     """
     positions, normal = _positions(planes, name), _normal(planes, name)
     index = np.arange(len(planes)) - (len(planes) - 1) / 2
@@ -383,7 +389,7 @@ def _check_stored(data: Any, image: _Image) -> None:
     """Checks that as many pixels are stored as the header says, before any are decoded."""
     syntax = data.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
-        stored = next(data[keyword].value for keyword in _PIXELS if keyword in data)
+        stored = next((data[keyword].value for keyword in _PIXELS if keyword in data), b"")  # none: pydicom's error
         if stored[image.size + image.size % 2 :].strip(b"\0"):  # zeros are padding
             raise ValueError(f"{image.file}: has {len(stored)} bytes of pixels, its header says {image.size}")
         return
@@ -407,11 +413,14 @@ def _frame_size(frame: bytes) -> tuple[int, int] | None:
 
     Pillow does not read the headers of frames of 12 and 16 bits, and pydicom reads them when it decodes.
     """
-    if (start := frame.find(b"\xff\x4f\xff\x51")) >= 0:  # SOC, SIZ: JPEG 2000, ISO/IEC 15444-1, A.5.1
+    if not frame.startswith(b"\xff\xd8"):  # SOI of JPEG and JPEG-LS
+        start = frame.find(b"\xff\x4f\xff\x51")  # SOC and SIZ, ISO/IEC 15444-1, A.5.1; a JP2 file has boxes before
+        if start < 0:
+            return None
         right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
         return bottom - top, right - left
-    place = 2 if frame.startswith(b"\xff\xd8") else len(frame)
-    while place < len(frame):  # segments: ISO/IEC 10918-1, B.1.1.3 and B.2.2
+    place = 2
+    while place < len(frame):  # segments, ISO/IEC 10918-1, B.1.1.3 and B.2.2
         marker, length = struct.unpack_from(">HH", frame, place)
         if marker == 0xFFFF:  # a fill byte
             place += 1
