@@ -105,16 +105,19 @@ def elements(data: Dataset) -> Iterator[tuple[Dataset, DataElement]]:
 
 @functools.cache
 def free_bytes(content: bytes) -> np.ndarray:
-    """Returns for each byte whether it is of the value of an element that is free."""
+    """Returns for each byte whether it is of an element whose value is free; all of what is deflated is."""
     free = np.zeros(len(content), bool)
     data = pydicom.dcmread(io.BytesIO(content))
-    for _, element in list(elements(data)):
+    if data.file_meta.TransferSyntaxUID.is_deflated:
+        free[content.index(data.file_meta.TransferSyntaxUID.encode()) + 22 :] = True
+    order = "little" if data.original_encoding[1] else "big"
+    for _, element in elements(data):
         if element.keyword in FREE and element.VR != "SQ":
-            order = "little" if data.original_encoding[1] else "big"
             tag = element.tag.group.to_bytes(2, order) + element.tag.elem.to_bytes(2, order)
+            is_bytes = isinstance(element.value, bytes)
+            size = len(element.value) if is_bytes else len("\\".join(map(str, np.atleast_1d(element.value)))) + 1
             for found in re.finditer(re.escape(tag), content):
-                size = len(element.value) if isinstance(element.value, bytes) else 40
-                free[found.end() : found.end() + 12 + size] = True
+                free[found.end() : found.end() + 8 + size] = True  # of the header 4 or 8 bytes
     return free
 
 
@@ -130,7 +133,7 @@ def change_metadata(content: bytes, rng: np.random.Generator) -> tuple[bytes, bo
     """Returns a copy with an element that is removed, has another value, or has more or fewer items."""
     while True:
         data = pydicom.dcmread(io.BytesIO(content))
-        candidates = list(elements(data))
+        candidates = [pair for pair in elements(data) if not pair[1].tag.is_private]
         if rng.integers(4):  # mostly those that describe images and places
             candidates = [pair for pair in candidates if pair[1].tag.group in (0x20, 0x28, 0x3004, 0x5200)]
         parent, element = candidates[rng.integers(len(candidates))]
