@@ -343,7 +343,12 @@ STACKS = {
     "slice 1 of 300 is missing at 0.05 mm": Stack(0.05, line(300, 1)),
     "slice 150 of 300 is missing at 0.1 mm": Stack(0.1, line(300, 150)),
     **{f"one slice is off along {step} mm": Stack(step, [0, 1, 2.2, 3, 4]) for step in (5, 1, 0.1, 0.05)},
-    **{f"one slice is off aside {step} mm": Stack(step, line(9), moved=(4, 0.2 * step)) for step in (5, 1, 0.1, 0.05)},
+    **{
+        f"slice {index} is off aside {step} mm": Stack(step, line(30), moved=(index, 0.2 * step))
+        for index in (0, 15, 29)
+        for step in (5, 1, 0.1, 0.05)
+    },
+    "leans by a quarter of a degree": Stack(1, line(2), tilt=0.25),
     "steps grow": Stack(1, [n * (1 + 0.0005 * n) for n in range(60)]),
     "steps grow, thin": Stack(0.05, [n * (1 + 0.0005 * n) for n in range(60)]),
     "two step sizes": Stack(1, [n + 0.008 * max(0, n - 50) for n in range(100)]),

@@ -320,7 +320,7 @@ def _frame_distance(image: _Image, name: str) -> dict[str, float]:
     return {} if said is None else {"z": said[0]}
 
 
-_TURN = 2e-3  # how far a normal is off that is computed from cosines of three decimals
+_SHARE = 0.01  # of the distance of slices: what is no matter
 
 
 def _positions(planes: Sequence[_Plane], name: str) -> np.ndarray:
@@ -355,22 +355,23 @@ def _distance(planes: Sequence[_Plane], name: str) -> float:
     """Returns the distance of planes, which have to lie one above the other, in order and evenly spaced.
 
     They may be off a line by a hundredth of the distance, or by what the rounding of positions explains, up to a tenth.
-    All are held to the same line, so small errors do not add up.
+    All are held to the same line, so small errors do not add up; a hundredth is also what it may lean, half a degree.
     """
     positions, normal = _positions(planes, name), _normal(planes, name)
     index = np.arange(len(planes)) - (len(planes) - 1) / 2
-    heights = positions @ normal
-    distance = (index @ heights) / (index @ index)
-    off = positions - positions.mean(0) - np.outer(distance * index, normal)  # [slices, 3]
+    heights, step = positions @ normal, index @ positions / (index @ index)  # [slices]; x, y, z from each to the next
+    distance = abs(step @ normal)
+    off = positions - positions.mean(0) - np.outer(index, step)  # [slices, 3]
     along = off @ normal
-    aside = np.linalg.norm(off - np.outer(along, normal), axis=1)
-    allowed = max(0.01 * abs(distance), min(2 * _rounding(positions), 0.1 * abs(distance)))
-    if distance == 0 or not (abs(along) <= allowed).all():
+    aside = np.linalg.norm(off - np.outer(along, normal), axis=1).max()
+    leaning = np.linalg.norm(step - (step @ normal) * normal)
+    allowed = max(_SHARE * distance, min(2 * _rounding(positions), 0.1 * distance))
+    if distance == 0 or abs(along).max() > allowed:
         steps = abs(np.diff(heights))
         raise ValueError(f"{name}: slices must be evenly spaced, distances are {steps.min():g} to {steps.max():g} mm")
-    if not (aside <= allowed + _TURN * abs(distance * index)).all():
+    if aside > allowed or leaning > _SHARE * distance + 2 * allowed / (len(planes) - 1):
         raise ValueError(f"{name}: slices must lie one above the other, each is moved aside (a tilted gantry)")
-    return float(abs(distance))
+    return float(distance)
 
 
 def _pixels(image: _Image) -> np.ndarray:
