@@ -531,6 +531,15 @@ def test_a_damaged_slice_is_not_left_out(tmp_path, slices, damage):
         dicom.open_series(folder).load()
 
 
+def test_a_damaged_slice_of_another_class_is_not_left_out(tmp_path):
+    folder = make_series(tmp_path / "s", line(5))
+    data = (folder / "00.dcm").read_bytes()
+    data = data.replace(CTImageStorage.encode(), b"1.2.840.10008.5.1.4.1.1.9", 1)  # in one of two places
+    (folder / "00.dcm").write_bytes(data[: data.index(b"\x28\0\x10\0US")])  # ends in front of Rows
+    with pytest.raises(ReadError, match=r"00\.dcm: ends before its image is described"):
+        dicom.open_series(folder)
+
+
 def test_what_may_lie_beside_slices(tmp_path):
     folder = make_series(tmp_path / "s", line(3))
     (folder / "sub").mkdir()

@@ -122,20 +122,26 @@ def _open_images(files: Sequence[Path], name: str) -> Iterator[_Image]:
     for file in files:
         with reading(file):
             heads.append(_read(file, _HEAD, stop_before_pixels=True))
-    classes = {_storage(head) for head in heads if "Rows" in head}
+    classes = {said for head in heads if "Rows" in head for said in _classes(head)}
     if not classes:
         raise ValueError(f"{name}: has no DICOM image")
     for file, head in zip(files, heads, strict=True):
         with reading(file):
             if "Rows" in head:
                 yield _describe(file, head)
-            elif _storage(head) in classes | {None}:  # else a report, a plan or the like
+            elif not _is_other(head, classes):
                 raise ValueError(f"{file}: ends before its image is described, is cut off")
 
 
-def _storage(head: Any) -> str | None:
-    """Returns which kind of object a file is said to have."""
-    return head.file_meta.get("MediaStorageSOPClassUID") or head.get("SOPClassUID")
+def _classes(head: Any) -> set[str | None]:
+    """Returns which class of object a file is said to be of, in both places where that is said."""
+    return {head.file_meta.get("MediaStorageSOPClassUID"), head.get("SOPClassUID")}
+
+
+def _is_other(head: Any, classes: set[str | None]) -> bool:
+    """Tells whether a file without an image is a report, a plan or the like, no damaged file of the images' classes."""
+    said = _classes(head)
+    return "DirectoryRecordSequence" in head or (len(said) == 1 and not said & (classes | {None}))
 
 
 _HEAD = 2**23  # bytes that are inflated at most to find the description of an image
