@@ -629,6 +629,13 @@ def test_a_config_sends_nobody_elsewhere(saved, tmp_path, kind):
     assert not trace.exists()
 
 
+def outcome(folder, weights):
+    try:
+        return "loaded" if same(load(folder), weights) else "other weights"
+    except ValueError as error:
+        return "damaged" if "is damaged" in str(error) else str(error)
+
+
 def test_what_is_hashed_is_what_is_loaded(saved, tmp_path):
     """While another process exchanges the weights and exchanges them back."""
     good, weights = (saved / "model.safetensors").read_bytes(), load_file(saved / "model.safetensors")
@@ -644,22 +651,16 @@ def test_what_is_hashed_is_what_is_loaded(saved, tmp_path):
             for data in (other, good):
                 (tmp_path / "next").write_bytes(data)
                 (tmp_path / "next").replace(folder / "model.safetensors")
+                done.wait(0.01)
 
     thread = threading.Thread(target=exchange)
     thread.start()
     try:
-        results = [attempt_only(folder, weights) for _ in range(20)]
+        results = [outcome(folder, weights) for _ in range(20)]
     finally:
         done.set()
         thread.join()
     assert set(results) <= {"loaded", "damaged"}
-
-
-def attempt_only(folder, weights):
-    try:
-        return "loaded" if same(load(folder), weights) else "other weights"
-    except ValueError as error:
-        return "damaged" if "is damaged" in str(error) else str(error)
 
 
 @pytest.mark.filterwarnings("ignore:nothing vouches")
