@@ -1,48 +1,32 @@
 """Weights in folders and on the Hugging Face Hub: saved whole, and loaded only if their every byte is what was saved.
 
 A saved folder holds ``model.safetensors``, a ``config.json`` that timm and transformers read, and a model card. The
-config has one key more than timm's, "rat_timm", with this package's version and the SHA-256 of the weights' file. It is
-compared whenever a model of this package loads from ``hf-hub:``, ``local-dir:`` or an entry's ``hf_hub_id``.
+config has one key more than timm's, "rat_timm", with this package's version and the SHA-256 of the weights' file, whose
+metadata hold a SHA-256 of the config. `rat_timm.checkpoints` compares both whenever a model of this package loads from
+``hf-hub:``, ``local-dir:`` or an entry's ``hf_hub_id``.
 """
 
 import copy
-import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import timm
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import safe_open
 from timm.models import PretrainedCfg
 from timm.models._hub import download_from_hf, load_cfg_from_json, save_config_for_hf
 from timm.models._input import get_model_args
 from torch import nn
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
+from .checkpoints import CONFIG, KEY, METADATA, WEIGHTS, Checkpoint, Place, config_digest, read
+
 README = "README.md"
-_KEY = "rat_timm"
-
-
-class Checkpoint(NamedTuple):
-    """Weights that are what they were when they were saved.
-
-    Attributes:
-        file: The safetensors file.
-        architecture: Name of the model; None if nothing tells.
-        pretrained_cfg: What was saved of timm's `PretrainedCfg`; empty if this package did not save it.
-        model_args: The model's keywords; empty for timm's own architectures.
-    """
-
-    file: Path
-    architecture: str | None
-    pretrained_cfg: dict[str, Any]
-    model_args: dict[str, Any]
 
 
 def save(
@@ -81,8 +65,11 @@ def save(
     with TemporaryDirectory(dir=folder) as name:  # nothing of a good folder is lost if saving fails
         new = Path(name)
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-        safetensors.torch.save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         config = _describe(model, new / CONFIG, label_names, data_config)
+        metadata = {"format": "pt", METADATA: config_digest(config)}
+        safetensors.torch.save_file(tensors, new / WEIGHTS, metadata=metadata)
+        with (new / WEIGHTS).open("rb") as stream:
+            config[KEY]["sha256"] = sha_fileobj(stream).hex()
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if not (folder / README).exists():
             _card(config, model_name or f"local-dir:{folder}", card_data, description).save(new / README)
@@ -165,30 +152,36 @@ def find(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Checkpoint 
     """Finds the weights that ``cfg`` names in a folder or on the Hub, downloads them if need be, and checks them.
 
     Returns:
-        The checkpoint, or None if ``cfg`` names another source (a URL, a state dict, a file that `save` did not write)
-        or none.
+        The checkpoint, or None if ``cfg`` names another source (a URL, a state dict, a file that `save` did not
+        write) or none.
 
     Raises:
-        ValueError: If the weights are not what was saved, or not safetensors.
+        ValueError: If weights or config are not what was saved, or not safetensors.
         FileNotFoundError: If there are none. Hub errors pass as they are.
     """
     if cfg.source == "local-dir":
-        return _check(Path(str(cfg.file)) / CONFIG, Path(str(cfg.file)) / WEIGHTS, str(cfg.file))
+        return read(_folder(Path(str(cfg.file))))
     if cfg.file and not cfg.state_dict and _is_saved(Path(cfg.file)):
-        return _check(Path(cfg.file).with_name(CONFIG), Path(cfg.file), cfg.file)
+        return read(_folder(Path(cfg.file).parent))
     named_elsewhere = cfg.state_dict or cfg.file
-    if not cfg.hf_hub_id or (named_elsewhere and cfg.source != "hf-hub"):
+    repo = cfg.hf_hub_id
+    if not repo or (named_elsewhere and cfg.source != "hf-hub"):
         return None
-    weights = cfg.hf_hub_filename or WEIGHTS
-    if not weights.endswith(".safetensors"):
-        raise ValueError(f"hf_hub_filename must name a safetensors file, got {weights!r}: pickles are not opened")
-    file = _download(cfg.hf_hub_id, weights, cache_dir)
-    return _check(_download(cfg.hf_hub_id, CONFIG, cache_dir), file, cfg.hf_hub_id, weights)
+    return read(Place(repo, lambda name: _download(repo, name, cache_dir)), cfg.hf_hub_filename or WEIGHTS)
+
+
+def _folder(folder: Path) -> Place:
+    return Place(str(folder), lambda name: folder / name if (folder / name).is_file() else None)
 
 
 def _is_saved(file: Path) -> bool:
+    if file.name != WEIGHTS or not file.is_file():
+        return False
     config = file.with_name(CONFIG)
-    return file.name == WEIGHTS and config.is_file() and _KEY in load_cfg_from_json(config)
+    if config.is_file() and KEY in load_cfg_from_json(config):
+        return True
+    with safe_open(file, "pt") as opened:
+        return METADATA in (opened.metadata() or {})
 
 
 def _download(repo: str, name: str, cache_dir: str | Path | None) -> Path | None:
@@ -196,39 +189,6 @@ def _download(repo: str, name: str, cache_dir: str | Path | None) -> Path | None
         return Path(download_from_hf(repo, name, cache_dir=cache_dir))
     except RemoteEntryNotFoundError:
         return None  # the Hub says that there is no such file; that it could not say is another error
-
-
-def _check(config_file: Path | None, file: Path | None, where: str, name: str = WEIGHTS) -> Checkpoint:
-    if file is None or not file.is_file():
-        raise FileNotFoundError(f"{where} has no {name}; pickled weights are not opened, save with rat_timm.hub")
-    config = load_cfg_from_json(config_file) if config_file and config_file.is_file() else {}
-    saved = config.get(_KEY, {})
-    blob = file.resolve().name
-    # the Hub's cache names large files by the SHA-256 that their repository states
-    expected = blob if re.fullmatch("[0-9a-f]{64}", blob) else None
-    if saved and name == WEIGHTS:
-        expected = saved.get("sha256", "none")
-    found = _sha256(file)
-    if expected not in (None, found):
-        raise ValueError(
-            f"{file} is damaged: its SHA-256 is {found}, but {where} states {expected}. Delete {file.resolve()} "
-            "and load again (or copy the folder again). Weights that were changed on purpose have to be saved with "
-            "rat_timm.hub.save."
-        )
-    args = {name: value for name, value in config.get("model_args", {}).items() if name != "num_classes"}
-    if not saved:
-        ours = str(config.get("architecture")).startswith(("rat_", "test_rat"))
-        return Checkpoint(file, config.get("architecture"), {}, args if ours else {})
-    description = {"label_names": config.get("label_names"), **config["pretrained_cfg"]}
-    return Checkpoint(file, config["architecture"], {**description, "num_classes": config["num_classes"]}, args)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _describe(
@@ -250,7 +210,7 @@ def _describe(
     axes = model.spatial_dims
     config["pretrained_cfg"]["input_size"] = [model.in_chans, *size[:1] * (axes - len(size)), *size[-axes:]]
     config["pretrained_cfg"]["first_conv"] = model.pretrained_cfg["first_conv"]
-    config[_KEY] = {"version": __version__, "sha256": _sha256(config_file.parent / WEIGHTS)}
+    config[KEY] = {"version": __version__}
     return config
 
 

@@ -1,12 +1,16 @@
 """Weights: what is pushed is what is loaded, or an error says why not."""
 
+import contextlib
+import copy
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,8 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import rat_timm
 from hub_server import Hub, Repo, environment, serving
@@ -74,6 +80,43 @@ def saved(tmp_path_factory):
 
 def files_of(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def load(folder, **kwargs):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+
+
+def same(model, weights):
+    state = model.state_dict()
+    return state.keys() == weights.keys() and all(torch.equal(state[name], value) for name, value in weights.items())
+
+
+def write(folder, config, weights, kind):
+    """Writes a folder as `hub.save` does now or did before its config was covered, or as transformers or timm do.
+
+    Digests go with what is written: nothing is damaged.
+    """
+    folder.mkdir(exist_ok=True)
+    config = {name: value for name, value in copy.deepcopy(config).items() if name != "rat_timm"}
+    metadata = {"format": "pt"}
+    if kind == "now":
+        config["rat_timm"] = {"version": "0.1.0"}
+        metadata["rat_timm.config_sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    save_file(weights, folder / "model.safetensors", metadata=metadata)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if kind in ("now", "before"):
+        config["rat_timm"] = {"version": "0.1.0", "sha256": digest}
+    if kind == "transformers":  # which keeps the digest of the weights that it started from
+        config |= {"rat_timm": {"version": "0.1.0", "sha256": "0" * 64}, "model_type": "timm_wrapper"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+KINDS = ("now", "before", "transformers", "timm")
 
 
 PUSH = """
@@ -411,3 +454,410 @@ def test_one_hub_id_in_an_entry_is_enough(tmp_path, monkeypatch):
     assert json.dumps(loaded.model_args()) == json.dumps(model.model_args())
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert loaded.pretrained_cfg["hf_hub_id"] == "me/published"
+
+
+EVENTS = {"open": 0, "socket.connect": 1, "socket.getaddrinfo": 0, "urllib.Request": 0}
+RECORDS = []
+
+
+def audit(event, args):
+    if event in EVENTS and RECORDS:
+        RECORDS[-1].append(args[EVENTS[event]])
+
+
+sys.addaudithook(audit)
+
+
+@contextlib.contextmanager
+def recorded():
+    """Gives the files that Python opens and the addresses that it asks meanwhile."""
+    RECORDS.append([])
+    try:
+        yield RECORDS[-1]
+    finally:
+        RECORDS.pop()
+
+
+def attempt(folder, weights, **kwargs):
+    """Returns what is wrong with a folder, or "loaded" if its weights are those; nothing outside it may be opened."""
+    with recorded() as opened:
+        try:
+            result = "loaded" if same(load(folder, **kwargs), weights) else "other weights"
+        except (ValueError, TypeError, KeyError, FileNotFoundError, RuntimeError) as error:
+            result = f"{type(error).__name__}: {error}"
+    assert opened
+    outside = [path for path in opened if not Path(path).resolve().is_relative_to(folder.resolve())]
+    assert not outside, result
+    return result
+
+
+def dicts_of(config):
+    """The dicts in a config and what they are called."""
+    return {name: config[name] if name else config for name in ("", "model_args", "pretrained_cfg", "rat_timm")}
+
+
+def changed(value):
+    """Returns something near to a value."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, str):
+        return value[:-1] + ("a" if value[-1:] != "a" else "b")
+    if isinstance(value, list):
+        return [changed(value[0]), *value[1:]]
+    return {}
+
+
+def test_every_key_of_a_config_is_covered(saved, tmp_path):
+    """Changed, removed, added and written otherwise: loading is refused, or right."""
+    weights, files, whole = load_file(saved / "model.safetensors"), files_of(saved), config_of(saved)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert attempt(tmp_path, weights) == "loaded"
+    tried = 0
+    for name, entries in dicts_of(whole).items():
+        for key in [*entries, "unheard_of"]:
+            for way in ("changed", "removed"):
+                config = copy.deepcopy(whole)
+                target = dicts_of(config)[name]
+                if way == "changed":
+                    target[key] = changed(target.get(key, "value"))
+                elif target.pop(key, None) is None and key not in entries:
+                    continue
+                (tmp_path / "config.json").write_text(json.dumps(config))
+                result = attempt(tmp_path, weights)
+                assert result.split(":")[0] in ("ValueError", "TypeError", "KeyError", "RuntimeError"), (name, key, way)
+                tried += 1
+    assert tried == 2 * sum(len(entries) for entries in dicts_of(whole).values()) + 4
+    (tmp_path / "config.json").write_text(json.dumps(dict(reversed(whole.items())), indent=8))
+    assert attempt(tmp_path, weights) == "loaded"
+
+
+def test_every_tensor_of_a_header_is_covered(saved, tmp_path):
+    """Renamed, retyped, reshaped, removed and added, as are the metadata: refused."""
+    data, weights = (saved / "model.safetensors").read_bytes(), load_file(saved / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert set(header) == {*weights, "__metadata__"}
+    changes = []
+    for name, entry in header.items():
+        rest = {key: value for key, value in header.items() if key != name}
+        changes.append(rest)
+        if name != "__metadata__":
+            changes += [
+                {**rest, f"{name}_": entry},
+                {**rest, name: {**entry, "shape": [1, *entry["shape"]]}},
+                {**rest, name: {**entry, "dtype": "I32"}},
+            ]
+    changes += [{**header, "new": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}]
+    changes += [{**header, "__metadata__": {"format": "pt", "rat_timm.config_sha256": value}} for value in ("", "0")]
+    for change in changes:
+        head = json.dumps(change).encode()
+        head += b" " * (-len(head) % 8)
+        file = len(head).to_bytes(8, "little") + head + data[8 + length :]
+        (tmp_path / "model.safetensors").write_bytes(file)
+        assert re.match("ValueError: .*model.safetensors is damaged", attempt(tmp_path, weights))
+    assert len(changes) == 4 * len(weights) + 4
+
+
+REDIRECTIONS = {
+    "model_args": {
+        "pretrained_cfg_overlay": {"url": "http://127.0.0.1:9/evil.pth"},
+        "pretrained_cfg": {"file": "evil.safetensors"},
+        "pretrained": True,
+        "features_only": True,
+        "feature_cls": "hook",
+        "out_indices": [0],
+        "kwargs_filter": ["spacing"],
+        "pruned": True,
+        "device": "meta",
+        "dtype": "float64",
+        "num_classes": 3,
+        "checkpoint_path": "evil.pth",
+        "cache_dir": "elsewhere",
+        "pretrained_strict": False,
+        "pretrained_model_args": {"spacing": 2.0},
+        "like": "resnet18",
+        "defaults": {"iters": 1},
+        "cfg": None,
+    },
+    "pretrained_cfg": {
+        "file": "evil.safetensors",
+        "url": "http://127.0.0.1:9/evil.pth",
+        "state_dict": {"a": 1},
+        "hf_hub_id": "me/evil",
+        "hf_hub_filename": "evil.safetensors",
+        "source": "hf-hub",
+        "architecture": "test_vit",
+        "custom_load": True,
+        "label_offset": 1,
+        "classifier": "stages.0",
+        "unheard_of": 1,
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:nothing vouches")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_sends_nobody_elsewhere(saved, tmp_path, kind):
+    """Whatever the digests say: only keywords of the model and preprocessing are taken from a config."""
+    weights, config, trace = load_file(saved / "model.safetensors"), config_of(saved), tmp_path / "trace"
+    plain = write(tmp_path / "plain", config, weights, kind)
+    assert attempt(plain, weights) == "loaded"
+    bad = write(tmp_path / "bad", config, weights, kind)
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, bad / "evil.safetensors")
+    (bad / "evil.pth").write_bytes(pickle.dumps(Bomb(trace)))
+    for part, redirections in REDIRECTIONS.items():
+        for key, value in redirections.items():
+            there = str(bad / value) if isinstance(value, str) and value.startswith("evil") else value
+            config = config_of(saved)
+            config[part][key] = there
+            write(bad, config, weights, kind)
+            result = attempt(bad, weights)
+            assert re.match(f"(ValueError|TypeError): .*{key}", result), (key, result)
+            for pretrained in (False, True):
+                overlay = {"pretrained_cfg_overlay": {"file": str(bad / "model.safetensors")}} if pretrained else {}
+                name = "test_rat" if pretrained else f"local-dir:{bad}"
+                if pretrained and kind == "timm":
+                    continue  # timm reads a file that nobody has described
+                if not pretrained and key in ("file", "source"):
+                    continue  # timm puts there where it has read the config; nothing is loaded
+                with pytest.raises((ValueError, TypeError), match=key):
+                    timm.create_model(name, pretrained=pretrained, **overlay)
+    assert not trace.exists()
+
+
+def outcome(folder, weights):
+    try:
+        return "loaded" if same(load(folder), weights) else "other weights"
+    except ValueError as error:
+        return "damaged" if "is damaged" in str(error) else str(error)
+
+
+def test_what_is_hashed_is_what_is_loaded(saved, tmp_path):
+    """While another process exchanges the weights and exchanges them back."""
+    good, weights = (saved / "model.safetensors").read_bytes(), load_file(saved / "model.safetensors")
+    evil = tmp_path / "evil"
+    save_file({name: value + 1 for name, value in weights.items()}, evil, metadata={"format": "pt"})
+    other, folder, done = evil.read_bytes(), tmp_path / "model", threading.Event()
+    folder.mkdir()
+    (folder / "config.json").write_bytes((saved / "config.json").read_bytes())
+    (folder / "model.safetensors").write_bytes(good)
+
+    def exchange():
+        while not done.is_set():
+            for data in (other, good):
+                (tmp_path / "next").write_bytes(data)
+                (tmp_path / "next").replace(folder / "model.safetensors")
+                done.wait(0.01)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        results = [outcome(folder, weights) for _ in range(20)]
+    finally:
+        done.set()
+        thread.join()
+    assert set(results) <= {"loaded", "damaged"}
+
+
+@pytest.mark.filterwarnings("ignore:nothing vouches")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("depths", [10**6, 1, 1, 1], "asks for 1000003 layers"),
+        ("depths", [1] * 40, "asks for .* channels"),
+        ("stem_kernel_size", [3] * 10**5, "asks for 100000 layers"),
+        ("embed_dim", [10**6, 64, 64, 128], "asks for 1000000 channels"),
+        ("embed_dim", 10**18, "asks for .* channels"),
+        ("mlp_ratio", 1e6, "differ in the shapes of"),
+        ("reg_tokens", 10**8, "numbers, its weights hold"),
+        ("in_chans", 10**6, "differ in the shapes of"),
+    ],
+)
+def test_a_config_makes_no_more_than_its_weights_hold(saved, tmp_path, kind, key, value, message):
+    config = config_of(saved)
+    config["model_args"][key] = value
+    if key == "depths" and len(value) > 4:
+        config["model_args"]["embed_dim"] = 32  # which doubles from stage to stage
+    write(tmp_path / "large", config, load_file(saved / "model.safetensors"), kind)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "large")
+
+
+@pytest.mark.filterwarnings("ignore:nothing vouches")
+def test_a_config_of_a_vit_makes_no_more_than_its_weights_hold(tmp_path):
+    hub.save(timm.create_model("apvit_tiny_patch16_224", depth=1, num_classes=2), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for key, value in {"depth": 10**6, "embed_dim": 3 * 10**6, "img_size": [10**5, 10**5]}.items():
+        config = config_of(tmp_path)
+        config["model_args"][key] = value
+        write(tmp_path / "large", config, weights, "timm")
+        with pytest.raises(ValueError, match=r"is damaged: its config\.json"):
+            load(tmp_path / "large")
+
+
+def test_folders_from_before_the_config_was_covered_load(saved, tmp_path):
+    """Written here as `hub.save` wrote them: the config has a digest of the weights, and these none of the config."""
+    weights = load_file(saved / "model.safetensors")
+    folder = write(tmp_path / "before", config_of(saved), weights, "before")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert config_of(folder)["rat_timm"].keys() == {"version", "sha256"}
+    assert attempt(folder, weights) == "loaded"
+    data = (folder / "model.safetensors").read_bytes()
+    for place in places_of_tensors(folder / "model.safetensors")[::10]:
+        (folder / "model.safetensors").write_bytes(flip(data, place))
+        assert "is damaged" in attempt(folder, weights)
+    (folder / "model.safetensors").write_bytes(data)
+    for emptied in ({}, None, [], {"version": "0.1.0"}, {"sha256": ""}):
+        (folder / "config.json").write_text(json.dumps(config_of(folder) | {"rat_timm": emptied}))
+        assert "is damaged" in attempt(folder, weights)
+    for missing in ({}, {"rat_timm": {"sha256": "0" * 64}}):  # neither does one mend the other
+        rest = {key: value for key, value in config_of(saved).items() if key != "rat_timm"}
+        config = rest | missing
+        (saved_copy := tmp_path / "copy").mkdir(exist_ok=True)
+        (saved_copy / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+        (saved_copy / "config.json").write_text(json.dumps(config))
+        assert "is damaged" in attempt(saved_copy, weights)
+        overlay = {"file": str(saved_copy / "model.safetensors")}
+        with pytest.raises(ValueError, match="is damaged"):
+            timm.create_model("test_rat", pretrained=True, pretrained_cfg_overlay=overlay)
+    (saved_copy / "config.json").unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        timm.create_model("test_rat", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_what_transformers_trained_loads_and_a_flipped_byte_of_ours_does_not(saved, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = transformers.AutoModelForImageClassification.from_pretrained(saved)
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 10} for i in range(8)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, save_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    trained = model.timm_model.state_dict()
+    assert not same(load(saved), trained)
+    for folder in (tmp_path / "run" / "checkpoint-2", tmp_path / "final"):
+        assert "rat_timm" in config_of(folder)
+        with pytest.warns(UserWarning, match="nothing vouches for the weights in .*transformers"):
+            assert same(load(folder), trained)
+    ours = files_of(saved)
+    weights = ours["model.safetensors"]
+    for file, data in {**ours, "model.safetensors": flip(weights, len(weights) - 5)}.items():
+        (tmp_path / "final" / file).write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        load(tmp_path / "final")
+
+
+@pytest.fixture
+def sharded(saved, tmp_path):
+    """What transformers writes of large models."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForImageClassification.from_pretrained(saved)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    assert not (tmp_path / "sharded" / "model.safetensors").exists()
+    return tmp_path / "sharded"
+
+
+def test_shards_load(saved, sharded):
+    weights = load_file(saved / "model.safetensors")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    with pytest.warns(UserWarning, match="nothing vouches"):
+        assert attempt(sharded, weights) == "loaded"
+
+
+@pytest.mark.filterwarnings("ignore:nothing vouches")
+def test_an_index_names_what_lies_beside_it(saved, sharded, tmp_path):
+    weights = load_file(saved / "model.safetensors")
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    tensor, shard = next(iter(index["weight_map"].items()))
+    (tmp_path / "outside.safetensors").write_bytes((sharded / shard).read_bytes())
+    (sharded / "in").mkdir()
+    (sharded / "in" / "side.safetensors").write_bytes((sharded / shard).read_bytes())
+    other = next(name for name in index["weight_map"].values() if name != shard)
+    places = ["../outside.safetensors", str(tmp_path / "outside.safetensors"), "in/side.safetensors"]
+    for name in (*places, "in\\side.safetensors", "pytorch_model.bin", "missing.safetensors", "", None, 3, other):
+        moved = {key: name if value == shard else value for key, value in index["weight_map"].items()}
+        for weight_map in (moved, index["weight_map"] | {tensor: name}):
+            (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+            assert re.match("(ValueError|FileNotFoundError): ", attempt(sharded, weights)), name
+    lacking = {key: value for key, value in index["weight_map"].items() if key != tensor}
+    for content in ({}, [], {"weight_map": {}}, {"weight_map": [shard]}, {"weight_map": lacking}):
+        (sharded / "model.safetensors.index.json").write_text(json.dumps(content))
+        assert "is damaged" in attempt(sharded, weights)
+
+
+def test_an_index_does_not_stand_in_for_weights_with_a_digest(saved, sharded):
+    (sharded / "config.json").write_bytes((saved / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+        load(sharded)
+
+
+ELSEWHERE = """
+import warnings
+warnings.simplefilter("ignore")
+opened, asked = [], []
+def audit(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+        opened.append(os.fsdecode(args[0]))
+    elif event == "socket.connect":
+        asked.append(args[1])
+    elif event == "socket.getaddrinfo":
+        asked.append(args[:2])
+sys.addaudithook(audit)
+results = {"plain": attempt("hf-hub:me/plain-again")}
+opened.clear()
+for name in json.loads(os.environ["NAMES"]):
+    results[name] = attempt(f"hf-hub:me/{name}")
+    overlay = {"hf_hub_id": f"me/{name}"}
+    results[f"{name}, overlay"] = attempt("test_rat", pretrained_cfg_overlay=overlay)
+files = [path for path in opened if path.endswith((".safetensors", ".pth", ".bin", ".json"))]
+print(json.dumps([results, files, sorted({str(address) for address in asked})]))
+"""
+
+
+def test_a_repository_sends_nobody_elsewhere(server, saved, sharded, tmp_path):
+    """Nothing but the Hub is asked, and of it nothing but config and weights."""
+    weights, whole = load_file(saved / "model.safetensors"), config_of(saved)
+    evil = tmp_path / "evil.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, evil)
+    put(server, "me/plain-again", files_of(saved))
+    bad = {"me/sharded": files_of(sharded)}
+    shards = [name for name in bad["me/sharded"] if name.endswith(".safetensors")]
+    bad["me/flipped"] = bad["me/sharded"]
+    server.tampered["me/flipped", shards[0]] = flip(bad["me/sharded"][shards[0]], 2000)
+    keys = {("pretrained_cfg", key) for key in ("file", "url", "hf_hub_id", "hf_hub_filename", "label_offset")}
+    keys |= {("model_args", key) for key in ("pretrained_cfg_overlay", "features_only")}
+    for part, key in keys:
+        for kind in ("now", "transformers"):
+            config = copy.deepcopy(whole)
+            config[part][key] = REDIRECTIONS[part][key]
+            if key == "file":
+                config[part][key] = str(evil)
+            folder = write(tmp_path / f"{kind}-{key}", config, weights, kind)
+            bad[f"me/{kind}-{key}"] = files_of(folder) | {"evil.safetensors": evil.read_bytes()}
+    for name, files in bad.items():
+        put(server, name, files)
+    before = len(server.requests)
+    names = [name.removeprefix("me/") for name in bad]
+    results, files, asked = client(server, tmp_path, ELSEWHERE, NAMES=json.dumps(names))
+    assert results.pop("plain") == results.pop("sharded") == results.pop("sharded, overlay") == "loaded"
+    assert "is damaged" in results.pop("flipped")
+    assert "is damaged" in results.pop("flipped, overlay")
+    assert len(results) == 2 * 2 * len(keys)
+    for name, error in results.items():
+        key = re.search("(?:now|transformers)-([a-z_]+)", name)[1]
+        assert re.match(f"(ValueError|TypeError): .*{key}", error), name
+    assert files
+    assert all(Path(path).resolve().is_relative_to(tmp_path / "home") for path in files)
+    port = server.url.rsplit(":", 1)[1]
+    assert asked
+    assert all("127.0.0.1" in address and port in address for address in asked)
+    assert not [request for request in server.requests[before:] if "evil" in request]

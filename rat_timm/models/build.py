@@ -1,6 +1,8 @@
 """Making a model for timm: weights that are what they should be, and images with any number of axes."""
 
 import dataclasses
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +11,15 @@ from timm.models._builder import pretrained_cfg_for_features
 from torch import nn
 
 from .. import hub
+from ..checkpoints import CONFIG, Checkpoint
+from .convert import unwrap
 from .features import RatFeatures
 
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+_WHERE = (*_SOURCES, "hf_hub_filename", "source")
+# of timm's `PretrainedCfg`, what says where weights are, of what, or how to alter them
+_NOT_OF_CONFIGS = (*_WHERE, "architecture", "custom_load", "label_offset")
+_RUNTIME = ("self", "cfg", "device", "dtype")
 
 
 def build(
@@ -29,8 +37,9 @@ def build(
 ) -> nn.Module:
     """Does what timm's ``build_model_with_cfg`` does, and three things more.
 
-    Weights from folders and the Hub are checked (`rat_timm.hub`); what was saved with them stands in for what is not
-    given, also where an overlay names the repository; and an input size may have any number of axes.
+    Weights from folders and the Hub are checked (`rat_timm.checkpoints`), and of their config.json only the model's
+    keywords and timm's preprocessing are taken; what was saved with them stands in for what is not given, also where
+    an overlay names the repository; and an input size may have any number of axes.
 
     Args:
         model_cls: The class.
@@ -46,29 +55,31 @@ def build(
         **kwargs: Of ``timm.create_model``.
 
     Raises:
-        ValueError: If weights are damaged, or another model's.
+        ValueError: If weights are damaged, or another model's, or their config.json asks for anything else than a model
+            of their size.
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
-    cfg = _resolve(variant, kwargs.pop("pretrained_cfg", None), overlay)
+    given = kwargs.pop("pretrained_cfg", None)
+    cfg = _resolve(variant, given, overlay)
+    handed = _handed_by_timm(variant, given, kwargs)
+    if handed:
+        _check_config(handed, variant, model_cls, model_cfg)
     found = hub.find(cfg, kwargs.get("cache_dir")) if pretrained else None
     source = cfg
     if found:
-        if found.architecture not in (None, variant, like):
-            raise ValueError(f"{cfg.hf_hub_id or cfg.file} holds weights of {found.architecture}, not of {variant}")
+        found = _accept(found, handed, variant, like, model_cls, model_cfg, defaults or {})
         if cfg.source is None:  # else timm has read what was saved
             cfg = _as_saved(cfg, found.pretrained_cfg, overlay)
         kwargs = {"pretrained_model_args": found.model_args, **found.model_args, **kwargs}
-        # timm reads a file with custom_load as the original format, which is not what its Hub holds
-        source = dataclasses.replace(cfg, file=str(found.file), source=None, custom_load=False)
+        source, filter_fn = _loaded(cfg, found, filter_fn)
     elif _is_entry(variant, cfg):
         kwargs.setdefault("pretrained_model_args", entry_args)
-    model = build_model_with_cfg(
+    model = _make(
         model_cls,
         variant,
         pretrained,
-        # timm asserts that an input size has three numbers; a volume has four
-        pretrained_cfg=dataclasses.replace(source, input_size=cfg.input_size[:3]),
-        model_cfg=model_cfg,
+        dataclasses.replace(source, input_size=cfg.input_size),
+        model_cfg,
         pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": feature_indices, "feature_cls": RatFeatures},
         **{**(defaults or {}), **kwargs},
@@ -76,6 +87,136 @@ def build(
     model._model_args = dict(found.model_args) if found else {}  # timm adds what is given, and saves both
     _describe(model, cfg)
     return model
+
+
+def _make(
+    model_cls: type[nn.Module], variant: str, pretrained: bool, cfg: PretrainedCfg, model_cfg: Any, **kwargs: Any
+) -> Any:
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        # timm asserts that an input size has three numbers; a volume has four
+        pretrained_cfg=dataclasses.replace(cfg, input_size=cfg.input_size[:3]),
+        model_cfg=model_cfg,
+        **kwargs,
+    )
+
+
+def _handed_by_timm(variant: str, given: Any, kwargs: dict[str, Any]) -> Checkpoint | None:
+    """Returns what timm has read of a config.json before it called the entry point, None if it has not."""
+    args = kwargs.get("pretrained_model_args")
+    source = given.get("source") if isinstance(given, dict) else None
+    if args is None or source not in ("local-dir", "hf-hub"):
+        return None
+    where = "file" if source == "local-dir" else "hf_hub_id"
+    read = {name: value for name, value in given.items() if name not in (where, "source")}
+    return Checkpoint(given[where], {}, variant, read, args)
+
+
+def _without_sources(described: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in described.items() if name not in _WHERE}
+
+
+def _check_config(found: Checkpoint, variant: str, model_cls: type[nn.Module], model_cfg: Any) -> None:
+    """Raises ``ValueError`` unless a config.json holds the model's keywords and timm's preprocessing alone."""
+    where, described, args = f"{found.where}/{CONFIG}", found.pretrained_cfg, found.model_args
+    allowed = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(_NOT_OF_CONFIGS)
+    refused = sorted(name for name, value in described.items() if value and name not in allowed)
+    if refused:
+        raise ValueError(f"pretrained_cfg in {where} must tell preprocessing alone, got {refused}")
+    unknown = sorted(args.keys() - _keywords(model_cls, model_cfg))
+    if unknown:
+        raise ValueError(f"model_args in {where} must be keywords of {model_cls.__name__}, got {unknown}")
+    classes = described.get("num_classes")
+    if args.get("num_classes", classes) != classes:
+        raise ValueError(f"num_classes in {where} must be one number, got {args['num_classes']} and {classes}")
+    classifiers = (None, _resolve(variant, None, {}).classifier)
+    if described.get("classifier") not in classifiers:
+        raise ValueError(f"classifier in {where} must be one of {classifiers}, got {described['classifier']!r}")
+
+
+def _keywords(model_cls: type[nn.Module], model_cfg: Any) -> set[str]:
+    """Returns the names of the constructor's keywords, with its bases' and those of the fields of its config."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    signatures = [inspect.signature(cls.__init__) for cls in model_cls.__mro__]  # type: ignore[misc]
+    names = {name for signature in signatures for name, p in signature.parameters.items() if p.kind in kinds}
+    fields = dataclasses.fields(model_cfg) if dataclasses.is_dataclass(model_cfg) else ()
+    return names.union(field.name for field in fields).difference(_RUNTIME)
+
+
+def _accept(
+    found: Checkpoint,
+    handed: Checkpoint | None,
+    variant: str,
+    like: str | None,
+    model_cls: type[nn.Module],
+    model_cfg: Any,
+    defaults: dict[str, Any],
+) -> Checkpoint:
+    """Returns a checkpoint with what may be taken of its config: nothing if it is of timm's own architecture.
+
+    Raises:
+        ValueError: If it is another model's, its config holds what it must not, or its weights do not go with it.
+    """
+    if found.architecture not in (None, variant, like):
+        raise ValueError(f"{found.where} holds weights of {found.architecture}, not of {variant}")
+    if found.architecture != variant:
+        return found._replace(pretrained_cfg={}, model_args={})
+    _check_config(found, variant, model_cls, model_cfg)
+    described = _without_sources(found.pretrained_cfg)
+    if handed and (_without_sources(handed.pretrained_cfg), handed.model_args) != (described, found.model_args):
+        raise ValueError(f"{found.where}/{CONFIG} changed while it was read: load again")
+    args = {name: value for name, value in found.model_args.items() if name != "num_classes"}
+    found = found._replace(pretrained_cfg={"label_names": None, **described}, model_args=args)
+    _check_bounds(found, {**(vars(model_cfg) if model_cfg else {}), **defaults})
+    saved = _as_saved(PretrainedCfg(architecture=variant), found.pretrained_cfg, {})
+    _check_size(found, _make(model_cls, variant, False, saved, model_cfg, **{**defaults, **args, "device": "meta"}))
+    return found
+
+
+def _check_bounds(found: Checkpoint, defaults: dict[str, Any]) -> None:
+    """Raises ``ValueError`` if a config asks for more layers or wider ones than weights of that size can hold.
+
+    Making those would take long, even on the meta device.
+    """
+    args = {**defaults, **found.model_args}
+    depths, widths = (_integers(args.get(name)) for name in ("depths", "embed_dim"))
+    lists = [len(value) for value in args.values() if isinstance(value, list)]
+    layers = max([sum(depths), *_integers(args.get("depth")), *lists])
+    width = max(widths, default=0) << (len(depths) - 1 if len(widths) == 1 < len(depths) else 0)  # see `RatConfig`
+    held = sum(value.numel() for value in found.state_dict.values())
+    for asked, what, most in ((layers, "layers", len(found.state_dict)), (width, "channels", math.isqrt(held))):
+        if asked > most:
+            raise ValueError(
+                f"{found.where} is damaged: its {CONFIG} asks for {asked} {what}, but its weights, {held} numbers in "
+                f"{len(found.state_dict)} tensors, make {most} at most"
+            )
+
+
+def _integers(value: Any) -> list[int]:
+    return [n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, int)]
+
+
+def _check_size(found: Checkpoint, expected: nn.Module) -> None:
+    """Raises ``ValueError`` unless weights have the shapes that their config makes, on the meta device."""
+    shapes = {name: value.shape for name, value in unwrap(found.state_dict).items()}
+    wanted = {name: value.shape for name, value in expected.state_dict().items()}
+    different = sorted(name for name in shapes.keys() & wanted.keys() if shapes[name] != wanted[name])
+    if different:
+        raise ValueError(f"{found.where} is damaged: its {CONFIG} and its weights differ in the shapes of {different}")
+    held, made = (sum(math.prod(shape) for shape in sizes.values()) for sizes in (shapes, wanted))
+    if made > 2 * held:  # less may be missing, or under another name, which the filter tells
+        raise ValueError(f"{found.where} is damaged: its {CONFIG} makes {made} numbers, its weights hold {held}")
+
+
+def _loaded(
+    cfg: PretrainedCfg, found: Checkpoint, filter_fn: Callable[..., Any]
+) -> tuple[PretrainedCfg, Callable[..., Any]]:
+    """Returns a cfg and a filter by which timm takes what was read; in the cfg itself it would copy every tensor."""
+    held: dict[str, Any] = {**dict.fromkeys(_WHERE), "state_dict": dict.fromkeys(found.state_dict)}
+    # timm reads a file with custom_load as the original format, which is not what its Hub holds
+    return dataclasses.replace(cfg, **held, custom_load=False), lambda _, model: filter_fn(found.state_dict, model)
 
 
 def _as_saved(cfg: PretrainedCfg, saved: dict[str, Any], overlay: dict[str, Any]) -> PretrainedCfg:
@@ -105,7 +246,7 @@ def entries_of(arch: str, variant: str) -> dict[str, dict[str, Any]]:
 def _resolve(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> PretrainedCfg:
     if any(overlay.get(name) for name in _SOURCES):
         # what the entry names must not come before what the overlay names
-        overlay = dict.fromkeys((*_SOURCES, "hf_hub_filename", "source")) | overlay
+        overlay = dict.fromkeys(_WHERE) | overlay
     return resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
 
 
