@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from rat_timm import data as rat_data
+from rat_timm.data.errors import ReadError
 
 pytest.importorskip("jsonargparse")
 pytest.importorskip("torchmetrics")
@@ -314,7 +315,7 @@ def test_a_damaged_file_is_named(finetune, tmp_path, name):
         (tmp_path / folder).mkdir(parents=True)
     write_damaged(tmp_path / "train" / "one", name)
     config = finetune.Config(tmp_path / "run", data=str(tmp_path), spacing=[1.0, 1.0], batch_size=1, workers=0)
-    with pytest.raises(rat_data.errors.ReadError, match=f"^{tmp_path / 'train' / 'one' / name}: "):
+    with pytest.raises(ReadError, match=f"^{tmp_path / 'train' / 'one' / name}: "):
         finetune.train(config)
 
 
