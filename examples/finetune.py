@@ -23,6 +23,7 @@ import torch
 from finetune_config import Config, remember
 from finetune_data import Augmented, open_data
 from finetune_engines import Checkpoints, Engine, create_engine
+from finetune_processes import count, locked, rank
 from rich.progress import Progress
 from timm.scheduler import create_scheduler_v2
 from torch import distributed as dist
@@ -52,7 +53,8 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
     Returns:
         The share of the validation data that the trained model gets right.
     """
-    with _processes(config):
+    with _processes(config), locked(config.output):
+        remember(config, write=False)
         torch.manual_seed(config.seed)
         training, validation, classes = open_data(config)
         model = timm.create_model(
@@ -64,7 +66,7 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
         engine = create_engine(model, config)
         accuracy = _Trainer(config, engine, augmented, held_out, len(classes), report).run()
         weights = engine.weights()  # every process has a part in it
-        if _rank() == 0:
+        if rank() == 0:
             model = timm.create_model(config.model, num_classes=len(classes), **config.model_args)
             model.load_state_dict(weights)
             hub.save(model, config.output / "model", label_names=classes)
@@ -79,8 +81,8 @@ def _processes(config: Config) -> Iterator[None]:
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if config.batch_size % _count():
-        raise ValueError(f"batch_size must be a multiple of the {_count()} processes, got {config.batch_size}")
+    if config.batch_size % count():
+        raise ValueError(f"batch_size must be a multiple of the {count()} processes, got {config.batch_size}")
     try:
         yield
     finally:
@@ -88,19 +90,11 @@ def _processes(config: Config) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def _mean(value: torch.Tensor) -> float:
     """Returns the mean over the processes."""
     if dist.is_initialized():
         dist.all_reduce(value)
-    return float(value) / _count()
+    return float(value) / count()
 
 
 class _Trainer:
@@ -120,9 +114,9 @@ class _Trainer:
         report: Callable[[dict[str, float]], None],
     ) -> None:
         self.config, self.engine, self.training, self.report = config, engine, training, report
-        self.held_out = DistributedSampler(validation, _count(), _rank(), shuffle=False)
+        self.held_out = DistributedSampler(validation, count(), rank(), shuffle=False)
         self.evaluation = self._loader(validation, list(BatchSampler(self.held_out, self._share, drop_last=False)))
-        self.order = DistributedSampler(training, _count(), _rank(), seed=config.seed, drop_last=True)
+        self.order = DistributedSampler(training, count(), rank(), seed=config.seed, drop_last=True)
         self.steps = len(training) // config.batch_size  # per epoch
         if not self.steps:
             raise ValueError(f"batch_size must be at most the {len(training)} samples, got {config.batch_size}")
@@ -135,15 +129,18 @@ class _Trainer:
             updates_per_epoch=self.steps,
         )
         self.accuracy = MulticlassAccuracy(num_classes, average="micro").to(config.device)
-        remember(config, write=_rank() == 0)
+        remember(config, write=rank() == 0)
         self.checkpoints = Checkpoints(config.output / "checkpoints")
         self.step = self.checkpoints.load_last(engine)
-        self.writer = SummaryWriter(config.output, purge_step=self.step + 1) if _rank() == 0 else None
+        done = -(-self.step // self.steps)
+        if config.epochs < done:
+            raise ValueError(f"epochs must be at least the {done} begun in {config.output}, got {config.epochs}")
+        self.writer = SummaryWriter(config.output, purge_step=self.step + 1) if rank() == 0 else None
 
     def run(self) -> float:
         """Trains the epochs that are left; returns the last accuracy."""
         accuracy = self._evaluate() if self.step == self.config.epochs * self.steps else 0.0
-        with Progress(disable=_rank() > 0) as progress:
+        with Progress(disable=rank() > 0) as progress:
             bar = progress.add_task(self.config.model, total=self.config.epochs * self.steps, completed=self.step)
             for epoch in range(self.step // self.steps, self.config.epochs):
                 for batch in self._batches(epoch):
@@ -158,7 +155,7 @@ class _Trainer:
 
     @property
     def _share(self) -> int:
-        return self.config.batch_size // _count()
+        return self.config.batch_size // count()
 
     def _batches(self, epoch: int) -> DataLoader:
         """Returns this process's batches of an epoch, without those that are done."""
@@ -175,7 +172,7 @@ class _Trainer:
 
     def _train_step(self, batch: Batch) -> float:
         self.scheduler.step_update(self.step)
-        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.step, _rank()]).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.step, rank()]).generate_state(1)[0]))
         loss = _mean(self.engine.step(batch.to(self.config.device, non_blocking=True)))
         self.step += 1
         if self.writer is not None:
@@ -189,15 +186,15 @@ class _Trainer:
     def _evaluate(self) -> float:
         """Returns the share of the validation data that is right, each sample counted once."""
         self.accuracy.reset()
-        place, count = _rank(), len(self.held_out.dataset)
+        place, samples = rank(), len(self.held_out.dataset)
         for batch in self.evaluation:
             batch = batch.to(self.config.device)
             logits = self.engine.predict(batch)
-            places = place + _count() * torch.arange(len(logits))  # the last ones may be repeats of the first
-            new = places < count
+            places = place + count() * torch.arange(len(logits))  # the last ones may be repeats of the first
+            new = places < samples
             if new.any():
                 self.accuracy.update(logits[new].float(), batch.target[new])
-            place += _count() * len(logits)
+            place += count() * len(logits)
         accuracy = float(self.accuracy.compute())
         if self.writer is not None:
             self.writer.add_scalar("validation/accuracy", accuracy, self.step)

@@ -11,6 +11,8 @@ import yaml
 # may change when training goes on: what changes no step, and the epochs, to train longer (the schedule stretches)
 FREE = ("output", "epochs", "compile", "device", "workers", "checkpoint_every")
 
+BEGAN = "config.yaml"  # the config that training began with, in the output
+
 
 @dataclasses.dataclass
 class Config:
@@ -26,6 +28,8 @@ class Config:
         spacing: Pixel size (y, x) of pictures (PNG, JPEG), which do not say it, in the unit.
         unit: Unit of the pixel sizes, which is that of the model's reference spacing.
         assumed_unit: Unit of the pixel sizes of files that have numbers and no unit; else they are an error.
+        skip_unreadable: Whether to train without files that cannot be read, rather than stop at the first one. All are
+            tried before training begins; those that it leaves out are listed in the output.
         intensity: "model" scales integers to 0..1 and uses the model's mean and deviation; "sample" uses each sample's.
         scale: Least and largest share of an image that a training crop keeps.
         flip: Whether to flip training crops along each axis, half of the time.
@@ -58,6 +62,7 @@ class Config:
     spacing: list[float] | None = None
     unit: str = "um"
     assumed_unit: str | None = None
+    skip_unreadable: bool = False
     intensity: Literal["model", "sample"] = "model"
     scale: tuple[float, float] = (0.6, 1.0)
     flip: bool = False
@@ -90,12 +95,13 @@ def remember(config: Config, write: bool) -> None:
     """Compares a config with the one that training began with; writes it if there is none.
 
     Raises:
-        ValueError: If it differs in what would change the training that it is to go on with.
+        ValueError: If it differs in what would change the training that it is to go on with, or the one that training
+            began with cannot be read.
     """
-    file = config.output / "config.yaml"
+    file = config.output / BEGAN
     text = json.dumps(dataclasses.asdict(config), default=str, indent=2)  # which is YAML, and has no tuples
     if file.exists():
-        given, began = yaml.safe_load(text), yaml.safe_load(file.read_text())
+        given, began = yaml.safe_load(text), _read(file)
         changed = sorted(name for name in given if name not in FREE and given[name] != began.get(name))
         if changed:
             raise ValueError(f"{', '.join(changed)} must be as in {file}, or output another folder")
@@ -104,3 +110,13 @@ def remember(config: Config, write: bool) -> None:
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(text)
         unfinished.rename(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        began = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: is damaged: {error}") from error
+    if not isinstance(began, dict):
+        raise ValueError(f"{file}: must hold the config that training began with, got {began!r}")
+    return began

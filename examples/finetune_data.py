@@ -1,20 +1,24 @@
 """What `finetune.py` trains on: folders of images and volumes with their pixel size, and handwritten digits."""
 
-from collections.abc import Callable
+import json
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from finetune_config import Config
+from finetune_config import BEGAN, Config
+from finetune_processes import count, gather, on_first, rank
 from PIL import Image
 from pretrain_test_weights import digits, draw, poses, spacing_of
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from rat_timm.data import Sample, read
+from rat_timm.data.errors import ReadError, reading
 from rat_timm.data.readers import is_readable
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # formats that do not say how large a pixel is
@@ -43,15 +47,68 @@ class Folder(DatasetFolder):
     def load(self, path: str) -> Sample:
         """Reads an image."""
         if not path.lower().endswith(PICTURES):
-            scan = read(path, self.config.unit, assumed_unit=self.config.assumed_unit)
+            with reading(path):
+                scan = read(path, self.config.unit, assumed_unit=self.config.assumed_unit)
             return Sample(scan.pixels, torch.tensor(scan.spacing))
         if self.config.spacing is None:
             raise ValueError(f"{path}: does not say how large a pixel is: give --spacing")
-        return Sample(read_picture(path), torch.tensor(self.config.spacing, dtype=torch.float32))
+        with reading(path):
+            picture = read_picture(path)
+        return Sample(picture, torch.tensor(self.config.spacing, dtype=torch.float32))
 
     def __getitem__(self, index: int) -> Sample:
         sample, target = super().__getitem__(index)
         return sample._replace(target=target)
+
+
+class _Trial(Dataset):
+    """Why each of a folder's files cannot be read; an empty string for those that can."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.folder[index]
+        except ReadError as error:
+            return str(error)
+        return ""
+
+
+def leave_out_unreadable(folders: Sequence[Folder], config: Config) -> None:
+    """Leaves out what cannot be read, with a warning.
+
+    What that is is decided once, before training begins, and kept in the output: a file that can be read again, or no
+    longer, must not change which samples the steps have.
+    """
+    file = config.output / "unreadable.json"
+    began = on_first(lambda: (config.output / BEGAN).exists())
+    unreadable = on_first(lambda: _read_list(file)) if began else _try_all(folders, config.workers)
+    if rank() == 0 and not began:
+        file.write_text(json.dumps(unreadable, indent=2))
+    if rank() == 0 and unreadable:
+        warnings.warn("\n".join(["cannot be read and are left out:", *unreadable.values()]), stacklevel=2)
+    for folder in folders:
+        folder.samples = [sample for sample in folder.samples if sample[0] not in unreadable]
+
+
+def _read_list(file: Path) -> dict[str, str]:
+    with reading(file):
+        return json.loads(file.read_text())
+
+
+def _try_all(folders: Sequence[Folder], workers: int) -> dict[str, str]:
+    """Reads all files, each in one of the processes; returns why some cannot be read."""
+    failures = []
+    for folder in folders:
+        mine = range(rank(), len(folder), count())
+        chance = torch.Generator()  # its own: weights are drawn after this
+        reasons = DataLoader(_Trial(folder), None, sampler=mine, num_workers=workers, generator=chance)
+        failures += [(folder.samples[index][0], reason) for index, reason in zip(mine, reasons, strict=True) if reason]
+    return dict(sorted(failure for part in gather(failures) for failure in part))
 
 
 def read_picture(path: str) -> Tensor:
@@ -128,5 +185,7 @@ def open_data(config: Config) -> tuple[Dataset, Dataset, list[str]]:
         training, validation = (Folder(Path(config.data) / part, config) for part in ("train", "validation"))
         if training.classes != validation.classes:
             raise ValueError(f"data: train has the classes {training.classes}, validation {validation.classes}")
+        if config.skip_unreadable:
+            leave_out_unreadable([training, validation], config)
     classes = training.classes
     return (some(training), some(validation), classes) if config.quick else (training, validation, classes)

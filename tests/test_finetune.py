@@ -1,7 +1,10 @@
 """`examples/finetune.py`: what it learns, how it goes on, and that processes together do what one does."""
 
+import fcntl
 import importlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import torch
 from PIL import Image
 
 from rat_timm import data as rat_data
+from rat_timm.data.errors import ReadError
 
 pytest.importorskip("jsonargparse")
 pytest.importorskip("torchmetrics")
@@ -153,6 +157,103 @@ def test_no_evaluation_is_lost(finetune, tmp_path, monkeypatch):
     assert finetune.train(config) == pytest.approx(reports[-1]["accuracy"])  # of a run that is done
 
 
+def damage(file):
+    """Changes one byte in the middle of a file, whose size stays."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["alone", "torchrun"])
+def test_a_damaged_checkpoint_is_left_out(uninterrupted, tmp_path, launcher):
+    output = shutil.copytree(uninterrupted, tmp_path / "run")
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["00000009", "00000012"]
+    damage(next((output / "checkpoints" / "00000012").glob("*.distcp")))
+    (output / "checkpoints" / "7").touch()
+    (output / "checkpoints" / "99").mkdir()  # neither is a checkpoint's name
+    printed = finish(start("finetune.py", output, "--epochs", 3, "--checkpoint_every", 3, launcher=launcher))
+    assert re.search(r"checkpoints/00000012: is damaged and left out: .*\.distcp changed", printed)
+    assert losses(output) == pytest.approx(losses(uninterrupted), abs=1e-4)
+    names = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert names == ["00000009", "00000012", "7", "99"]
+
+
+def test_no_process_waits_where_all_checkpoints_are_damaged(uninterrupted, tmp_path):
+    output = shutil.copytree(uninterrupted, tmp_path / "run")
+    for folder in (output / "checkpoints").iterdir():
+        damage(folder / "manifest.json")
+    process = start("finetune.py", output, "--epochs", 3, "--checkpoint_every", 3, launcher=TORCHRUN)
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode != 0
+    assert re.search(
+        "^\\S*ValueError: .*checkpoints: all checkpoints are damaged", printed.replace("[rank0]: ", ""), re.M
+    )
+
+
+class Counter:
+    """An engine whose state is a number, in a file in a folder."""
+
+    def save(self, folder):
+        (folder / "part").mkdir()
+        (folder / "part" / "state").write_text(str(self.state))
+
+    def load(self, folder):
+        self.state = int((folder / "part" / "state").read_text())
+
+
+@pytest.mark.parametrize("harm", ["byte", "file", "manifest", "empty", "list", "cut"])
+def test_every_damage_of_a_checkpoint_is_seen(finetune, tmp_path, harm):
+    checkpoints, engine = importlib.import_module("finetune_engines").Checkpoints(tmp_path), Counter()
+    assert checkpoints.load_last(engine) == 0
+    for step in (1, 2, 30):
+        engine.state = 100 * step
+        checkpoints.save(engine, step)
+    assert checkpoints.load_last(engine) == 30
+    last = tmp_path / "00000030"
+    {
+        "byte": lambda: damage(last / "part" / "state"),
+        "file": (last / "part" / "state").unlink,
+        "manifest": (last / "manifest.json").unlink,
+        "empty": lambda: (last / "manifest.json").write_text(""),
+        "list": lambda: (last / "manifest.json").write_text("[]"),
+        "cut": lambda: (last / "part" / "state").write_text("300"[:2]),
+    }[harm]()
+    with pytest.warns(UserWarning, match=f"{last}: is damaged and left out: "):
+        assert checkpoints.load_last(engine) == 2
+    assert engine.state == 200
+    checkpoints.save(engine, 3)  # the damaged one, of a later step, does not count as one of the last two
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000003", "00000030"]
+    for folder in tmp_path.iterdir():
+        shutil.rmtree(folder / "part")
+    with pytest.raises(ValueError, match="all checkpoints are damaged"):
+        checkpoints.load_last(engine)
+
+
+def test_fewer_epochs_than_are_done(uninterrupted, finetune, tmp_path):
+    output = shutil.copytree(uninterrupted, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"epochs must be at least the 3 begun in .*run, got 2"):
+        finetune.train(finetune.Config(output, epochs=2, checkpoint_every=3))
+    assert finetune.train(finetune.Config(output, epochs=3, checkpoint_every=3)) > 0.85
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "model: [", "\0"])
+def test_a_damaged_config(finetune, tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml: (must hold the config that training began|is damaged)"):
+        finetune.train(finetune.Config(tmp_path))
+
+
+def test_one_run_at_a_time(finetune, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("finetune_processes"), "PATIENCE", 0.1)
+    config = finetune.Config(tmp_path, quick=True, workers=0)
+    with (tmp_path / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="output must be a folder that no other run writes to, got "):
+            finetune.train(config)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finetune.train(config)
+
+
 def write_folder(root, suffix):
     """Two classes that differ in the physical size of a disc, not in its pixels."""
     y, x = np.mgrid[:32, :32] - 15.5
@@ -179,6 +280,79 @@ def test_files_say_how_large_their_pixels_are(finetune, tmp_path):
     assert "accuracy 100.0%" in printed  # which the pixels alone do not tell
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'model'}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == ["large", "small"]
+
+
+DAMAGED = ("a.ome.tif", "b.zarr", "c.nii.gz", "d.dcm", "e.png")
+
+
+def write_damaged(folder, name):
+    """Writes a disc in the format that the name says, and damages it."""
+    pixels, path = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint16), folder / name
+    if name.endswith(".ome.tif"):
+        metadata = {"axes": "YX", "PhysicalSizeX": 1.0, "PhysicalSizeY": 1.0}
+        tifffile.imwrite(path, pixels, metadata=metadata, compression="zlib")
+    elif name.endswith(".zarr"):
+        ome_zarr = pytest.importorskip("ome_zarr")
+        image = ome_zarr.OMEZarrImage(pixels, "yx", {"y": 1.0, "x": 1.0}, {"y": "micrometer", "x": "micrometer"})
+        ome_zarr.OMEZarrMultiscale(image, [], method="nearest").to_ome_zarr(str(path), version="0.5")
+        path = max(path.rglob("*"), key=lambda part: part.is_file() and part.stat().st_size)
+    elif name.endswith(".nii.gz"):
+        nibabel = pytest.importorskip("nibabel")
+        image = nibabel.Nifti1Image(pixels, np.eye(4))
+        image.header.set_xyzt_units("micron")
+        nibabel.save(image, path)
+    elif name.endswith(".dcm"):
+        pydicom = pytest.importorskip("pydicom")
+        shutil.copy(pydicom.data.get_testdata_file("CT_small.dcm"), path)
+    else:
+        Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named(finetune, tmp_path, name):
+    for folder in ("train/one", "train/two", "validation/one", "validation/two"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_damaged(tmp_path / "train" / "one", name)
+    config = finetune.Config(tmp_path / "run", data=str(tmp_path), spacing=[1.0, 1.0], batch_size=1, workers=0)
+    with pytest.raises(ReadError, match=f"^{tmp_path / 'train' / 'one' / name}: "):
+        finetune.train(config)
+
+
+def test_a_damaged_file_is_named_by_a_worker(finetune, tmp_path):
+    write_folder(tmp_path / "data", ".ome.tif")
+    damaged = tmp_path / "data" / "train" / "small" / "3.ome.tif"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    config = {"data": str(tmp_path / "data"), "batch_size": 8, "workers": 1}
+    with pytest.raises(ValueError, match=re.escape(str(damaged))):
+        finetune.train(finetune.Config(tmp_path / "run", **config))
+
+
+def test_what_cannot_be_read_is_left_out(finetune, tmp_path, monkeypatch):
+    write_folder(tmp_path / "data", ".ome.tif")
+    options = {"data": str(tmp_path / "data"), "batch_size": 4, "spacing": [1.0, 1.0], "epochs": 1}
+    finetune.train(finetune.Config(tmp_path / "clean", **options))
+    for name in DAMAGED[:3]:
+        write_damaged(tmp_path / "data" / "train" / "large", name)
+    for name in DAMAGED[3:]:
+        write_damaged(tmp_path / "data" / "validation" / "small", name)
+    for workers in (0, 2):
+        config = finetune.Config(tmp_path / f"{workers}", skip_unreadable=True, workers=workers, **options)
+        with pytest.warns(UserWarning, match="cannot be read and are left out:\n") as warned:
+            finetune.train(config)
+        said = next(str(w.message) for w in warned if "left out" in str(w.message))
+        assert [Path(line.split(": ")[0]).name for line in said.splitlines()[1:]] == list(DAMAGED)
+        assert losses(config.output) == pytest.approx(losses(tmp_path / "clean"), abs=1e-6)
+    for name in DAMAGED[:3]:  # can be read now, which must not change the order of a training that goes on
+        shutil.rmtree(path) if (path := tmp_path / "data" / "train" / "large" / name).is_dir() else path.unlink()
+    shutil.copy(
+        tmp_path / "data" / "train" / "large" / "0.ome.tif", tmp_path / "data" / "train" / "large" / "a.ome.tif"
+    )
+    data = importlib.import_module("finetune_data")
+    monkeypatch.setattr(data, "_try_all", lambda *args: pytest.fail("what is left out was decided"))
+    with pytest.warns(UserWarning, match=r"a\.ome\.tif"):
+        training, validation, _ = data.open_data(config)
+    assert len(training) == len(validation) == 8
 
 
 def test_pictures_need_a_spacing(finetune, tmp_path):

@@ -1,5 +1,6 @@
 import copy
 import math
+import os
 
 import hypothesis
 import pytest
@@ -10,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
 
-from rat_timm.data import Spacing
+from rat_timm.data import Sample, Spacing, collate
 
 SIZE = (40, 60)
 
@@ -104,3 +105,44 @@ def test_it_can_be_copied_and_shown():
     assert values(v2.Resize((20, 30))(tv_tensors.Image(torch.rand(1, *SIZE)), twin)[1]) == [1.0, 0.5]
     assert "canvas_size=(40, 60)" in repr(spacing())
     assert type(spacing() * 2) is torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def albumentations():
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks a server for its last version
+    return pytest.importorskip("albumentations")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_way_through_albumentations(albumentations, seed):
+    """A ramp of physical positions goes through the transform too; its slope there is the spacing."""
+    a = albumentations
+    y, x = torch.meshgrid(
+        *((torch.arange(n) + 0.5) * s for n, s in zip((400, 600), (0.5, 0.25), strict=True)), indexing="ij"
+    )
+    image = torch.stack((y, x), dim=2).numpy()
+    given = Spacing((0.5, 0.25), canvas_size=image.shape[:2])
+    turns = [a.RandomResizedCrop((110, 120)), a.HorizontalFlip(), a.RandomRotate90(), a.Transpose()]
+    transform = a.Compose(turns, keypoint_params=a.KeypointParams("xy", remove_invisible=False), seed=seed)
+    done = transform(image=image, keypoints=given.corners())
+    spacing = given.follow(done["keypoints"], canvas_size=done["image"].shape[:2])
+    moved = torch.from_numpy(done["image"])
+    steps = [moved.diff(dim=axis)[20:-20, 20:-20].norm(dim=2).mean() for axis in (0, 1)]
+    assert values(spacing) == pytest.approx([float(step) for step in steps], rel=1e-3)
+    assert spacing.canvas_size == tuple(moved.shape[:2])
+
+
+def test_albumentations_hands_on_what_it_does_not_know(albumentations):
+    """Why a sample refuses the spacing of another image, and what refuses it before."""
+    a, image = albumentations, torch.rand(*SIZE, 3).numpy()
+    done = a.Compose([a.Resize(20, 30)])(image=image, spacing=spacing())
+    assert values(done["spacing"]) == [0.5, 0.25]  # which is wrong
+    with pytest.raises(ValueError, match=r"spacing is that of an image of \(40, 60\) pixels, got one of \(20, 30\)"):
+        collate([Sample(torch.from_numpy(done["image"]).movedim(2, 0), done["spacing"])])
+    with pytest.raises(ValueError, match="spacing"):
+        a.Compose([a.Resize(20, 30)], strict=True)(image=image, spacing=spacing())
+
+
+def test_corners_that_are_no_longer_at_right_angles():
+    with pytest.raises(ValueError, match=r"pixels of \[0\.5, 0\.25\] \(y, x\) would have no right angles"):
+        spacing().follow([(0, 0), (60, 0), (20, 40)], canvas_size=SIZE)

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 from monai import transforms
-from monai.data import MetaTensor
+from monai.data import MetaTensor, list_data_collate
+from torch.utils.data import default_collate
 
 from rat_timm.data import metatensor_spacing, to_metatensor
 
@@ -49,3 +50,34 @@ def test_no_metadata_are_no_spacing_of_one():
         metatensor_spacing(MetaTensor(torch.rand(1, 4, 4, 4)))
     with pytest.raises(ValueError, match="image must be a MetaTensor with an affine matrix, got Tensor"):
         metatensor_spacing(torch.rand(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("collate", [list_data_collate, default_collate])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_batches(collate, axes):
+    grid, sizes = (4, 6, 8)[-axes:], [(2.0, 0.5, 0.25)[-axes:], (1.0, 3.0, 5.0)[-axes:]]
+    batch = collate([to_metatensor(torch.rand(1, *grid), size, unit="mm") for size in sizes])
+    spacing = metatensor_spacing(batch, "um")
+    assert spacing.shape == (2, axes)
+    assert spacing.flatten().tolist() == pytest.approx([1000 * s for size in sizes for s in size])
+    assert metatensor_spacing(transforms.Flip(0)(batch[1]), "mm") == pytest.approx(sizes[1])
+
+
+def test_batches_of_files(tmp_path):
+    for index, unit in enumerate(("micron", "mm", "unknown")):
+        image = nibabel.Nifti1Image(np.zeros((4, 6, 8), np.int16), np.diag([3.0, 5.0, 7.0 + index, 1.0]))
+        image.header.set_xyzt_units(unit)
+        nibabel.save(image, tmp_path / f"{index}.nii")
+    images = [transforms.LoadImage(ensure_channel_first=True)(tmp_path / f"{index}.nii") for index in range(3)]
+    spacing = metatensor_spacing(list_data_collate(images[:2]), "um")
+    torch.testing.assert_close(spacing, torch.tensor([[3.0, 5.0, 7.0], [3e3, 5e3, 8e3]]))
+    with pytest.raises(ValueError, match=r"2\.nii: pixel size 3 along axis 0 has no unit"):
+        metatensor_spacing(list_data_collate(images[1:]))
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_a_batch_with_one_matrix(axes):
+    image = to_metatensor(torch.rand(1, *(4, 6, 8)[-axes:]), SPACING[-axes:], unit="mm")
+    for batch in (image[None], torch.stack([image, image])):
+        with pytest.raises(ValueError, match=r"or a batch with an affine matrix for each sample, got \[., 1, "):
+            metatensor_spacing(batch)

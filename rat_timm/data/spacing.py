@@ -23,6 +23,16 @@ class Spacing(tv_tensors.TVTensor):
     than right angles) is an error, and so are crops into five and ten. (AutoAugment, RandAugment and their like
     transform the image alone, whatever comes with it: they do not go with a spacing.)
 
+    Other packages do not know it: albumentations hands on what it does not know as it was, beside an image of another
+    pixel size (``A.Compose(..., strict=True)`` refuses to; samples refuse it where the image's size changed). There,
+    the image's corners go through the transform as key points, and the spacing follows them:
+
+        spacing = Spacing((0.5, 0.5), canvas_size=image.shape[:2])
+        points = A.KeypointParams("xy", remove_invisible=False)
+        transform = A.Compose([A.RandomResizedCrop((224, 224))], keypoint_params=points)
+        done = transform(image=image, keypoints=spacing.corners())
+        spacing = spacing.follow(done["keypoints"], canvas_size=done["image"].shape[:2])
+
     Args:
         data: Two numbers, in array-axis order (y, x).
         canvas_size: The image's height and width.
@@ -47,6 +57,31 @@ class Spacing(tv_tensors.TVTensor):
         """Gives a tensor what another spacing has; torchvision calls it."""
         return cls(tensor, canvas_size=kwargs.get("canvas_size", like.canvas_size))
 
+    def corners(self) -> list[tuple[int, int]]:
+        """Returns three of the image's corners, (x, y) in pixels: the first one, and those along x and along y."""
+        height, width = self.canvas_size
+        return [(0, 0), (width, 0), (0, height)]
+
+    def follow(self, moved: Any, canvas_size: Sequence[int]) -> "Spacing":
+        """Returns the spacing of a transformed image.
+
+        Args:
+            moved: Where the transform moved the `corners` to, ``[3, 2]``, (x, y) in pixels.
+            canvas_size: The transformed image's height and width.
+
+        Raises:
+            ValueError: If its pixels have no right angles.
+        """
+        points, (height, width) = torch.as_tensor(moved, dtype=torch.float64), self.canvas_size
+        # columns: where a step of one pixel along x, along y, of the image before, leads to in the image after
+        steps = torch.stack((points[1] - points[0], points[2] - points[0]), dim=1) / torch.tensor([width, height])
+        # columns: the physical way, x and y, of one step along x, along y, of the image after
+        ways = self.as_subclass(Tensor).flip(0)[:, None] * torch.linalg.inv(steps)
+        lengths = torch.linalg.vector_norm(ways, dim=0)
+        if abs(float((ways[:, 0] * ways[:, 1]).sum() / lengths.prod())) > _EVEN:
+            raise ValueError(f"pixels of {self.tolist()} (y, x) would have no right angles")
+        return Spacing(lengths.flip(0), canvas_size=canvas_size)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Spacing":
         return Spacing(self.as_subclass(Tensor).clone(), canvas_size=self.canvas_size)
 
@@ -55,21 +90,15 @@ class Spacing(tv_tensors.TVTensor):
 
 
 def _follow(map_: Callable, spacing: Spacing, *args: Any, **kwargs: Any) -> Spacing:
-    """Transforms a spacing by what happens to the image's first corner and its two neighbours."""
-    height, width = spacing.canvas_size
-    corners = torch.tensor([[0, 0], [width, 0], [0, height]], dtype=torch.float64)  # x, y
+    """Transforms a spacing by what happens to the image's corners."""
+    corners = torch.tensor(spacing.corners(), dtype=torch.float64)
     if "padding_mode" in kwargs:  # points know one of them, and no other gives other sizes
         kwargs["padding_mode"] = "constant"
     moved = map_(tv_tensors.KeyPoints(corners, canvas_size=spacing.canvas_size), *args, **kwargs)
-    points = moved.as_subclass(Tensor)
-    # columns: where a step of one pixel along x, along y, of the image before, leads to in the image after
-    steps = torch.stack((points[1] - points[0], points[2] - points[0]), dim=1) / torch.tensor([width, height])
-    # columns: the physical way, x and y, of one step along x, along y, of the image after
-    ways = spacing.as_subclass(Tensor).flip(0)[:, None] * torch.linalg.inv(steps)
-    lengths = torch.linalg.vector_norm(ways, dim=0)
-    if abs(float((ways[:, 0] * ways[:, 1]).sum() / lengths.prod())) > _EVEN:
-        raise ValueError(f"{map_.__name__}: pixels of {spacing.tolist()} (y, x) would have no right angles")
-    return Spacing(lengths.flip(0), canvas_size=moved.canvas_size)
+    try:
+        return spacing.follow(moved.as_subclass(Tensor), moved.canvas_size)
+    except ValueError as error:
+        raise ValueError(f"{map_.__name__}: {error}") from error
 
 
 def _refuse(map_: Callable, spacing: Spacing, *args: Any, **kwargs: Any) -> Spacing:

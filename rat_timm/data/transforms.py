@@ -1,15 +1,25 @@
-"""Geometric transforms of image, mask and spacing together: torchvision's for images, MONAI's for volumes."""
+"""Geometric transforms of image, mask, target and spacing together: torchvision's for images, MONAI's for volumes.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+A target that is a map (see `Sample`) is transformed with the image: whole numbers and bool, which are labels, by the
+nearest pixel, floating-point numbers as images are. (A map of directions is not turned.) In 2D, a dict of torchvision's
+detectors is, too: ``boxes`` ``[N, 4]`` (plain ones are x1, y1, x2, y2, in pixels) and, where there are, ``labels``
+``[N]`` and ``masks`` ``[N, *grid]``; objects of which less than a pixel is left are dropped. A target of one axis or
+none, such as the index of a class, is of the whole and stays. Any other is an error: its meaning is not known.
+"""
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from ..optional import need
-from .samples import Sample, check_sample
+from .samples import Sample, check_sample, is_map
 from .spacing import Spacing
 from .volumes import to_metatensor
 
@@ -20,7 +30,8 @@ def training_transform(size: Sequence[int], scale: tuple[float, float] = (0.35, 
     """Returns a random crop, of a share of the image within ``scale``, resized to ``size``, and flips along all axes.
 
     The spacing becomes that of the resized crop, so that a network given the spacing sees the same physical sizes.
-    Images come as float32, their numbers as they are. Chance is PyTorch's: seeding PyTorch repeats a transform.
+    Maps and boxes in the target are transformed too (see `rat_timm.data.transforms`). Images come as float32, their
+    numbers as they are. Chance is PyTorch's: seeding PyTorch repeats a transform.
 
     Args:
         size: Pixels along each axis: two for images, three for volumes.
@@ -40,7 +51,10 @@ def training_transform(size: Sequence[int], scale: tuple[float, float] = (0.35, 
 
 
 def evaluation_transform(size: Sequence[int]) -> Transform:
-    """Returns a resize of the whole image, or volume, to ``size``, which changes the spacing; to float32 too."""
+    """Returns a resize of the whole image, or volume, to ``size``, which changes the spacing; to float32 too.
+
+    Targets are resized as `training_transform` does.
+    """
     return _Images(v2.Resize(list(size), antialias=True)) if _check_size(size) == 2 else _Volumes(size)
 
 
@@ -48,6 +62,54 @@ def _check_size(size: Sequence[int]) -> int:
     if len(size) not in (2, 3) or any(n < 1 for n in size):
         raise ValueError(f"size must be two or three positive numbers of pixels, got {tuple(size)}")
     return len(size)
+
+
+def _check_target(target: Any, grid: Sequence[int]) -> None:
+    """Raises ``ValueError`` unless it is known what a transform has to do with a target."""
+    if isinstance(target, Mapping):
+        if len(grid) != 2:
+            raise ValueError("target must be no dict of objects in a volume: its boxes cannot be transformed")
+        if "boxes" not in target or not set(target) <= {"boxes", "labels", "masks"}:
+            raise ValueError(f"target must be a dict of boxes, labels and masks to be transformed, got {list(target)}")
+    elif not is_map(target, grid) and len(np.shape(target)) > 1:
+        raise ValueError(
+            f"target must be a map of the image's size {tuple(grid)} or have at most one axis to be transformed, "
+            f"got {np.shape(target)}"
+        )
+
+
+class _Planes(NamedTuple):
+    """A map as images are: ``[C, *grid]``, float32; of whole numbers, their places in ``labels``."""
+
+    values: Tensor
+    labels: Tensor | None
+
+
+def _to_planes(target: Any, axes: int) -> _Planes:
+    values, labels = torch.as_tensor(target), None
+    if not values.is_floating_point():  # float32 does not hold all of them
+        labels, values = values.long().unique(return_inverse=True)
+    return _Planes(values.float().reshape(-1, *values.shape[-axes:]), labels)
+
+
+def _from_planes(planes: _Planes, target: Any, axes: int) -> Tensor:
+    """Returns a transformed map in the layout and the type of the one before."""
+    before, (values, labels) = torch.as_tensor(target), planes
+    values = values if labels is None else labels[values.long()]
+    return values.reshape(*before.shape[:-axes], *values.shape[1:]).to(before.dtype)
+
+
+class _Labels(tv_tensors.Mask):
+    """A mask that is sampled at the centres of pixels: torchvision's are moved by up to half a pixel."""
+
+
+def _sample_labels(map_: Callable, labels: _Labels, *args: Any, **kwargs: Any) -> _Labels:
+    kwargs["interpolation"] = v2.InterpolationMode.NEAREST_EXACT
+    return map_(tv_tensors.Image(labels.as_subclass(Tensor)), *args, **kwargs).as_subclass(_Labels)
+
+
+for _map in (functional.resize, functional.resized_crop):
+    functional.register_kernel(_map, _Labels)(functools.partial(_sample_labels, _map))
 
 
 class _Images:
@@ -58,21 +120,57 @@ class _Images:
 
     def __call__(self, sample: Sample) -> Sample:
         check_sample(sample, 2)
-        mask = None if sample.mask is None else tv_tensors.Mask(sample.mask)
-        spacing = Spacing(sample.spacing, canvas_size=sample.image.shape[-2:])
-        image, spacing, mask = self.transform(tv_tensors.Image(sample.image.float()), spacing, mask)
-        plain = None if mask is None else mask.as_subclass(Tensor)
-        return Sample(
-            image.as_subclass(Tensor), spacing.as_subclass(Tensor).to(sample.spacing.dtype), plain, sample.target
+        grid = tuple(sample.image.shape[-2:])
+        _check_target(sample.target, grid)
+        parts = (
+            tv_tensors.Image(sample.image.float()),
+            Spacing(sample.spacing, canvas_size=grid),
+            None if sample.mask is None else _Labels(sample.mask[None]),
         )
+        (image, spacing, mask), target = self._with_target(parts, sample.target, grid)
+        plain = None if mask is None else mask.as_subclass(Tensor)[0]
+        return Sample(image.as_subclass(Tensor), spacing.as_subclass(Tensor).to(sample.spacing.dtype), plain, target)
+
+    def _with_target(self, parts: Sequence[Any], target: Any, grid: tuple[int, ...]) -> tuple[Sequence[Any], Any]:
+        if isinstance(target, Mapping):
+            return self._with_objects(parts, target, grid)
+        return self._with_map(parts, target) if is_map(target, grid) else (self.transform(*parts), target)
+
+    def _with_map(self, parts: Sequence[Any], target: Any) -> tuple[Sequence[Any], Tensor]:
+        planes = _to_planes(target, 2)
+        kind = tv_tensors.Image if planes.labels is None else _Labels
+        *parts, done = self.transform(*parts, kind(planes.values))
+        return parts, _from_planes(planes._replace(values=done.as_subclass(Tensor)), target, 2)
+
+    def _with_objects(
+        self, parts: Sequence[Any], target: Mapping[str, Any], grid: tuple[int, ...]
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        boxes = target["boxes"]
+        if not isinstance(boxes, tv_tensors.BoundingBoxes):
+            boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=grid)
+        masks = {"masks": _Labels(target["masks"])} if "masks" in target else {}
+        *parts, done = self.transform(*parts, {**target, "boxes": v2.ConvertBoundingBoxFormat("XYXY")(boxes), **masks})
+        kept = _CLEAN(done)
+        plain = {name: value.as_subclass(Tensor) for name, value in kept.items()}
+        if boxes is not target["boxes"]:
+            return parts, plain
+        return parts, {**plain, "boxes": v2.ConvertBoundingBoxFormat(boxes.format)(kept["boxes"])}
+
+
+# clamping first: a box that rounding moved out of the image by a millionth of a pixel would be dropped
+_CLEAN = v2.Compose(
+    [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=lambda objects: objects.get("labels"))]
+)
 
 
 class _Volumes:
     """A crop of a share between ``shares`` of each axis, if they are given, a resize, and flips: MONAI's."""
 
+    KEYS = ("image", "mask", "labels", "numbers")  # the last two: targets
+
     def __init__(self, size: Sequence[int], shares: tuple[float, float] | None = None, flip: bool = False) -> None:
-        t = need("monai.transforms", "data")
-        keys, modes, smooth = ("image", "mask"), ("trilinear", "nearest"), (True, False)
+        t, keys = need("monai.transforms", "data"), self.KEYS
+        modes, smooth = ("trilinear", "nearest-exact", "nearest-exact", "trilinear"), (True, False, False, True)
         crop = shares and t.RandScaleCropd(keys, *shares, random_size=True, allow_missing_keys=True)
         resize = t.Resized(keys, size, mode=modes, anti_aliasing=smooth, allow_missing_keys=True)
         flips = [t.RandFlipd(keys, 0.5, axis, allow_missing_keys=True) for axis in range(len(size))]
@@ -80,9 +178,19 @@ class _Volumes:
 
     def __call__(self, sample: Sample) -> Sample:
         check_sample(sample, 3)
+        grid, target = tuple(sample.image.shape[1:]), sample.target
+        _check_target(target, grid)
+        planes = _to_planes(target, 3) if is_map(target, grid) else None
+        parts = {"image": sample.image.float()}
+        if sample.mask is not None:
+            parts["mask"] = sample.mask[None].float()
+        if planes is not None:
+            parts["numbers" if planes.labels is None else "labels"] = planes.values
         self.transform.set_random_state(int(torch.randint(2**31, ())))
-        parts = {"image": sample.image} if sample.mask is None else {"image": sample.image, "mask": sample.mask[None]}
-        done = self.transform({key: to_metatensor(part.float(), sample.spacing) for key, part in parts.items()})
+        done = self.transform({name: to_metatensor(part, sample.spacing) for name, part in parts.items()})
+        if planes is not None:
+            moved = done["numbers" if planes.labels is None else "labels"].as_tensor()
+            target = _from_planes(planes._replace(values=moved), target, 3)
         spacing = torch.as_tensor(done["image"].pixdim, dtype=sample.spacing.dtype)
         mask = None if sample.mask is None else done["mask"].as_tensor()[0] > 0.5
-        return Sample(done["image"].as_tensor(), spacing, mask, sample.target)
+        return Sample(done["image"].as_tensor(), spacing, mask, target)

@@ -26,26 +26,40 @@ def to_metatensor(pixels: Tensor, spacing: Sequence[float] | Tensor, unit: str |
     return need("monai.data", "data").MetaTensor(pixels, affine=affine, meta={} if unit is None else {"unit": unit})
 
 
-def metatensor_spacing(image: "MetaTensor", unit: str = "mm", assumed_unit: str | None = None) -> tuple[float, ...]:
-    """Reads the spacing of a MONAI ``MetaTensor``, in the order of its own axes.
+def metatensor_spacing(
+    image: "MetaTensor", unit: str = "mm", assumed_unit: str | None = None
+) -> tuple[float, ...] | Tensor:
+    """Reads the spacing of a MONAI ``MetaTensor``, or of a batch, in the order of its own axes.
 
     MONAI's NIfTI reader keeps the array's axes as the file has them, (x, y, z): they are the tensor's, and so is the
     order here.
 
     Args:
-        image: ``[channels, *grid]``.
+        image: ``[channels, *grid]``; or a batch ``[B, channels, *grid]`` of MONAI's ``list_data_collate``, which has an
+            affine matrix for each of its samples.
         unit: The unit of what is returned.
         assumed_unit: The unit of an affine matrix of which the metadata do not say it (NIfTI's headers say it, others
             do not; a tensor without any metadata has the identity, which is no pixel size); None makes that an error.
 
+    Returns:
+        One number per axis; of a batch, a tensor ``[B, axes]``.
+
     Raises:
-        ValueError: If it has no affine matrix, or its unit is missing; with the file's name.
+        ValueError: If it has no affine matrix, fewer axes in it than in the grid, or its unit is missing; with the
+            file's name.
     """
     affine = getattr(image, "affine", None)
-    file = str(getattr(image, "meta", {}).get("filename_or_obj", "MetaTensor"))
     if affine is None:
         raise ValueError(f"image must be a MetaTensor with an affine matrix, got {type(image).__name__}")
+    if affine.ndim == 3:
+        return torch.tensor([metatensor_spacing(one, unit, assumed_unit) for one in image])
+    file = str(image.meta.get("filename_or_obj", "MetaTensor"))
     axes = [f"axis {axis}" for axis in range(image.ndim - 1)]
+    if image.is_batch or len(axes) >= len(affine):
+        raise ValueError(
+            f"{file}: image must be [channels, *grid], or a batch with an affine matrix for each sample, "
+            f"got {list(image.shape)} with one matrix {list(affine.shape)}"
+        )
     sizes = need("monai.data.utils", "data").affine_to_spacing(affine.double(), len(axes)).tolist()
     written = _written_unit(image.meta)
     return tuple(
