@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .context import Told, geometry, what_is_told
+from .layers.masking import check_mask
+from .layers.stem import Stem
 from .optional import need
 
 
@@ -44,7 +46,7 @@ class WithGeometry(nn.Module):
         Raises:
             ValueError: If what is known does not fit the image, or the network gives another size than it was given.
         """
-        filled, told = fill_up(x, what_is_told(spacing, mask, origin), self.multiple)
+        filled, told = fill_up(self.network, x, what_is_told(x, spacing, mask, origin), self.multiple)
         with geometry(**told._asdict()):
             out = self.network(filled)
         if out.shape[2:] != filled.shape[2:]:
@@ -54,11 +56,17 @@ class WithGeometry(nn.Module):
         return out[(..., *(slice(n) for n in x.shape[2:]))]
 
 
-def fill_up(x: Tensor, told: Told, multiple: int) -> tuple[Tensor, Told]:
+def fill_up(network: nn.Module, x: Tensor, told: Told, multiple: int) -> tuple[Tensor, Told]:
     """Fills images ``[B, C, *size]`` up with masked zeros at the far ends, to whole multiples along each axis."""
     fill = [part for n in reversed(x.shape[2:]) for part in (0, -n % multiple)]
+    check_mask(told.mask, (len(x), *x.shape[2:]))
     if not any(fill):
         return x, told
+    if any(isinstance(module, Stem) and module.mask_token is not None for module in network.modules()):
+        raise ValueError(
+            f"x must have sizes that are multiples of {multiple} where masked places have a token (mask_token), which "
+            f"the fill would have too, got {list(x.shape[2:])}"
+        )
     valid = x.new_ones(len(x), *x.shape[2:], dtype=torch.bool) if told.mask is None else told.mask
     return F.pad(x, fill), told._replace(mask=F.pad(valid, fill))
 
@@ -74,10 +82,15 @@ def register_monai_encoder(name: str, **kwargs: Any) -> None:
     Args:
         name: A registered name.
         **kwargs: Of ``timm.create_model``.
+
+    Raises:
+        ValueError: If the model's maps have other strides than 4, 8, 16 and 32.
     """
     base: Any = need("monai.networks.blocks", "data").BaseEncoder
     nets = need("monai.networks.nets.flexible_unet", "data")
-    info = timm.create_model(name, features_only=True, **kwargs, device="meta").feature_info
+    info = timm.create_model(name, features_only=True, **{**kwargs, "device": "meta"}).feature_info
+    if info.reduction() != [4, 8, 16, 32]:
+        raise ValueError(f"{name} must have maps at strides 4, 8, 16 and 32, got {info.reduction()}")
 
     class Encoder(nn.Module, base):
         """Maps at strides 2 (which has no channels), 4, 8, 16 and 32."""
@@ -92,7 +105,7 @@ def register_monai_encoder(name: str, **kwargs: Any) -> None:
             )
 
         def forward(self, x: Tensor) -> list[Tensor]:
-            filled, told = fill_up(x, what_is_told(None, None, None), 32)
+            filled, told = fill_up(self.backbone, x, what_is_told(x), 32)
             maps = self.backbone(filled, **told._asdict())
             return [maps[0].new_empty(*maps[0].shape[:1], 0, *(2 * n for n in maps[0].shape[2:])), *maps]
 

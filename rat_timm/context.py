@@ -57,6 +57,13 @@ def geometry(*, spacing: Any = None, mask: Any = None, origin: Any = None) -> It
         _TOLD.reset(token)
 
 
-def what_is_told(spacing: Any, mask: Any, origin: Any) -> Told:
-    """Returns a model's arguments, completed by the context."""
+def what_is_told(x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Told:
+    """Returns a model's arguments, completed by the context.
+
+    Args:
+        x: The images, which are not looked at: with them a call is one of the images, which tracers keep.
+        spacing: See `Told`.
+        mask: See `Told`.
+        origin: See `Told`.
+    """
     return Told(spacing, mask, origin).completed(_TOLD.get())

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_HUGE = 1e30  # from here on, distances of some million pixels overflow in float32
+_HUGE = 1e30  # from here on, distances of some million pixels overflow in float32; their ratios from its inverse on
 
 Scalars = float | Sequence[float] | Sequence[Sequence[float]] | Sequence[Tensor] | Tensor
 """A physical quantity: one number, one value per axis, or ``[batch, axes]``; always in array-axis order (z, y, x).
 
-A list of tensors ``[batch]`` has one per axis: PyTorch's default collate makes it of the samples' tuples.
+A list of tensors ``[batch]`` has one per axis: PyTorch's default collate makes it of the samples' tuples. (Where there
+are several levels, a list has one entry for each of them.)
 """
 
 
@@ -98,7 +99,12 @@ class Grid(NamedTuple):
         return self._rows(self.origin) + index * self._rows(self.spacing)
 
     def positions(self, center: Tensor, unit: Sequence[float]) -> Positions:
-        """Returns the centres as displacements from ``center`` ``[1 or B, axes]``, divided by ``unit`` per axis."""
+        """Returns the centres as displacements from ``center`` ``[1 or B, axes]``, divided by ``unit`` per axis.
+
+        Raises:
+            ValueError: If somebody has brought the geometry to half precision, in which positions are lost.
+        """
+        check_exact(self.spacing, "spacing")
         offset, spacing = [], []
         for axis, length in enumerate(unit):
             shape = [-1, *(1 for _ in self.shape)]
@@ -169,6 +175,15 @@ def fill(x: Tensor, mask: Tensor | None) -> Tensor:
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the type to compute in where half precisions would lose too much: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_exact(geometry: Tensor, name: str) -> None:
+    """Raises ``ValueError`` if geometry is in half precision."""
+    if geometry.dtype.itemsize < 4:
+        raise ValueError(
+            f"{name} must be float32 or float64 inside the model, got {geometry.dtype}: FSDP's mixed precision casts "
+            "what modules are given; set cast_forward_inputs=False and give images in the parameters' type"
+        )
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -342,7 +357,7 @@ def _as_rows(value: Any, name: str, dtype: torch.dtype, device: torch.device | N
 
 
 def _check_numbers(values: Sequence[float], name: str, positive: bool) -> None:
-    least = 0 if positive else -_HUGE
+    least = 1 / _HUGE if positive else -_HUGE
     if not all(least < v < _HUGE for v in values):
         raise ValueError(f"{name} must be {_kind(positive)}, got {tuple(values)}")
 
@@ -350,13 +365,13 @@ def _check_numbers(values: Sequence[float], name: str, positive: bool) -> None:
 def _check_tensor(rows: Tensor, name: str, positive: bool) -> None:
     if torch.compiler.is_compiling() or rows.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(rows):
         return  # a traced tensor has no values yet, one that is mapped over (vmap) has several
-    valid = (rows > (0 if positive else -_HUGE)) & (rows < _HUGE)
+    valid = (rows > (1 / _HUGE if positive else -_HUGE)) & (rows < _HUGE)
     if not bool(valid.all()):
         raise ValueError(f"{name} must be {_kind(positive)}, got {rows.tolist()}")
 
 
 def _kind(positive: bool) -> str:
-    return f"{'positive' if positive else 'finite'} and less than {_HUGE:g}"
+    return f"positive and from {1 / _HUGE:g} to {_HUGE:g}" if positive else f"finite and less than {_HUGE:g}"
 
 
 def _per_level(value: Any, name: str, levels: int, axes: int) -> list:

@@ -66,7 +66,10 @@ class RatBackboneConfig(_BackboneConfig):
 
 
 class RatBackbone(_Backbone):
-    """transformers' timm backbone, which is made with ``config.model_args``; its call takes the geometry of images."""
+    """transformers' timm backbone, which is made with ``config.model_args``; its call takes the geometry of images.
+
+    What it saves is opened by ``RatBackbone.from_pretrained``: transformers' ``AutoBackbone`` looks on the Hub alone.
+    """
 
     config_class = RatBackboneConfig
 

@@ -61,6 +61,18 @@ def test_monais_network_by_itself_takes_any_size():
     assert network(torch.randn(1, *size)).shape == (1, 2, 64, 64, 64)
 
 
+def test_tokens_at_masked_places_take_no_fill():
+    wrapped = WithGeometry(smp.Unet("tu-test_rat", encoder_weights=None, mask_token=True)).eval()
+    assert wrapped(torch.randn(1, 3, 32, 64)).shape == (1, 1, 32, 64)
+    with pytest.raises(ValueError, match="x must have sizes that are multiples of 32"):
+        wrapped(torch.randn(1, 3, 32, 60))
+
+
+def test_other_strides_are_no_encoders_of_monai():
+    with pytest.raises(ValueError, match="must have maps at strides 4, 8, 16 and 32"):
+        register_monai_encoder("test_rat", output_stride=8)
+
+
 def test_other_sizes_are_an_error():
     with pytest.raises(ValueError, match="network must give maps of the size"):
         WithGeometry(torch.nn.Conv2d(3, 2, 3, stride=2))(torch.randn(1, 3, 32, 32))

@@ -116,6 +116,13 @@ def test_graphs_follow_it():
         torch.testing.assert_close(graph(x)["out"], model(x, spacing=3.0))
 
 
+def test_graphs_of_one_argument_follow_it():
+    model, x = timm.create_model("test_rat").eval(), torch.randn(1, 3, 40, 56)
+    graph = torch.fx.symbolic_trace(model, concrete_args={"spacing": None, "mask": None, "origin": None})
+    with rat_timm.geometry(spacing=3.0):
+        torch.testing.assert_close(graph(x, None, None, None), model(x))
+
+
 def test_graphs_of_plain_models_refuse_it():
     model = timm.create_model("rat_vit_small_patch16_rope_mixed_224", depth=1, use_abs_pos_emb=False).eval()
     graph, x = torch.fx.symbolic_trace, torch.randn(1, 3, 32, 32)

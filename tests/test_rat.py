@@ -482,6 +482,44 @@ def test_a_batch_of_several_pixel_sizes_equals_its_items(name, pyramid, seed):
                 assert valid is None or int(valid[i].sum()) == int(valid[(i, *inside)].sum())  # the fill is masked
 
 
+def test_samples_of_one_size_are_one_part():
+    model = lively(timm.create_model("test_rat", num_classes=7, physical_stem=True).eval())
+    x, spacing = torch.randn(4, 3, 40, 56), torch.tensor([0.7, 0.7 + 1e-7, 1.4, 0.7]).double()[:, None].expand(4, 2)
+    calls = []
+    model.stem.register_forward_pre_hook(lambda module, args: calls.append(len(args[0].levels[0].x)))
+    together = model(x, spacing=spacing)
+    assert sorted(calls) == [1, 3]
+    for i in range(4):
+        torch.testing.assert_close(together[i : i + 1], model(x[i : i + 1], spacing=spacing[i]), rtol=1e-4, atol=1e-5)
+    near = spacing[:2]
+    maps = timm.create_model("test_rat", features_only=True, physical_stem=True)(x[:2], spacing=near)
+    assert [m.shape[0] for m in maps] == [2] * 4
+
+
+def test_geometry_in_half_precision_is_refused():
+    model = timm.create_model("test_rat").eval()
+    grid = rat_timm.Grid.create((4, 4))
+    with pytest.raises(ValueError, match=r"spacing must be float32 or float64 inside the model, got torch\.bfloat16"):
+        grid._replace(spacing=grid.spacing.bfloat16()).positions(grid.origin, (1.0, 1.0))
+    positions = grid.positions(grid.origin, (1.0, 1.0))
+    halved = positions._replace(offset=tuple(o.bfloat16() for o in positions.offset))
+    with pytest.raises(ValueError, match="positions must be float32 or float64"):
+        model.stages[0].blocks[0].attn.rose.rotation(halved, torch.bfloat16)
+
+
+def test_spacings_that_decide_sizes_cannot_be_mapped_over():
+    model, x = timm.create_model("test_rat", physical_stem=True).eval(), torch.randn(1, 3, 40, 56)
+    with pytest.raises(ValueError, match="spacing must be numbers, not a tensor"):
+        torch.func.vmap(lambda spacing: model(x, spacing=spacing))(torch.rand(3, 2) + 0.5)
+
+
+@pytest.mark.parametrize("mask", [[torch.ones(1, 2, 2, dtype=torch.bool)], 1])
+def test_masks_of_maps_are_tensors(mask):
+    model = timm.create_model("test_rat").eval()
+    with pytest.raises(ValueError, match="mask"):
+        model.forward_head(model.forward_features(torch.randn(1, 3, 40, 56)), mask=mask)
+
+
 def test_maps_that_do_not_tell_their_grids_have_one():
     backbone = timm.create_model("test_rat", features_only=True, physical_stem=True).eval()
     x = torch.randn(2, 3, 40, 56)
@@ -512,8 +550,8 @@ def test_a_spacing_in_a_wrong_unit_does_not_fill_the_memory(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_spacings_that_overflow_are_refused(name):
     model, x = timm.create_model(name).eval(), torch.randn(1, *IMAGE[name])
-    for spacing in (1e30, torch.full((1, model.spatial_dims), 1e30, dtype=torch.float64)):
-        with pytest.raises(ValueError, match="spacing must be positive and less than 1e"):
+    for spacing in (1e30, torch.full((1, model.spatial_dims), 1e30, dtype=torch.float64), 9e-31, 1e-320):
+        with pytest.raises(ValueError, match=r"spacing must be positive and from 1e-30 to 1e\+30"):
             model(x, spacing=spacing)
     assert torch.isfinite(model(x, spacing=9e29)).all()
 

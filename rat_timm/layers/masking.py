@@ -74,7 +74,11 @@ def masked_attention(
 
 def check_mask(mask: Tensor | None, shape: Sequence[int], name: str = "mask") -> None:
     """Raises ``ValueError`` unless ``mask`` is None or a bool tensor of ``shape``."""
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape)):
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name} must be a bool tensor {list(shape)}, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
         raise ValueError(f"{name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
 
 

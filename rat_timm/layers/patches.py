@@ -81,7 +81,7 @@ def physical_patchify(
         ValueError: If samples have different spacings: they would have different numbers of patches. If a spacing, in
             a wrong unit say, asks for an image or a kernel beyond `rat_timm.resample_limit`.
     """
-    spacing = _read_spacing(tokens) if spacing is None else spacing
+    spacing = _read_spacing(tokens, tuple(reference)) if spacing is None else spacing
     length = [p * r for p, r in zip(weight.shape[2:], reference, strict=True)]
     size = [max(1, round(whole / s)) for whole, s in zip(length, spacing, strict=True)]
     _check_kernel(weight.shape, size)
@@ -99,8 +99,8 @@ def _check_kernel(shape: Sequence[int], size: Sequence[int]) -> None:
         )
 
 
-def _read_spacing(tokens: Tokens) -> tuple[float, ...]:
-    rows = spacing_rows(tokens.grid)
+def _read_spacing(tokens: Tokens, reference: tuple[float, ...]) -> tuple[float, ...]:
+    rows = spacing_rows(tokens.grid) or [reference]  # an empty batch has no rows
     if len(set(rows)) > 1:
         raise ValueError(
             "spacing must be the same for all samples where patches are physical, since it decides how many patches "

@@ -70,8 +70,11 @@ def resample(tokens: Tokens, spacing: Sequence[float], known: Sequence[float] | 
 def spacing_rows(grid: Grid) -> list[tuple[float, ...]]:
     """Reads a grid's spacing, per sample or one for all; raises ``ValueError`` where a model is compiled."""
     rows = grid.spacing
-    if torch.compiler.is_compiling() or rows.is_meta:
-        raise ValueError("spacing must be numbers, not a tensor, where the model is physical and compiled")
+    if torch.compiler.is_compiling() or rows.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(rows):
+        raise ValueError(
+            "spacing must be numbers, not a tensor, where the model is physical and compiled, mapped over or on the "
+            "meta device: sizes depend on it"
+        )
     return [tuple(row) for row in rows.tolist()]
 
 

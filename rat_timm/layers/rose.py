@@ -13,7 +13,7 @@ import RoSE
 import torch
 from torch import Tensor, nn
 
-from ..grid import Positions, exact_dtype
+from ..grid import Positions, check_exact, exact_dtype
 
 INITIAL_SCALINGS = (None, "log", "rope", "identity", "linear", "power")
 
@@ -128,6 +128,7 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         if self.rotary_dim == 0:
             return None
         offset = positions.offset
+        check_exact(offset[0], "positions")
         if self.learnable_scale or self.initial_scaling:
             offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
         # no matrix product, whose precision autocast and TF32 lower

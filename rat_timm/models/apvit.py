@@ -166,7 +166,7 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
 
     def patches(self, x: Tensor, spacing: Any = None, mask: Any = None, origin: Any = None) -> Patches:
         """Returns the patches that are cut out of images, and where; see `forward`."""
-        return self.patching(self._read(x, what_is_told(spacing, mask, origin)))
+        return self.patching(self._read(x, what_is_told(x, spacing, mask, origin)))
 
     def forward_intermediates(
         self,
@@ -278,7 +278,7 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         blocks: int | None = None,
     ) -> tuple[Tensor, Patches, list[Tensor]]:
         """Runs the first ``blocks`` blocks; returns the last one's tokens, the patches, and the tokens to ``take``."""
-        tracing, told = isinstance(x, torch.fx.Proxy), what_is_told(spacing, mask, origin)
+        tracing, told = isinstance(x, torch.fx.Proxy), what_is_told(x, spacing, mask, origin)
         image = self._read(image_without_mask(x, told.mask) if tracing else x, told)
         patches = self.patching(image)
         if tracing:

@@ -74,7 +74,7 @@ class RatConfig:
         stem_stride: Total stride of the stem, one number or one per axis.
         physical_stem: Whether images are resampled to the reference spacing in front of the stem, so that kernels mean
             the same at any spacing. Maps have then a number of places that goes with the extent, not with the pixels;
-            samples of different spacings are padded to the largest, and masked.
+            samples of different extents are computed apart, and their maps filled up to the largest, and masked.
         mask_token: Whether a learnable token stands at masked places of the first map, for masked image modelling: it
             takes part like any other, gets gradients, and is all that masked pixels are known by. Without it, masked
             places take no part.

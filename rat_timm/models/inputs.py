@@ -57,7 +57,7 @@ def read_images(
 
 
 class Part(NamedTuple):
-    """Samples of a batch that have one grid.
+    """Samples of a batch whose images have one size.
 
     Attributes:
         rows: Their indices in the batch; None for all of it.
@@ -71,7 +71,7 @@ class Part(NamedTuple):
 def parts_at_reference(images: Pyramid, spacing: Any, reference: tuple[float, ...]) -> list[Part]:
     """Resamples a pyramid, so that its first level has the reference spacing and the others keep theirs relative to it.
 
-    Samples whose images come out on grids of their own are parts of their own: side by side in one tensor, all but the
+    Samples whose images come out in sizes of their own are parts of their own: side by side in one tensor, all but the
     largest would have to be filled up, and windows at their true border would reach into the fill.
 
     Args:
@@ -97,7 +97,20 @@ def parts_at_reference(images: Pyramid, spacing: Any, reference: tuple[float, ..
         members.setdefault(spacings, []).append(index)
     if len(members) == 1:
         return [Part(None, _resample(images, next(iter(members)), reference))]
-    return [Part(index, _resample(_select(images, index), known, reference)) for known, index in members.items()]
+    return _by_shape([Part(i, _resample(_select(images, i), known, reference)) for known, i in members.items()])
+
+
+def _by_shape(parts: Sequence[Part]) -> list[Part]:
+    """Puts parts side by side whose levels have the same shapes; their spacings may differ."""
+    alike: dict[tuple, list[Part]] = {}
+    for part in parts:
+        alike.setdefault(tuple(tokens.grid.shape for tokens in part.images.levels), []).append(part)
+    if len(alike) == 1:
+        return [Part(None, join_parts([part.images for part in parts], [part.rows or [] for part in parts]))]
+    return [
+        Part([row for part in same for row in part.rows or []], _side_by_side([part.images for part in same]))
+        for same in alike.values()
+    ]
 
 
 @register_notrace_function
@@ -142,10 +155,15 @@ def join_parts(pyramids: Sequence[Pyramid], rows: Sequence[Sequence[int]]) -> Py
         rows: The indices of its samples in the batch.
     """
     order = torch.tensor([row for part in rows for row in part], device=pyramids[0].levels[0].x.device).argsort()
-    levels = [_select_rows(stack(parts), order) for parts in zip(*(p.levels for p in pyramids), strict=True)]
+    joined = _side_by_side(pyramids)
+    prefix = None if joined.prefix is None else joined.prefix.index_select(0, order)
+    return joined._replace(levels=[_select_rows(tokens, order) for tokens in joined.levels], prefix=prefix)
+
+
+def _side_by_side(pyramids: Sequence[Pyramid]) -> Pyramid:
+    levels = [stack(parts) for parts in zip(*(pyramid.levels for pyramid in pyramids), strict=True)]
     prefixes = [pyramid.prefix for pyramid in pyramids if pyramid.prefix is not None]
-    prefix = torch.cat(prefixes).index_select(0, order) if prefixes else None
-    return Pyramid(levels, prefix, pyramids[0].single)
+    return Pyramid(levels, torch.cat(prefixes) if prefixes else None, pyramids[0].single)
 
 
 def _name(name: str, level: int, single: bool) -> str:

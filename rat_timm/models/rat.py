@@ -16,6 +16,7 @@ from timm.layers import calculate_drop_path_rates, get_device_dtype, trunc_norma
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.fx import Proxy
 
 from ..context import what_is_told
@@ -44,7 +45,7 @@ __all__ = ["RatConfig", "ResolutionAwareTransformer"]
 
 
 # geometry steers these functions, so that symbolic tracing has to take each as a whole
-for _function in ("what_is_told", "read_images", "to_reference", "stage_maps"):
+for _function in ("what_is_told", "read_images", "to_reference", "stage_maps", "_features"):
     torch.fx.wrap(_function)
 
 
@@ -163,18 +164,28 @@ class ResolutionAwareTransformer(nn.Module):
         return self.head(pyramid.features, pyramid.masks, pyramid.prefix, pyramid.single)
 
     def forward_features(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Any:
-        """Returns the last stage's map, ``[B, C, *grid]``, or a list of maps for a list; see `forward`."""
+        """Returns the last stage's map, ``[B, C, *grid]``, or a list of maps for a list; see `forward`.
+
+        The tensor carries its mask, for `forward_head`; what is computed of it does not.
+        """
         return _features(self.norm(self._run(self._read(x, spacing, mask, origin)).last))
 
     def _read(self, x: Any, spacing: Any, mask: Any, origin: Any) -> list[Part]:
         """Reads a batch; samples whose images are brought to grids of their own are parts of their own."""
-        told = what_is_told(spacing, mask, origin)
+        told = what_is_told(x, spacing, mask, origin)
         images = read_images(x, told, *self._image_limits)
         if not self.cfg.physical_stem:
             return [Part(None, images)]
         if isinstance(images, Proxy):
             return [Part(None, to_reference(images, told.spacing, self.reference_spacing))]
-        return parts_at_reference(images, told.spacing, self.reference_spacing)
+        parts = parts_at_reference(images, told.spacing, self.reference_spacing)
+        if len(parts) > 1 and any(isinstance(p, DTensor) for p in self.parameters()):
+            # processes with other numbers of parts would wait for each other
+            raise ValueError(
+                "spacing must be such that all images come to one size where the stem is physical and parameters are "
+                "sharded: batch by spacing"
+            )
+        return parts
 
     def _run(
         self,

@@ -10,7 +10,7 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from ..grid import Positions, Pyramid, Tokens, channels_first, channels_last, field_center
+from ..grid import Positions, Pyramid, Tokens, channels_first, channels_last, field_center, merge_axes
 from ..layers.assignment import Assignment
 from ..layers.attention import Attention, Block
 from ..layers.grouping import DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
@@ -46,7 +46,8 @@ class Downsample(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         grouping: Callable[..., nn.Module] = DenseSpatialGroupingAttention
         if stage.sga_attention_type == "sparse":
-            grouping = partial(SparseSpatialGroupingAttention, neighborhood_kernel=stage.neighborhood_kernel)
+            window: Any = merge_axes(stage.neighborhood_kernel)
+            grouping = partial(SparseSpatialGroupingAttention, neighborhood_kernel=window)
         self.sga = grouping(
             stage.dim_in,
             cfg.spatial_dims,

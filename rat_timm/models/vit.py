@@ -139,7 +139,7 @@ class RatVit(eva.Eva):
         Raises:
             ValueError: If an argument does not fit the model or another argument.
         """
-        told = what_is_told(spacing, mask, origin)
+        told = what_is_told(x, spacing, mask, origin)
         if (image := self._plain(x, told)) is not None:
             out = super().forward(image, attn_mask=attn_mask, is_causal=is_causal)
             return out if self._pools or isinstance(x, Tensor) else [out]
@@ -160,7 +160,7 @@ class RatVit(eva.Eva):
         Prefix tokens (class, registers) are shared by the levels, and stand in front of each level's patches. Invalid
         patches are zero.
         """
-        told = what_is_told(spacing, mask, origin)
+        told = what_is_told(x, spacing, mask, origin)
         if (image := self._plain(x, told)) is not None:
             return self._unwrap([super().forward_features(image, attn_mask, is_causal)], isinstance(x, Tensor))
         encoded = self._encode(x, told, attn_mask, is_causal)
@@ -235,7 +235,7 @@ class RatVit(eva.Eva):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        told = what_is_told(spacing, mask, origin)
+        told = what_is_told(x, spacing, mask, origin)
         if isinstance(x, Tensor) and self._plain(x, told) is not None and not output_dict:
             return super().forward_intermediates(
                 x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, attn_mask, is_causal
