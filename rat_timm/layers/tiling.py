@@ -141,22 +141,19 @@ class Gather(NamedTuple):
     Attributes:
         rows: Index of the flat grid's places, over ``tiles x places``.
         tiles: Number of tiles.
+        places: Number of places in a tile.
         shape: The grid.
     """
 
     rows: RowIndex
     tiles: int
+    places: int
     shape: tuple[int, ...]
 
     @classmethod
     def create(cls, place: Array, shape: tuple[int, ...], device: torch.device) -> "Gather":
         """Takes places of the flat grid, ``[tiles, places]``."""
-        return cls(RowIndex.create(place.ravel(), math.prod(shape), device), len(place), shape)
-
-    @property
-    def places(self) -> int:
-        """Number of places in a tile."""
-        return len(self.rows.row) // self.tiles
+        return cls(RowIndex.create(place.ravel(), math.prod(shape), device), len(place), place.shape[1], shape)
 
     def take(self, x: Tensor) -> Tensor:
         """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``, in memory ``[tiles, places, B, heads, d]``."""
@@ -175,7 +172,7 @@ class Gather(NamedTuple):
     def part(self, start: int, stop: int) -> "Gather":
         """Returns the places of some tiles."""
         part = self.rows.row[start * self.places : stop * self.places]
-        return Gather(RowIndex(part, None, None), stop - start, self.shape)
+        return Gather(RowIndex(part, None, None), stop - start, self.places, self.shape)
 
 
 class Overlaps(NamedTuple):
@@ -410,7 +407,7 @@ def _flatten(x: Tensor) -> Tensor:
 def _unflatten(rows: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
     """``[N, B * heads * d]`` -> ``[B, *shape, heads, d]``, sizes being those of ``like`` ``[..., B, heads, _, d]``."""
     batch, heads, _, width = like.shape[-4:]
-    return rows.view(len(rows), batch, heads, width).transpose(0, 1).unflatten(1, tuple(shape))
+    return rows.unflatten(1, (batch, heads, width)).transpose(0, 1).unflatten(1, tuple(shape))
 
 
 def _by_row(index: Array, rows: int) -> tuple[Array, Array]:
