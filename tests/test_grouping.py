@@ -159,6 +159,16 @@ def test_autocast_gives_one_dtype_whatever_the_chunks():
     torch.testing.assert_close(fused, whole, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("grids", [[(6, 9), (8, 5)], [(4, 5, 6), (5, 3, 4)]])
+def test_a_compiled_sparse_grouping_takes_another_size(grids):
+    torch._dynamo.reset()
+    compiled = torch.compile(local_grouping_attention, fullgraph=True, backend="eager")
+    for grid in grids:
+        tensors = local_inputs(grid, 2)
+        expected = local_grouping_attention(*tensors, 2)
+        torch.testing.assert_close(compiled(*tensors, 2), expected, rtol=0, atol=1e-10)
+
+
 def test_memory_of_dense_grouping_is_bounded_by_chunks():
     """The M x N matrices of these inputs would take 17 GB."""
     query, key = torch.randn(1, 1, 8192, 8), torch.randn(1, 1, 1 << 18, 8)

@@ -160,3 +160,13 @@ def test_bad_arguments_are_named(change, message):
     arguments = {"query": query, "key": key, "value": value, "kernel_size": 3} | change
     with pytest.raises(ValueError, match=message):
         neighborhood_attention(**arguments)
+
+
+@pytest.mark.parametrize("grids", [[(6, 9), (8, 5)], [(4, 5, 6), (5, 3, 4)]])
+def test_a_compiled_layer_takes_another_size(grids):
+    """The second size makes sizes symbolic: plans are constants of each program all the same."""
+    torch._dynamo.reset()
+    compiled = torch.compile(neighborhood_attention, fullgraph=True, backend="eager")
+    for grid in grids:
+        tensors = inputs(grid)
+        torch.testing.assert_close(compiled(*tensors, 3), neighborhood_attention(*tensors, 3), rtol=0, atol=1e-10)

@@ -38,9 +38,8 @@ class Assignment(NamedTuple):
         Returns:
             ``[B, *fine, C]``, zero for a masked token.
         """
-        tiles = self.tiles.of_one_head()
-        groups = tiles.keys.take(x.unsqueeze(-2))  # [tiles, B, 1, groups, C]
-        return tiles.untile(self.attn_q.mean(dim=2, keepdim=True).to(x.dtype).mT @ groups).squeeze(-2)
+        groups = self.tiles.keys.take(x.unsqueeze(-2))  # [tiles, B, 1, groups, C]
+        return self.tiles.untile(self.attn_q.mean(dim=2, keepdim=True).to(x.dtype).mT @ groups).squeeze(-2)
 
 
 def carry_up(chain: Sequence[Assignment], x: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ Each tile holds tokens that no other has, and all the groups that these reach: s
 what overlaps between tiles, the groups, is little.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,14 +61,12 @@ class LocalGrouping(NamedTuple):
         key: ``[tiles, B, heads, tokens, d]``.
         value: Same shape; zero for a token without an allowed group, and where an earlier tile has the token.
         allowed: Which token and group interact, broadcastable to ``[tiles, B, heads, tokens, groups]``.
-        coarse: The groups' grid.
     """
 
     tiles: tiling.Tiles
     key: Tensor
     value: Tensor
     allowed: Tensor
-    coarse: tuple[int, ...]
 
     @classmethod
     def create(
@@ -79,8 +79,8 @@ class LocalGrouping(NamedTuple):
         group_mask: Tensor | None,
     ) -> "LocalGrouping":
         """Takes tokens apart into tiles; see `local_grouping_attention`."""
-        fine, batch, heads = tuple(key.shape[1:-2]), key.shape[0], key.shape[-2]
-        tiles = _tiles(fine, stride, window, batch, heads, key.device)
+        fine = tuple(map(operator.index, key.shape[1:-2]))
+        tiles = _tiles(fine, stride, window, key.device)
         allowed = tiles.allowed()[:, None, None]  # [tiles, 1, 1, tokens, groups]
         if tiles.repeated is not None:
             allowed = allowed & ~tiles.repeated[:, None, None, :, None]
@@ -89,11 +89,10 @@ class LocalGrouping(NamedTuple):
             allowed = allowed & tiles.queries.take_mask(mask)[:, :, None, :, None]
         if group_mask is not None:
             allowed = allowed & tiles.keys.take_mask(group_mask)[:, :, None, None, :]
-        keys, values = tiles.queries.take(key), tiles.queries.take(value)
+        keys, values = (tiles.queries.take(x).contiguous() for x in (key, value))
         if not (mask is None and group_mask is None and tiles.repeated is None):
             values = torch.where(allowed.any(dim=-1, keepdim=True), values, 0.0)
-        coarse = tuple(-(-n // s) for n, s in zip(fine, stride, strict=True))
-        return cls(tiles, keys, values, allowed, coarse)
+        return cls(tiles, keys, values, allowed)
 
     def take(self, query: Tensor) -> Tensor:
         """Takes values into groups ``[B, *coarse, heads, d]``."""
@@ -105,7 +104,7 @@ class LocalGrouping(NamedTuple):
         logits, log_sum = self._logits(query)
         shares = torch.where(self.allowed, shares_of(logits, log_sum), 0.0)
         attention = torch.where(self.allowed, (logits - log_sum).exp(), 0.0)
-        return Assignment(shares.mT, attention.mT, self.tiles, self.coarse)
+        return Assignment(shares.mT, attention.mT, self.tiles, self.tiles.keys.shape)
 
     def _logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits ``[tiles, B, heads, tokens, groups]``, and the logarithm of their sum over all tokens."""
@@ -114,31 +113,25 @@ class LocalGrouping(NamedTuple):
         return logits, self.tiles.log_sum_exp(sums).unsqueeze(-2)
 
 
+@torch.compiler.assume_constant_result
 @tiling.per_geometry
 def _tiles(
-    fine: tuple[int, ...],
-    stride: tuple[int, ...],
-    window: tuple[int, ...],
-    batch: int,
-    heads: int,
-    device: torch.device,
+    fine: tuple[int, ...], stride: tuple[int, ...], window: tuple[int, ...], device: torch.device
 ) -> tiling.Tiles:
-    axes = [_axis_tiles(n, s, w // 2, device) for n, s, w in zip(fine, stride, window, strict=True)]
-    return tiling.Tiles.create(axes, batch, heads)
+    axes = [_axis_tiles(n, s, w // 2) for n, s, w in zip(fine, stride, window, strict=True)]
+    return tiling.Tiles.create(axes, device, with_overlaps=True)
 
 
-def _axis_tiles(tokens: int, stride: int, reach: int, device: torch.device) -> tiling.AxisTiles:
+def _axis_tiles(tokens: int, stride: int, reach: int) -> tiling.AxisTiles:
     groups = -(-tokens // stride)
     count = -(-groups // max(2, 2 * reach))
     size = min(-(-groups // count) * stride, tokens)
     queries = tiling.query_tiles(tokens, size)
+    cell = queries // stride  # [T, b]
     inside = (tokens - size) % stride > 0  # the last tile, moved inwards, starts inside a cell
-    halo = reach if len(queries.starts) == 2 else 2 * reach  # windows at the border reach inwards only
-    firsts = [start // stride - reach for start in queries.starts]
-    keys = tiling.Runs.create(firsts, -(-size // stride) + inside + halo, groups)
-    cell = queries.indices(device).div(stride, rounding_mode="floor")
-    distance = keys.indices(device)[:, None, :] - cell[:, :, None]  # [T, b, w]
-    return tiling.AxisTiles(queries, keys, distance.abs() <= reach)
+    halo = reach if len(queries) == 2 else 2 * reach  # windows at the border reach inwards only
+    keys = tiling.stretches(cell[:, 0] - reach, -(-size // stride) + inside + halo, groups)
+    return tiling.AxisTiles(queries, keys, np.abs(keys[:, None, :] - cell[:, :, None]) <= reach)
 
 
 def _check_local(

@@ -5,11 +5,13 @@ NATTEN's definition (arXiv 2204.07143) and layout, in 1D, 2D and 3D.
 
 import functools
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -21,6 +23,7 @@ from .masking import attention, check_mask, masked_attention, need_grad
 
 _SIZES = 256  # programs that FlexAttention is compiled to, one per size; beyond that it would hold all pairs
 _NUMBERS = 1 << 23  # entries of keys that are gathered at a time
+_NUMBERS_CPU = 1 << 18  # the same per thread of a CPU, so that they stay in its cache
 
 
 def neighborhood_attention(
@@ -77,58 +80,78 @@ class _Call(NamedTuple):
 def _tiled_attention(
     query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, ...], mask: Tensor | None, dropout_p: float
 ) -> Tensor:
-    grid, (batch, heads) = tuple(query.shape[1:-2]), (query.shape[0], query.shape[-2])
-    tiles = _tiles(grid, kernel, batch, heads, query.device)
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    parts = tiles.split(_part_size(tiles, query, need_grad(query, key, value)))
-    outs = [_attend(query, key, value, part, mask, dropout_p) for part in parts]
-    return tiles.untile(outs[0] if len(outs) == 1 else torch.cat(outs))
+    tiles = _tiles(tuple(map(operator.index, query.shape[1:-2])), kernel, query.device)
+    if need_grad(query, key, value) or tiling.is_traced():
+        return tiles.untile(_attend(query, key, value, tiles, _bias(tiles, query.dtype), mask, dropout_p))
+    size, mixed = _part_sizes(tiles, query)
+    samples = max(1, size // tiles.keys.tiles)
+    inputs = [[_places_first(part) for part in x.split(samples)] for x in (query, key, value)]
+    masks = [None] * len(inputs[0]) if mask is None else mask.split(samples)
+    calls = list(zip(*inputs, masks, strict=True))
+    outs: list[list[Tensor]] = [[] for _ in calls]
+    for part in tiles.split(size, mixed):
+        bias = _bias(part, query.dtype)
+        for out, (q, k, v, m) in zip(outs, calls, strict=True):
+            out.append(_attend(q, k, v, part, bias, m, dropout_p))
+    return torch.cat([tiles.untile(*parts) for parts in outs])
 
 
-def _part_size(tiles: tiling.Tiles, query: Tensor, needs_grad: bool) -> int:
-    """Returns how many tiles to attend to at a time: all in training, since each part's gradient is a whole grid."""
-    count, batch, heads, keys = tiles.keys.sizes
-    if needs_grad or tiling.is_traced():
-        return count
-    return max(1, _NUMBERS // max(1, batch * heads * keys * query.shape[-1]))
+def _part_sizes(tiles: tiling.Tiles, query: Tensor) -> tuple[int, int]:
+    """Returns how many tiles of a sample to attend to at a time: of one kind, and of several, with a bias each."""
+    limit = _NUMBERS_CPU * torch.get_num_threads() if query.device.type == "cpu" else _NUMBERS
+    numbers = max(1, tiles.keys.places * query.shape[-2:].numel())
+    return max(1, limit // numbers), max(1, limit // max(numbers, tiles.kinds[0].numel()))
+
+
+def _places_first(x: Tensor) -> Tensor:
+    """Lays ``[B, *grid, heads, d]`` out in memory as gathers read it, ``[*grid, B, heads, d]``."""
+    return x.movedim(0, -3).contiguous().movedim(-3, 0)
+
+
+def _bias(tiles: tiling.Tiles, dtype: torch.dtype) -> Tensor:
+    """Returns what to add to logits, ``[tiles, 1, queries, keys]``."""
+    return tiles.of_tiles(torch.zeros_like(tiles.kinds, dtype=dtype).masked_fill(~tiles.kinds, -math.inf)).unsqueeze(1)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, tiles: tiling.Tiles, mask: Tensor | None, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: tiling.Tiles,
+    bias: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
 ) -> Tensor:
     """Attends from the tiles' queries to the keys in their windows, ``[tiles, B, heads, queries, d]``."""
     q, k, v = tiles.queries.take(query), tiles.keys.take(key), tiles.keys.take(value)
+    both = q.shape[:2]
     if mask is not None:
         valid = tiles.keys.take_mask(mask)[:, :, None]  # [tiles, B, 1, keys]
         allowed = (tiles.allowed()[:, None] & valid).flatten(0, 1).unsqueeze(1)  # [tiles * B, 1, queries, keys]
         out = masked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), allowed, dropout_p)
-        return out.view_as(q)
-    bias = torch.zeros_like(tiles.kinds, dtype=q.dtype).masked_fill(~tiles.kinds, -math.inf)
-    bias = bias.index_select(0, tiles.kind).unsqueeze(1)  # [tiles, 1, queries, keys]
+        return out.unflatten(0, both)
     if tiling.is_traced():  # the number of heads is a constant of a program, that of samples is not
         bias = bias.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1).flatten(0, 1)
-        return attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, dropout_p).view_as(q)
+        return attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, dropout_p).unflatten(0, both)
     # samples count as heads, since their windows are the same: one bias per tile serves all of them
-    return attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias, dropout_p).view_as(q)
+    out = attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias, dropout_p)
+    return out.unflatten(1, q.shape[1:3])
 
 
+@torch.compiler.assume_constant_result
 @tiling.per_geometry
-def _tiles(
-    grid: tuple[int, ...], kernel: tuple[int, ...], batch: int, heads: int, device: torch.device
-) -> tiling.Tiles:
-    axes = [_axis_tiles(length, min(k, length), device) for length, k in zip(grid, kernel, strict=True)]
-    return tiling.Tiles.create(axes, batch, heads)
+def _tiles(grid: tuple[int, ...], kernel: tuple[int, ...], device: torch.device) -> tiling.Tiles:
+    axes = [_axis_tiles(length, min(k, length)) for length, k in zip(grid, kernel, strict=True)]
+    return tiling.Tiles.create(axes, device)
 
 
-def _axis_tiles(length: int, kernel: int, device: torch.device) -> tiling.AxisTiles:
+def _axis_tiles(length: int, kernel: int) -> tiling.AxisTiles:
     count = max(1, (2 * length + kernel) // (2 * kernel))  # tiles about as long as a window
-    size = -(-length // count)
-    queries = tiling.query_tiles(length, size)
-    halo = kernel // 2 if len(queries.starts) == 2 else kernel - 1  # windows at the border reach inwards only
-    firsts = [min(max(start - kernel // 2, 0), length - kernel) for start in queries.starts]
-    keys = tiling.Runs.create(firsts, size + halo, length)
-    window = (queries.indices(device) - kernel // 2).clamp(0, length - kernel)  # where each query's begins
-    place = keys.indices(device)[:, None, :] - window[:, :, None]  # [T, b, w]
+    queries = tiling.query_tiles(length, -(-length // count))
+    halo = kernel // 2 if len(queries) == 2 else kernel - 1  # windows at the border reach inwards only
+    window = np.clip(queries - kernel // 2, 0, length - kernel)  # where each query's begins, [T, b]
+    keys = tiling.stretches(window[:, 0], queries.shape[1] + halo, length)
+    place = keys[:, None, :] - window[:, :, None]  # [T, b, w]
     return tiling.AxisTiles(queries, keys, (place >= 0) & (place < kernel))
 
 

@@ -1,335 +1,380 @@
 """Windowed attention as a few dense products: tiles of queries, each with all the keys that its windows reach.
 
-What depends on sizes alone, and not on data, is made once per geometry and kept.
+One axis of 10 places, windows of 3 places, tiles of 4 queries. Around a tile's queries lies the halo: keys that its
+windows reach too. Where tiles do not fit, the last one is moved inwards and repeats queries; so are keys at the border,
+so that all tiles have as many.
+
+    place     0  1  2  3  4  5  6  7  8  9
+    tile 0    q  q  q  q  .  .                    q  query, and key
+    tile 1             .  q  q  q  q  .           .  key of the halo
+    tile 2                .  .  r  r  q  q        r  query that an earlier tile has, and key
+
+What attention does on this axis: it gathers queries by the index ``0 1 2 3 | 4 5 6 7 | 6 7 8 9`` and keys and values by
+``0 1 2 3 4 5 | 3 4 5 6 7 8 | 4 5 6 7 8 9``, attends inside each tile where the window allows it, and takes each query
+back from the first tile that has it, by ``0 1 2 3 4 5 6 7 10 11``. Grids are products of their axes.
+
+A gather index knows places alone, not samples, heads or channels: one row of numbers is all that a batch holds at one
+place. It depends on sizes only; it is made once by NumPy and kept. Programs (torch.compile, torch.export) have it as a
+constant.
 """
 
-import dataclasses
+import collections
 import functools
 import math
-import operator
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from .masking import exp_beside_one, nothing
 
-_KEPT = 24  # plans kept, for as many sizes of grids, windows and batches
+_PLAN_BYTES = 1 << 28
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class Runs(NamedTuple):
-    """Stretches of one axis, all as long: T of n places.
-
-    Attributes:
-        starts: First place of each.
-        size: Number of places, n.
-        length: The axis' number of places.
-    """
-
-    starts: tuple[int, ...]
-    size: int
-    length: int
-
-    @classmethod
-    def create(cls, starts: Sequence[int], size: int, length: int) -> "Runs":
-        """Moves stretches inwards at the border; they are as long as the axis at most."""
-        size = min(size, length)
-        return cls(tuple(min(max(start, 0), length - size) for start in starts), size, length)
-
-    def indices(self, device: torch.device) -> Tensor:
-        """Returns the places, ``[T, n]``."""
-        return torch.tensor(self.starts, device=device)[:, None] + torch.arange(self.size, device=device)
-
-    def holders(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns where each of the axis' places stands among ``T x n``, ``[length, K]``, and whether it does there."""
-        held: list[list[int]] = [[] for _ in range(self.length)]
-        for run, start in enumerate(self.starts):
-            for place in range(self.size):
-                held[start + place].append(run * self.size + place)
-        most = max(map(len, held))
-        padded = torch.tensor([(places + [-1] * most)[:most] for places in held], device=device)
-        return padded.clamp(min=0), padded >= 0
+Array = NDArray[Any]
 
 
 class AxisTiles(NamedTuple):
-    """How one axis is cut: T tiles of b queries, each with w keys.
+    """How one axis is cut: T tiles of b queries, each with w keys. Every place of the axis stands in a tile.
 
     Attributes:
-        query_runs: The tiles' queries. The last tile is moved inwards where tiles do not fit: it repeats queries.
-        key_runs: The tiles' keys.
+        queries: Place of each query, ``[T, b]``.
+        keys: Place of each key, ``[T, w]``.
         allowed: Which key lies in which query's window, ``[T, b, w]``, bool.
     """
 
-    query_runs: Runs
-    key_runs: Runs
-    allowed: Tensor
+    queries: Array
+    keys: Array
+    allowed: Array
 
     @property
-    def queries(self) -> Tensor:
-        """Query index, ``[T, b]``."""
-        return self.query_runs.indices(self.allowed.device)
-
-    @property
-    def keys(self) -> Tensor:
-        """Key index, ``[T, w]``."""
-        return self.key_runs.indices(self.allowed.device)
-
-    def once(self) -> tuple[Tensor, Tensor]:
-        """Returns the first tile of each query and its place there, each ``[1, queries]``."""
-        starts, size, length = self.query_runs
-        place = torch.arange(length, device=self.allowed.device)
-        last = (len(starts) - 1) * size
-        place = torch.where(place < last, place, place + last + size - length)
-        tile = place.div(size, rounding_mode="floor")
-        return tile[None], (place - tile * size)[None]
-
-    def repeated(self) -> Tensor:
-        """Returns whether a query stands in an earlier tile too, ``[T, b]``."""
-        first_new = torch.arange(len(self.query_runs.starts), device=self.allowed.device) * self.query_runs.size
-        return self.queries < first_new[:, None]
-
-    def kinds(self) -> tuple[Tensor, Tensor]:
-        """Returns the distinct patterns of ``allowed``, ``[kinds, b, w]``, and which of them a tile has, ``[T, 1]``."""
-        if is_traced() or self.allowed.is_meta:  # how many there are depends on data
-            return self.allowed, torch.arange(len(self.allowed), device=self.allowed.device)[:, None]
-        kinds, kind = torch.unique(self.allowed, dim=0, return_inverse=True)
-        return kinds, kind[:, None]
+    def lengths(self) -> tuple[int, int]:
+        """Numbers of places of the queries' and of the keys' axis."""
+        return int(self.queries.max()) + 1, int(self.keys.max()) + 1
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Places:
-    """Where the tiles' places stand in tensors ``[B, *grid, heads, d]``.
+def stretches(starts: Sequence[int] | Array, size: int, length: int) -> Array:
+    """Returns stretches of ``size`` places of an axis, ``[T, size]``: moved inwards at the border, cut to the axis."""
+    size = min(size, length)
+    return np.clip(np.asarray(starts), 0, length - size)[:, None] + np.arange(size)
+
+
+class RowIndex(NamedTuple):
+    """An index of rows, and the same by row, so that a sum over repetitions takes one pass.
 
     Attributes:
-        rows: Index of rows of d numbers, flat over ``[tiles, B, heads, places]``.
-        sizes: The number of tiles, samples, heads and places.
-        count: The number of rows that the index is for.
+        row: Row of each entry, ``[entries]``.
+        order: Entries sorted by row; None in a part of an index, which has no gradient.
+        starts: Where each row's entries begin in ``order``, ``[rows + 1]``; None likewise.
     """
 
-    rows: Tensor
-    sizes: tuple[int, int, int, int]
-    count: int
+    row: Tensor
+    order: Tensor | None
+    starts: Tensor | None
+
+    @classmethod
+    def create(cls, index: Array, rows: int, device: torch.device) -> "RowIndex":
+        """Sorts an index of ``rows`` rows."""
+        return cls(*(_tensor(part, device) for part in (index, *_by_row(index, rows))))
 
     def take(self, x: Tensor) -> Tensor:
-        """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``."""
-        rows = _rows(x)
-        taken = rows.index_select(0, self.rows) if is_plain(x) else _Take.apply(rows, self)
-        return taken.view(*self.sizes, x.shape[-1])
+        """``[rows, C]`` -> ``[entries, C]``."""
+        if self.order is None or is_plain(x):
+            return x.index_select(0, self.row)
+        return _Take.apply(x, self)
 
-    def add(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        """``[tiles, B, heads, places, d]`` -> ``[B, *shape, heads, d]``, summing overlaps: `take` transposed."""
-        return _Add.apply(_rows(x), self).view(self.sizes[1], *shape, self.sizes[2], x.shape[-1])
+    def add(self, x: Tensor) -> Tensor:
+        """``[entries, C]`` -> ``[rows, C]``, summing repetitions: `take` transposed."""
+        return _Add.apply(x, self)
 
-    @functools.cached_property
-    def bags(self) -> tuple[Tensor, Tensor]:
-        """Which places stand at each row: their index, sorted by row, and where each row's begin."""
-        with torch.inference_mode(False):
-            sizes = torch.bincount(self.rows, minlength=self.count)
-            starts = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
-            return self.rows.argsort(stable=True), starts
 
-    def split(self, size: int) -> "list[Places]":
-        """Returns the places of ``size`` tiles at a time."""
-        parts = self.rows.split(size * math.prod(self.sizes[1:]))
-        tiles = [rows.numel() // math.prod(self.sizes[1:]) for rows in parts]
-        return [Places(rows, (n, *self.sizes[1:]), self.count) for rows, n in zip(parts, tiles, strict=True)]
+class _OfRows(torch.autograd.Function):
+    """A linear function of ``[rows, C]`` that a `RowIndex` describes."""
 
-    def of_one_head(self) -> "Places":
-        """Returns the same places in tensors of one head."""
-        tiles, batch, heads, places = self.sizes
-        rows = self.rows.view(self.sizes)[:, :, 0].flatten().div(heads, rounding_mode="floor")
-        return Places(rows, (tiles, batch, 1, places), self.count // heads)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, RowIndex], output: Tensor) -> None:
+        ctx.rows = inputs[1]
+
+
+class _Take(_OfRows):
+    """`RowIndex.take`, whose gradient is summed in one pass and not row by row."""
+
+    @staticmethod
+    def forward(x: Tensor, rows: RowIndex) -> Tensor:
+        return x.index_select(0, rows.row)
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, rows: None) -> Tensor:
+        return _Take.forward(x, ctx.rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Add.apply(grad, ctx.rows), None
+
+
+class _Add(_OfRows):
+    """`RowIndex.add`."""
+
+    @staticmethod
+    def forward(x: Tensor, rows: RowIndex) -> Tensor:
+        assert rows.order is not None
+        return F.embedding_bag(rows.order, x, rows.starts, mode="sum", include_last_offset=True)
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, rows: None) -> Tensor:
+        return _Add.forward(x, ctx.rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Take.apply(grad, ctx.rows), None
+
+
+class Gather(NamedTuple):
+    """Which places of a grid stand in which tile.
+
+    Attributes:
+        rows: Index of the flat grid's places, over ``tiles x places``.
+        tiles: Number of tiles.
+        places: Number of places in a tile.
+        shape: The grid.
+    """
+
+    rows: RowIndex
+    tiles: int
+    places: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def create(cls, place: Array, shape: tuple[int, ...], device: torch.device) -> "Gather":
+        """Takes places of the flat grid, ``[tiles, places]``."""
+        return cls(RowIndex.create(place.ravel(), math.prod(shape), device), len(place), place.shape[1], shape)
+
+    def take(self, x: Tensor) -> Tensor:
+        """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``, in memory ``[tiles, places, B, heads, d]``."""
+        rows = x.flatten(1, -3).transpose(0, 1)  # [N, B, heads, d]
+        taken = self.rows.take(rows.flatten(1))
+        return taken.view(self.tiles, self.places, *rows.shape[1:]).permute(0, 2, 3, 1, 4)
+
+    def add(self, x: Tensor) -> Tensor:
+        """``[tiles, B, heads, places, d]`` -> ``[B, *grid, heads, d]``, summing overlaps: `take` transposed."""
+        return _unflatten(self.rows.add(_flatten(x)), self.shape, x)
 
     def take_mask(self, mask: Tensor) -> Tensor:
         """``[B, *grid]`` -> ``[tiles, B, places]``."""
-        return self.of_one_head().take(mask[..., None, None])[:, :, 0, :, 0]
+        return self.take(mask[..., None, None])[:, :, 0, :, 0]
 
-
-torch.utils._pytree.register_dataclass(Places, field_names=["rows", "sizes", "count"])
-
-
-class _OfPlaces(torch.autograd.Function):
-    """A linear function of rows ``[rows, d]`` that `Places` describe."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Places], output: Tensor) -> None:
-        ctx.places = inputs[1]
-
-
-class _Take(_OfPlaces):
-    """`Places.take` of rows, whose gradient is summed in one pass and not row by row."""
-
-    @staticmethod
-    def forward(x: Tensor, places: Places) -> Tensor:
-        return x.index_select(0, places.rows)
-
-    @staticmethod
-    def jvp(ctx: Any, x: Tensor, places: None) -> Tensor:
-        return _Take.forward(x, ctx.places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Add.apply(grad, ctx.places), None
-
-
-class _Add(_OfPlaces):
-    """`Places.add` of rows."""
-
-    @staticmethod
-    def forward(x: Tensor, places: Places) -> Tensor:
-        order, starts = places.bags
-        return F.embedding_bag(order, x, starts, mode="sum", include_last_offset=True)
-
-    @staticmethod
-    def jvp(ctx: Any, x: Tensor, places: None) -> Tensor:
-        return _Add.forward(x, ctx.places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Take.apply(grad, ctx.places), None
+    def part(self, start: int, stop: int) -> "Gather":
+        """Returns the places of some tiles."""
+        part = self.rows.row[start * self.places : stop * self.places]
+        return Gather(RowIndex(part, None, None), stop - start, self.places, self.shape)
 
 
 class Overlaps(NamedTuple):
-    """Where each key stands in the tiles, axis by axis, so that a sum over its tiles needs no scatter.
+    """Where each place of a grid stands in tiles, padded to the most that one has.
 
     Attributes:
-        counts: Number of tiles per axis.
-        sizes: Number of keys in a tile per axis.
-        places: Per axis, where a key stands among ``tiles x keys``, ``[keys, K]``.
-        held: Whether it does: some keys stand in fewer tiles than others.
+        entry: Where, over ``tiles x places``, ``[N, K]``.
+        held: Whether the place stands there, ``[N, K]``: some stand in fewer tiles than others.
+        shape: The grid.
     """
 
-    counts: tuple[int, ...]
-    sizes: tuple[int, ...]
-    places: tuple[Tensor, ...]
-    held: tuple[Tensor, ...]
+    entry: Tensor
+    held: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def create(cls, place: Array, shape: tuple[int, ...], device: torch.device) -> "Overlaps":
+        """Takes places of the flat grid, ``[tiles, places]``."""
+        order, starts = _by_row(place.ravel(), math.prod(shape))
+        counts = np.diff(starts)[:, None]
+        number = np.arange(counts.max())
+        entry = order[np.minimum(starts[:-1, None] + number, len(order) - 1)]
+        return cls(_tensor(entry, device), _tensor(number < counts, device), shape)
 
     def reduce(self, x: Tensor, combine: Callable[[Tensor, int], Tensor], absent: float) -> Tensor:
         """Combines overlaps of ``[tiles, B, heads, places, d]`` into ``[B, *grid, heads, d]``.
 
         Args:
             x: What the tiles hold.
-            combine: Reduces the dimension that it is given, in which one key's values stand.
+            combine: Reduces the dimension that it is given, in which one place's values stand.
             absent: What changes no result of it.
         """
-        axes = len(self.counts)
-        x = x.unflatten(-2, self.sizes).unflatten(0, self.counts)  # [*counts, B, heads, *sizes, d]
-        pairs = [part for axis in range(axes) for part in (axis, axes + 2 + axis)]
-        x = x.permute(axes, *pairs, axes + 1, -1)  # [B, count, size, count, size, ..., heads, d]
-        for axis, (places, held) in enumerate(zip(self.places, self.held, strict=True), start=1):
-            x = x.flatten(axis, axis + 1).index_select(axis, places.flatten()).unflatten(axis, places.shape)
-            x = torch.where(held.view(*held.shape, *[1] * (x.ndim - axis - 2)), x, absent)
-            x = combine(x, axis + 1)
-        return x
+        rows = _flatten(x).index_select(0, self.entry.flatten()).unflatten(0, self.entry.shape)  # [N, K, C]
+        return _unflatten(combine(torch.where(self.held.unsqueeze(-1), rows, absent), 1), self.shape, x)
 
 
 class Tiles(NamedTuple):
     """How queries and keys on their grids are cut into tiles.
 
     Attributes:
-        queries: Where the tiles' queries stand.
-        keys: Where the tiles' keys stand.
-        once: Where each query stands in its first tile: rows of ``[tiles, B, heads, places, d]``, for one tile with the
-            grid's places.
-        repeated: Whether a query stands in an earlier tile too, ``[tiles, queries]``; None if none does.
+        queries: The tiles' queries.
+        keys: The tiles' keys.
+        once: Where each query stands in the first tile that has it, over ``tiles x queries``.
+        repeated: Whether an earlier tile has a query, ``[tiles, queries]``; None if none does.
         kinds: The distinct patterns of which key lies in which query's window, ``[kinds, queries, keys]``, bool.
-        kind: Which of them a tile has, ``[tiles]``.
-        shape: The queries' grid.
-        key_runs: The tiles' keys, per axis; those of all tiles, in a part of them too.
+        kind: Which of them a tile has, ``[tiles]``, ascending.
+        counts: How many tiles have each kind.
+        overlaps: Where each key stands in the tiles, if asked for.
     """
 
-    queries: Places
-    keys: Places
-    once: Places
+    queries: Gather
+    keys: Gather
+    once: RowIndex
     repeated: Tensor | None
     kinds: Tensor
     kind: Tensor
-    shape: tuple[int, ...]
-    key_runs: tuple[Runs, ...]
+    counts: tuple[int, ...]
+    overlaps: Overlaps | None
 
     @classmethod
-    def create(cls, axes: Sequence[AxisTiles], batch: int, heads: int) -> "Tiles":
-        """Combines the tiles of all axes, for tensors of ``batch`` samples and ``heads`` heads."""
-        starts, sizes, shape = zip(*(axis.query_runs for axis in axes), strict=True)
-        counts, key_shape = [len(each) for each in starts], [axis.key_runs.length for axis in axes]
-        tiles, places = zip(*(axis.once() for axis in axes), strict=True)
-        tile, place = _ravel(tiles, counts), _ravel(places, sizes)
-        kinds, kind = zip(*(axis.kinds() for axis in axes), strict=True)
-        moved = any(count * size != length for count, size, length in zip(counts, sizes, shape, strict=True))
+    def create(cls, axes: Sequence[AxisTiles], device: torch.device, with_overlaps: bool = False) -> "Tiles":
+        """Combines the tiles of all axes."""
+        patterns, pattern = zip(*(_distinct(axis.allowed) for axis in axes), strict=True)
+        kind = _ravel(pattern, [len(each) for each in patterns])
+        order, (shape, key_shape) = kind.argsort(kind="stable"), zip(*(axis.lengths for axis in axes), strict=True)
+        queries = _ravel([axis.queries for axis in axes], shape).reshape(len(kind), -1)[order]
+        keys = _ravel([axis.keys for axis in axes], key_shape).reshape(len(kind), -1)[order]
+        once = np.unique(queries, return_index=True)[1]
+        repeated = np.ones(queries.shape, bool)
+        repeated.flat[once] = False
         return cls(
-            queries=_places(_ravel([axis.queries for axis in axes], shape), math.prod(shape), batch, heads),
-            keys=_places(_ravel([axis.keys for axis in axes], key_shape), math.prod(key_shape), batch, heads),
-            once=_once(tile[0], place[0], math.prod(counts), math.prod(sizes), batch, heads),
-            repeated=_combine(operator.or_, [axis.repeated()[..., None] for axis in axes])[..., 0] if moved else None,
-            kinds=_combine(operator.and_, kinds),
-            kind=_ravel(kind, [len(k) for k in kinds])[:, 0],
-            shape=shape,
-            key_runs=tuple(axis.key_runs for axis in axes),
+            queries=Gather.create(queries, shape, device),
+            keys=Gather.create(keys, key_shape, device),
+            once=RowIndex.create(once, queries.size, device),
+            repeated=_tensor(repeated, device) if repeated.any() else None,
+            kinds=_tensor(_outer_and(patterns), device),
+            kind=_tensor(kind[order], device),
+            counts=tuple(np.bincount(kind).tolist()),
+            overlaps=Overlaps.create(keys, key_shape, device) if with_overlaps else None,
         )
 
-    def untile(self, x: Tensor) -> Tensor:
-        """``[tiles, B, heads, queries, d]`` -> ``[B, *shape, heads, d]``, taking each query once."""
-        _, batch, heads, _ = self.queries.sizes
-        return self.once.take(x).view(batch, *self.shape, heads, x.shape[-1])
+    def untile(self, *parts: Tensor) -> Tensor:
+        """``[tiles, B, heads, queries, d]`` -> ``[B, *grid, heads, d]``, taking each query once.
 
-    def of_one_head(self) -> "Tiles":
-        """Returns the same tiles for tensors of one head."""
-        tiles, batch, heads, size = self.queries.sizes
-        count = math.prod(self.shape)
-        rows = self.once.rows.view(batch, count, heads)[:, :, 0].flatten()
-        first = rows.div(size * heads, rounding_mode="floor") * size + rows % size
-        once = Places(first, (1, batch, count, 1), tiles * batch * size)
-        return self._replace(queries=self.queries.of_one_head(), keys=self.keys.of_one_head(), once=once)
-
-    def split(self, size: int) -> "list[Tiles]":
-        """Returns the tiles in parts of ``size`` tiles."""
-        if size >= len(self.kind):
-            return [self]
-        kind = self.kind.split(size)
-        repeated = [None] * len(kind) if self.repeated is None else self.repeated.split(size)
-        parts = zip(self.queries.split(size), self.keys.split(size), repeated, kind, strict=True)
-        return [self._replace(queries=q, keys=k, repeated=r, kind=n) for q, k, r, n in parts]
+        Args:
+            *parts: What `split` parts of the tiles hold, in order.
+        """
+        rows = [_flatten(part) for part in parts]
+        return _unflatten(self.once.take(rows[0] if len(rows) == 1 else torch.cat(rows)), self.queries.shape, parts[0])
 
     def add_keys(self, x: Tensor) -> Tensor:
         """``[tiles, B, heads, keys, d]`` -> ``[B, *grid, heads, d]``, summing overlaps."""
         if is_plain(x):
-            return overlaps(self.key_runs, x.device).reduce(x, torch.sum, 0.0)
-        return self.keys.add(x, [run.length for run in self.key_runs])
+            return self._overlaps().reduce(x, torch.sum, 0.0)
+        return self.keys.add(x)
 
     def log_sum_exp(self, x: Tensor) -> Tensor:
         """Adds up overlaps of ``[tiles, B, heads, keys]``, given and returned as logarithms, in all their tiles."""
-        total = overlaps(self.key_runs, x.device).reduce(x.unsqueeze(-1), _log_sum_exp, nothing(x.dtype))
+        total = self._overlaps().reduce(x.unsqueeze(-1), _log_sum_exp, nothing(x.dtype))
         return self.keys.take(total).squeeze(-1)
+
+    def _overlaps(self) -> Overlaps:
+        assert self.overlaps is not None
+        return self.overlaps
+
+    def split(self, size: int, mixed: int) -> "list[Tiles]":
+        """Returns the tiles in parts, from which to take without a gradient.
+
+        Args:
+            size: Number of tiles in a part of one kind, at most.
+            mixed: Number of tiles in a part of several kinds, at most.
+        """
+        parts, start = [], 0
+        for kinds in _bundles(self.counts, mixed):
+            stop = start + sum(self.counts[kinds])
+            parts += [self._part(first, min(first + size, stop), kinds) for first in range(start, stop, size)]
+            start = stop
+        return parts
+
+    def _part(self, start: int, stop: int, kinds: slice) -> "Tiles":
+        return self._replace(
+            queries=self.queries.part(start, stop),
+            keys=self.keys.part(start, stop),
+            repeated=None if self.repeated is None else self.repeated[start:stop],
+            kinds=self.kinds[kinds],
+            kind=self.kind[start:stop] - kinds.start,
+            counts=self.counts[kinds],
+        )
 
     def allowed(self) -> Tensor:
         """Returns which key lies in which query's window, ``[tiles, queries, keys]``, bool."""
-        return self.kinds.index_select(0, self.kind)
+        return self.of_tiles(self.kinds)
+
+    def of_tiles(self, x: Tensor) -> Tensor:
+        """``[kinds, ...]`` -> ``[tiles, ...]``, without a copy if the tiles are of one kind."""
+        if len(self.counts) == 1:
+            return x.expand(self.queries.tiles, *x.shape[1:])
+        return x.index_select(0, self.kind)
+
+
+class _Kept:
+    """What functions of geometry made, the last used at the end."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self.plans: collections.OrderedDict[Hashable, tuple[Any, int]] = collections.OrderedDict()
+        self.lock = threading.Lock()
+
+    def find(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        with self.lock:
+            if key in self.plans:
+                self.plans.move_to_end(key)
+                return self.plans[key][0]
+        plan = build()
+        with self.lock:
+            size = _bytes(plan)
+            if key not in self.plans and size <= self.limit:
+                self.plans[key] = plan, size
+                self.size += size
+                self.shrink()
+        return plan
+
+    def shrink(self) -> None:
+        while self.size > self.limit:
+            self.size -= self.plans.popitem(last=False)[1][1]
+
+
+_kept = _Kept(_PLAN_BYTES)
+
+
+def set_plan_limit(size: int) -> None:
+    """Sets how many bytes of index plans are kept, 256 MiB by default; the least recently used go first.
+
+    A plan that is larger is made anew at each call.
+
+    Raises:
+        ValueError: If ``size`` is negative.
+    """
+    if size < 0:
+        raise ValueError(f"size must not be negative, got {size}")
+    with _kept.lock:
+        _kept.limit = size
+        _kept.shrink()
+
+
+def plan_bytes() -> int:
+    """Returns how many bytes of index plans are kept."""
+    return _kept.size
 
 
 def per_geometry(build: Callable[P, R]) -> Callable[P, R]:
     """Keeps what a function of numbers, tuples and a device makes, but for tensors that belong to a tracer."""
-    kept = functools.lru_cache(_KEPT)(build)
 
     @functools.wraps(build)
     def find(*args: P.args, **kwargs: P.kwargs) -> R:
         if is_traced():
             return build(*args, **kwargs)
         with torch.inference_mode(False):  # what is kept serves training too
-            return kept(*args, **kwargs)  # type: ignore[arg-type]
+            key = (build, args, tuple(sorted(kwargs.items())))
+            return _kept.find(key, functools.partial(build, *args, **kwargs))
 
     return find
-
-
-@per_geometry
-def overlaps(runs: tuple[Runs, ...], device: torch.device) -> Overlaps:
-    """Finds keys in the runs of each axis."""
-    places, held = zip(*(run.holders(device) for run in runs), strict=True)
-    return Overlaps(tuple(len(run.starts) for run in runs), tuple(run.size for run in runs), places, held)
 
 
 def is_traced() -> bool:
@@ -344,9 +389,9 @@ def is_plain(x: Tensor) -> bool:
     return is_traced() or x.device.type not in ("cpu", "cuda")
 
 
-def query_tiles(length: int, size: int) -> Runs:
-    """Cuts ``length`` queries into tiles of ``size``."""
-    return Runs.create(range(0, length, size), size, length)
+def query_tiles(length: int, size: int) -> Array:
+    """Cuts ``length`` queries into tiles of ``size``, ``[T, size]``."""
+    return stretches(range(0, length, size), size, length)
 
 
 def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
@@ -354,35 +399,66 @@ def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
     return (peak + exp_beside_one(x - peak).sum(dim, keepdim=True).log()).squeeze(dim)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _flatten(x: Tensor) -> Tensor:
+    """``[tiles, B, heads, places, d]`` -> ``[tiles * places, B * heads * d]``."""
+    return x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
 
 
-def _ravel(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Combines an index ``[T, n]`` per axis of a grid into one of the flat grid, ``[tiles, places]``."""
-    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    scaled = [(part * stride)[..., None] for part, stride in zip(parts, strides, strict=True)]
-    return _combine(operator.add, scaled)[..., 0]
+def _unflatten(rows: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """``[N, B * heads * d]`` -> ``[B, *shape, heads, d]``, sizes being those of ``like`` ``[..., B, heads, _, d]``."""
+    batch, heads, _, width = like.shape[-4:]
+    return rows.unflatten(1, (batch, heads, width)).transpose(0, 1).unflatten(1, tuple(shape))
 
 
-def _combine(operation: Callable[[Any, Any], Any], parts: Sequence[Tensor]) -> Tensor:
-    """Combines every entry of ``[T, n, m]`` per axis with those of the other axes: ``[tiles, places, others]``."""
-    pairs = parts[0]
-    for part in parts[1:]:
-        pairs = operation(pairs[:, None, :, None, :, None], part[None, :, None, :, None, :])
-        pairs = pairs.flatten(0, 1).flatten(1, 2).flatten(2, 3)
-    return pairs
+def _by_row(index: Array, rows: int) -> tuple[Array, Array]:
+    """Returns the entries of an index sorted by row, and where each row's begin, ``[rows + 1]``."""
+    starts = np.concatenate(([0], np.bincount(index, minlength=rows).cumsum()))
+    return index.argsort(kind="stable"), starts
 
 
-def _places(index: Tensor, count: int, batch: int, heads: int) -> Places:
-    """Takes places ``[tiles, places]`` of a grid of ``count`` to those of ``[B, *grid, heads]``."""
-    sample, head = (torch.arange(n, device=index.device) for n in (batch, heads))
-    rows = (sample[:, None, None] * count + index[:, None, None, :]) * heads + head[:, None]
-    return Places(rows.flatten(), (index.shape[0], batch, heads, index.shape[1]), batch * count * heads)
+def _spread(axes: Sequence[Array]) -> list[Array]:
+    """Makes ``[T, n, ...]`` of each axis broadcast to ``[T, T', ..., n, n', ...]`` of all axes."""
+    shapes = [np.ones(axis.ndim * len(axes), int) for axis in axes]
+    for number, (axis, shape) in enumerate(zip(axes, shapes, strict=True)):
+        shape[number :: len(axes)] = axis.shape
+    return [axis.reshape(shape) for axis, shape in zip(axes, shapes, strict=True)]
 
 
-def _once(tile: Tensor, place: Tensor, tiles: int, size: int, batch: int, heads: int) -> Places:
-    """Takes tile and place ``[N]`` of each query to rows of ``[tiles, B, heads, size]``, for ``[B, N, heads]``."""
-    sample, head = (torch.arange(n, device=tile.device) for n in (batch, heads))
-    rows = ((tile[:, None] * batch + sample[:, None, None]) * heads + head) * size + place[:, None]
-    return Places(rows.flatten(), (1, batch, len(tile), heads), tiles * batch * heads * size)
+def _ravel(axes: Sequence[Array], shape: Sequence[int]) -> Array:
+    """Combines indices of each axis into one of the flat grid, ``[T * T' * n * n']``."""
+    return np.ravel_multi_index(_spread(axes), tuple(shape)).ravel()
+
+
+def _distinct(allowed: Array) -> tuple[Array, Array]:
+    """Returns the distinct patterns of ``[T, b, w]`` as they come, and which of them each tile has, ``[T]``."""
+    _, first, kind = np.unique(allowed, axis=0, return_index=True, return_inverse=True)
+    return allowed[np.sort(first)], first.argsort().argsort()[kind.ravel()]
+
+
+def _bundles(counts: Sequence[int], most: int) -> Iterator[slice]:
+    """Bundles kinds, of which each has so many tiles, into slices of no more than ``most`` tiles, or of one kind."""
+    first = tiles = 0
+    for kind, count in enumerate(counts):
+        if kind > first and tiles + count > most:
+            yield slice(first, kind)
+            first, tiles = kind, 0
+        tiles += count
+    yield slice(first, len(counts))
+
+
+def _outer_and(axes: Sequence[Array]) -> Array:
+    """Combines patterns ``[kinds, b, w]`` of each axis into ``[kinds, queries, keys]``."""
+    both = functools.reduce(np.logical_and, _spread(axes))
+    return both.reshape([math.prod(sizes) for sizes in zip(*(axis.shape for axis in axes), strict=True)])
+
+
+def _tensor(array: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(array if array.dtype == bool else array.astype(np.int32)).to(device)
+
+
+def _bytes(plan: Any) -> int:
+    """Returns what the tensors of a plan take."""
+    if isinstance(plan, Tensor):
+        return plan.nbytes
+    parts = plan if isinstance(plan, tuple) else getattr(plan, "__dict__", {}).values()
+    return sum(map(_bytes, parts))
