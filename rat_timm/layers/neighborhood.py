@@ -23,7 +23,7 @@ from .masking import attention, check_mask, masked_attention, need_grad
 
 _SIZES = 256  # programs that FlexAttention is compiled to, one per size; beyond that it would hold all pairs
 _NUMBERS = 1 << 23  # entries of keys that are gathered at a time
-_NUMBERS_CPU = 1 << 18  # the same per thread of a CPU, so that they stay in its cache
+_NUMBERS_CPU = 1 << 21  # the same per thread of a CPU: parts that stay near its cache, and are not too many
 
 
 def neighborhood_attention(
