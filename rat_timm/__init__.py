@@ -7,6 +7,7 @@ from .context import geometry
 from .grid import Grid
 from .layers.backend import attention_backend, set_attention_backend
 from .layers.resample import resample_limit, set_resample_limit
+from .layers.tiling import set_plan_limit
 from .models import AdaptiveVit, RatConfig, RatVit, ResolutionAwareTransformer
 
 __version__ = "0.1.0"
@@ -22,5 +23,6 @@ __all__ = [
     "geometry",
     "resample_limit",
     "set_attention_backend",
+    "set_plan_limit",
     "set_resample_limit",
 ]
