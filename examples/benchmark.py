@@ -78,7 +78,7 @@ class StridedConv(nn.Module):
 
     def __init__(self, downsample: nn.Module) -> None:
         super().__init__()
-        self.sga, self.proj = downsample.sga, downsample.proj
+        self.sga, self.proj, self.step = downsample.sga, downsample.proj, downsample.step
         for name in ("kv", "q", "mlp", "rose", "norm2", "norm3"):
             delattr(self.sga, name)
         del self.sga.temp
@@ -89,8 +89,8 @@ class StridedConv(nn.Module):
 
     def _level(self, tokens: Tokens) -> Tokens:
         x = channels_last(self.sga.strider(channels_first(tokens.x)))
-        grid = tokens.grid.conv(self.sga.kernel_size, self.sga.stride, self.sga.padding)
-        return Tokens(self.proj(self.sga.norm1(x)), grid)
+        x = self.sga.norm1(x)
+        return Tokens(x if self.proj is None else self.proj(x), tokens.grid.conv(*self.step))
 
 
 class Peer(NamedTuple):

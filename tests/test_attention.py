@@ -27,7 +27,7 @@ def reference(layer, x, positions, mask):
         ]
         return torch.stack(rows, dim=1).unflatten(1, t.shape[1:-2])
 
-    kernel = layer.kernel_size or x.shape[1:-1]
+    kernel = layer.attn_kernel_size or x.shape[1:-1]
     out = references.neighborhood_attention(turned(query), turned(key), value, kernel, mask)
     return layer.proj(out.flatten(-2))
 

@@ -69,6 +69,9 @@ class Downsample(nn.Module):
             rose_initial_scaling=cfg.rose_initial_scaling,
             **dd,
         )
+        # what a `Grid` has to know of the grouping: extent, stride and padding of its convolution
+        sga: Any = self.sga
+        self.step: tuple[tuple[int, ...], ...] = (sga.extent, sga.stride, sga.padding)
         for name in ("norm2", "norm3"):
             # at first all groups take nearly the same, which at full weight drowns what tells them apart
             nn.init.constant_(self.sga.get_parameter(f"{name}.weight"), TAKEN)
@@ -86,12 +89,6 @@ class Downsample(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.proj is None else self.proj(x)
-
-    @property
-    def step(self) -> tuple[tuple[int, ...], ...]:
-        """Kernel size, stride and padding: what a `Grid` has to know of the grouping."""
-        sga: Any = self.sga
-        return sga.extent, sga.stride, sga.padding
 
 
 class StageOutput(NamedTuple):
@@ -224,7 +221,7 @@ def advanced(
     Args:
         pyramid: What the stage was given.
         output: What it returned.
-        step: The grouping's kernel size, stride and padding; None for a stage without one.
+        step: See `Downsample`; None for a stage without one.
     """
     if not isinstance(output, StageOutput):
         output = StageOutput(output, None, None)
