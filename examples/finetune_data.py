@@ -47,8 +47,7 @@ class Folder(DatasetFolder):
     def load(self, path: str) -> Sample:
         """Reads an image."""
         if not path.lower().endswith(PICTURES):
-            with reading(path):
-                scan = read(path, self.config.unit, assumed_unit=self.config.assumed_unit)
+            scan = read(path, self.config.unit, assumed_unit=self.config.assumed_unit)
             return Sample(scan.pixels, torch.tensor(scan.spacing))
         if self.config.spacing is None:
             raise ValueError(f"{path}: does not say how large a pixel is: give --spacing")
