@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -304,7 +304,7 @@ def fixed(number: N) -> N:
         return number
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # takes long to import
 
-    return guard_scalar(number)
+    return cast(N, guard_scalar(number))
 
 
 def _lower_level(
