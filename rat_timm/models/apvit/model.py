@@ -12,9 +12,8 @@ from timm.models import vision_transformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...geometry.context import Told
 from ...geometry.grid import Positions, Tokens, merge_axes
-from ...geometry.read import read_images
+from ...geometry.read import Told, read_images
 from ...geometry.types import MaskLike, OriginLike, SpacingLike
 from ...layers.adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
 from ...layers.rose import RotarySpatialEmbedding

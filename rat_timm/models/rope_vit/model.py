@@ -13,9 +13,8 @@ from timm.layers import RotaryEmbeddingMixed, resample_abs_pos_embed
 from timm.models import eva
 from torch import Tensor, nn
 
-from ...geometry.context import Told
-from ...geometry.grid import Grid, Pyramid, Tokens, field_center, integers, merge_axes, spacing_numbers
-from ...geometry.read import read_images
+from ...geometry.grid import Grid, Pyramid, Tokens, field_center, integers, merge_axes
+from ...geometry.read import Told, read_images
 from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 from ...timm_api.state_dict import inflate
 from ..vit.model import ANY_SIZE, Intermediates, VitBase, Wanted
@@ -302,7 +301,7 @@ class RatVit(VitBase, eva.Eva):
         if self.training and self.patch_drop is not None:
             raise ValueError("patch_drop_rate goes with one image, without spacing, mask, origin and output_dict")
         images = read_images(x, told, self.reference_spacing, self.in_chans, (1,) * self.spatial_dims)
-        levels = self._patches(images, told)
+        levels = self._patches(images)
         frame = self._frame(levels, [tokens.grid for tokens in images.levels], told.spacing is not None)
         places = [level.grid.coordinates().flatten(1, -2) for level in levels]
         rows = max(len(p) for p in places)
@@ -315,17 +314,12 @@ class RatVit(VitBase, eva.Eva):
         x = self._with_prefix(torch.cat(embedded, dim=1))
         return PyramidSequence(x, self.num_prefix_tokens, rope, levels, images.single)
 
-    def _patches(self, images: Pyramid, told: Told) -> list[Tokens]:
+    def _patches(self, images: Pyramid) -> list[Tokens]:
         """Cuts images into patches, ``[B, *grid, C]`` per level."""
         proj = self.patch_embed.proj
         if not self.physical_patches:
             return [patchify(tokens, proj.weight, proj.bias) for tokens in images.levels]
-        shapes = [tokens.grid.shape for tokens in images.levels]
-        spacings = spacing_numbers(shapes, told.spacing, self.reference_spacing)
-        return [
-            physical_patchify(tokens, proj.weight, proj.bias, self.reference_spacing, spacing)
-            for tokens, spacing in zip(images.levels, spacings, strict=True)
-        ]
+        return [physical_patchify(tokens, proj.weight, proj.bias, self.reference_spacing) for tokens in images.levels]
 
     def _frame(self, levels: Sequence[Tokens], images: Sequence[Grid], physical: bool) -> Frame:
         patch = self.patch_embed.proj.kernel_size

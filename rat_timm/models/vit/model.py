@@ -9,8 +9,8 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ...geometry.context import Told, what_is_told
 from ...geometry.grid import axis_values, fill
+from ...geometry.read import Told, what_is_told
 from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 from ...layers.head import carried_mask
 from ...ops.masking import check_mask, join_masks
