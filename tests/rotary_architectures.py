@@ -25,8 +25,13 @@ def architectures():
     return {name: arguments(name) for name in names if is_taken(name)}
 
 
+@functools.cache
+def meta_model(name):
+    return timm.create_model(name, device="meta")
+
+
 def is_taken(name):
-    model = timm.create_model(name, device="meta")
+    model = meta_model(name)
     return type(model.rope).__name__ in EMBEDDINGS and sum(p.numel() for p in model.parameters()) < MAX_PARAMETERS
 
 
