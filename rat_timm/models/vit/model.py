@@ -16,7 +16,7 @@ from ...layers.head import carried_mask
 from ...ops.masking import check_mask, join_masks
 from .sequence import POOLS, VitSequence, attention_mask, pad_prefix, pool_valid
 
-# else symbolic tracing would ask at once what is to be asked in each call
+# symbolic tracing keeps these calls, which methods below make: what they ask is to be asked whenever the graph runs
 for _function in ("what_is_told", "image_without"):
     torch.fx.wrap(_function)
 
@@ -28,7 +28,7 @@ Intermediates: TypeAlias = list | tuple[MapOrMaps, list] | dict[str, Any]
 
 
 class Wanted(NamedTuple):
-    """What ``forward_intermediates`` is asked for; timm's arguments."""
+    """What ``forward_intermediates`` is asked for: timm's arguments, in its order."""
 
     indices: int | Sequence[int] | None
     return_prefix_tokens: bool
