@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -498,6 +499,56 @@ def test_memory_is_limited_before_it_is_taken(tmp_path):
     assert np.array_equal(read(shape, region=small).pixels[0], VOLUME[:1])
 
 
+def codecs_of(version):
+    """The codecs of zarr's users, by name."""
+    if version == "0.4":
+        numcodecs = pytest.importorskip("numcodecs")
+        kinds = {"gzip": "GZip", "zlib": "Zlib", "bz2": "BZ2", "lzma": "LZMA", "zstd": "Zstd", "blosc": "Blosc"}
+        return {name: getattr(numcodecs, kind)() for name, kind in {**kinds, "lz4": "LZ4"}.items()}
+    codecs = pytest.importorskip("zarr.codecs")
+    numcodecs = pytest.importorskip("zarr.codecs.numcodecs")
+    own = {"gzip": codecs.GzipCodec(), "zstd": codecs.ZstdCodec(), "blosc": codecs.BloscCodec(cname="lz4")}
+    return own | {"zlib": numcodecs.Zlib(), "bz2": numcodecs.BZ2(), "lzma": numcodecs.LZMA(), "lz4": numcodecs.LZ4()}
+
+
+CODECS = ("gzip", "zlib", "bz2", "lzma", "zstd", "blosc", "lz4")
+KINDS_OF_ZARR = pytest.mark.parametrize(
+    ("version", "sharded"), [("0.4", False), ("0.5", False), ("0.5", True)], ids=["v2", "v3", "shards"]
+)
+
+
+def write_bomb(path, planes, version, sharded, **options):
+    """Writes an image of one chunk of so many planes, then metadata that promise 4."""
+    volume, chunks = np.ones((planes, 64, 64), np.uint8), (planes, 64, 64)
+    shards = {"shards": chunks} if sharded else {}
+    write_levels(path, [volume], "zyx", version=version, chunks=chunks, **shards, **options)
+    for file in path.rglob("*"):
+        if file.name in ("zarr.json", ".zarray", ".zmetadata"):
+            file.write_text(re.sub(rf"\b{planes}\b", "4", file.read_text()))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+@pytest.mark.parametrize("codec", [*CODECS, "two"])
+@KINDS_OF_ZARR
+def test_chunks_of_ome_zarr_decode_to_no_more_than_they_promise(tmp_path, version, sharded, codec):
+    codecs = codecs_of(version)
+    filters = {"filters": [codecs["gzip"]]} if (version, codec) == ("0.4", "two") else {}
+    compressors = [codecs[name] for name in (("gzip", "zstd")[bool(filters) :] if codec == "two" else (codec,))]
+    good = write_bomb(tmp_path / "good.zarr", 4, version, sharded, compressors=compressors, **filters)
+    assert np.array_equal(read(good).pixels, np.ones((1, 4, 64, 64)))
+    assert np.array_equal(read_lazy(good).pixels.compute(scheduler="synchronous"), np.ones((1, 4, 64, 64)))
+    path = write_bomb(tmp_path / "a.zarr", 2**10 + 1, version, sharded, compressors=compressors, **filters)
+    tracemalloc.start()
+    with pytest.raises(ReadError, match=rf"^{path}: cannot be read: ValueError: a chunk does not decode to at most"):
+        read(path)
+    with pytest.raises(ReadError, match=rf"^{path}: cannot be read: ValueError: a chunk does not decode to at most"):
+        read_lazy(path).pixels.compute(scheduler="synchronous")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21  # the chunk decodes to 2**22 bytes
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_limit_of_memory_is_the_callers(tmp_path, ending):
     path = write_any(tmp_path / f"a{ending}")
@@ -739,15 +790,17 @@ def test_no_pickles_in_ome_zarr(tmp_path):
             read(other)
 
 
-def test_ome_zarr_without_zarr_says_which_python_it_wants(tmp_path, monkeypatch):
-    path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx")
+def test_ome_zarr_without_zarr(tmp_path, monkeypatch):
+    path, tiff = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx"), write_any(tmp_path / "a.ome.tif")
     monkeypatch.setitem(sys.modules, "zarr", None)
-    with pytest.raises(ImportError, match=r"zarr.*OME-Zarr and regions of OME-TIFF want Python 3\.11 or later"):
-        read(path)
-    tiff = write_any(tmp_path / "a.ome.tif")
     assert only_volume(read(tiff, region=[slice(1, 3), slice(None), slice(None)]), [slice(1, 3)])
-    with pytest.raises(ImportError, match=r"regions of OME-TIFF want Python 3\.11 or later"):
-        read(tiff, region=[slice(1, 3)] * 3)
+    message = r"^zarr is not installed: pip install 'rat-timm\[data\]'$"
+    for version in ((3, 11, 0), (3, 10, 13)):  # there the extra leaves zarr out
+        monkeypatch.setattr(sys, "version_info", version)
+        for image, region in ((path, None), (tiff, [slice(1, 3)] * 3)):
+            with pytest.raises(ImportError, match=message):
+                read(image, region=region)
+        message = r"^OME-Zarr and regions of OME-TIFF need Python 3\.11 or later, for zarr does; this is 3\.10$"
 
 
 @pytest.mark.parametrize(
@@ -834,5 +887,5 @@ def test_dicom_from_file_objects_and_addresses(tmp_path):
     files.rm("/rat", recursive=True)
     with pytest.raises(ReadError, match=r"^0001\.dcm: "):
         read(io.BytesIO(content[:200]), format="0001.dcm")
-    with pytest.raises(ValueError, match=r"a\.dcm: read_lazy reads paths of OME-TIFF, OME-Zarr and NIfTI"):
+    with pytest.raises(ValueError, match=r"a\.dcm: read_lazy reads paths of OME-TIFF, OME-Zarr, NIfTI"):
         read_lazy(path)

@@ -17,7 +17,7 @@ import numpy as np
 from ...optional import need
 from ..errors import ReadError
 from ..units import Length, number
-from .source import SPACE, Found, Index, Source, need_zarr, opened, pick, whole
+from .source import SPACE, Format, Index, Source, StoredImage, import_zarr, is_whole, opened, pick
 
 # https://www.openmicroscopy.org/Schemas/Documentation/Generated/OME-2016-06/ome_xsd.html#PixelType
 _DTYPES = {
@@ -51,8 +51,8 @@ class _Image(NamedTuple):
     sizes: dict[str, Length]
 
 
-def open_ome_tiff(source: Source, level: int, image: int | None) -> Found:
-    """Reads what an OME-TIFF says of an image, without its pixels."""
+def open_ome_tiff(source: Source, level: int, image: int | None, max_bytes: int | None) -> StoredImage:
+    """Reads what an OME-TIFF says of an image; see `source.Opener`."""
     with _opened(source) as tiff:
         if not tiff.is_ome:
             raise ReadError(
@@ -72,7 +72,7 @@ def open_ome_tiff(source: Source, level: int, image: int | None) -> Found:
         ratios = [full / size for full, size in zip(finest.shape, shape, strict=True)]
         chunks = _chunks(chosen)
     sizes = {axis: _times(said.sizes[axis], by) for axis, by in zip(axes, ratios, strict=True) if axis in said.sizes}
-    return Found(axes, shape, dtype, chunks, sizes, lambda part: _load(source, number, level, part))
+    return StoredImage(axes, shape, dtype, chunks, chunks, sizes, lambda part: _load(source, number, level, part))
 
 
 @contextlib.contextmanager
@@ -92,13 +92,13 @@ def _load(source: Source, number: int, level: int, part: Index) -> np.ndarray:
         series = tiff.series[number].levels[level]
         _check_segments(series, source.name)
         plane = len(series.keyframe.shape)
-        if whole(part, series.shape):
+        if is_whole(part, series.shape):
             return series.asarray().reshape(series.shape)
-        if whole(part[-plane:], series.keyframe.shape):
+        if is_whole(part[-plane:], series.keyframe.shape):
             chosen = np.arange(len(series.pages)).reshape(series.shape[:-plane])[part[:-plane]]
             pixels = tiff.asarray(key=chosen.ravel().tolist(), series=number, level=level)
             return pixels.reshape(*chosen.shape, *series.keyframe.shape)
-        zarr = need_zarr()
+        zarr = import_zarr()
         with series.aszarr() as store:
             return np.asarray(zarr.open_array(store, mode="r")[part])
 
@@ -223,3 +223,6 @@ def _chunks(series: Any) -> tuple[int, ...]:
     """Returns the shape of a strip or tile."""
     chunk = tuple(map(int, series.keyframe.chunks))
     return (*[1] * (series.ndim - len(chunk)), *chunk)[-series.ndim :]
+
+
+OME_TIFF = Format("OME-TIFF", (".ome.tif", ".ome.tiff"), open_ome_tiff, has_levels=True, has_images=True)

@@ -1,0 +1,133 @@
+"""The pixels of DICOM images: checked against the header before any are decoded, then rescaled."""
+
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ...optional import need
+from ..errors import reading
+from .dicom_geometry import Plane
+from .dicom_header import HEAD, first_given, frame_groups, group_value, numbers, read_elements
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+    from pydicom.uid import UID
+
+_RLE = "1.2.840.10008.1.2.5"
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+# SOF0 to SOF15 without DHT, JPG and DAC, and SOF55 of JPEG-LS
+_STARTS_OF_FRAME = {*range(0xFFC0, 0xFFD0), 0xFFF7} - {0xFFC4, 0xFFC8, 0xFFCC}
+_TRANSFORMATION, _RESCALE = "PixelValueTransformationSequence", ("RescaleSlope", "RescaleIntercept")
+
+
+class DicomImage(NamedTuple):
+    """What a file says of its image.
+
+    Attributes:
+        file: Its name.
+        head: All elements in front of the pixels.
+        axes: Letters of a frame's axes: y, x, c.
+        shape: A frame's.
+        frames: Their number.
+        size: Bytes of the pixels, when they are not compressed.
+        common: What slices of one volume have in common.
+        planes: One per frame; one, if frames have none of their own.
+    """
+
+    file: Path
+    head: "Dataset"
+    axes: str
+    shape: tuple[int, ...]
+    frames: int
+    size: int
+    common: dict[str, str]
+    planes: list[Plane]
+
+
+def least_bytes(syntax: "UID", size: int, frames: int) -> float:
+    """Returns the bytes that pixels take at least: run lengths save up to 63 of 64, deflate up to 1031 of 1032."""
+    if syntax.is_deflated:
+        return size / 1032
+    if syntax == _RLE:
+        return size / 64
+    return 8 * frames if syntax.is_encapsulated else size  # a frame is an item, whose tag and length are 8 bytes
+
+
+def read_pixels(image: DicomImage) -> np.ndarray:
+    """Reads the pixels as what they stand for: Hounsfield units, doses and the like."""
+    with reading(image.file):
+        data = read_elements(image.file, image.size + HEAD, stop_before_pixels=False)
+        _check_stored(data, image)
+        pixels = data.pixel_array
+        shape = (image.frames, *image.shape) if image.frames > 1 else image.shape
+        if pixels.shape != shape:
+            raise ValueError(f"{image.file}: has pixels of {pixels.shape}, its header says {shape}")
+        return _rescale(pixels, data, image.frames)
+
+
+def _check_stored(data: "Dataset", image: DicomImage) -> None:
+    """Checks that as many pixels are stored as the header says, before any are decoded."""
+    syntax = data.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        stored = next((data[keyword].value for keyword in _PIXELS if keyword in data), b"")  # none: pydicom's error
+        if stored[image.size + image.size % 2 :].strip(b"\0"):  # zeros are padding
+            raise ValueError(f"{image.file}: has {len(stored)} bytes of pixels, its header says {image.size}")
+        return
+    table = (data.get("ExtendedOffsetTable"), data.get("ExtendedOffsetTableLengths"))
+    frames = need("pydicom.encaps", "data").generate_frames(
+        data.PixelData, number_of_frames=image.frames, extended_offsets=None if None in table else table
+    )
+    longest = 2 * image.size // image.frames + 128  # of run lengths, for pixels that all differ from the next
+    number = 0
+    for number, frame in enumerate(frames, 1):  # noqa: B007
+        if syntax == _RLE and len(frame) > longest:
+            raise ValueError(f"{image.file}: a frame has {len(frame)} bytes of run lengths, {longest} are enough")
+        if syntax != _RLE and (size := _frame_size(frame)) != image.shape[:2]:
+            raise ValueError(f"{image.file}: a compressed frame is of {size} pixels, the header says {image.shape[:2]}")
+    if number != image.frames:
+        raise ValueError(f"{image.file}: has {number} frames, its header says {image.frames}")
+
+
+def _frame_size(frame: bytes) -> tuple[int, int] | None:
+    """Returns rows and columns of a frame of JPEG, JPEG-LS or JPEG 2000; None if it is none of them.
+
+    Pillow does not read the headers of frames of 12 and 16 bits, and pydicom reads them when it decodes.
+    """
+    if not frame.startswith(b"\xff\xd8"):  # SOI of JPEG and JPEG-LS
+        start = frame.find(b"\xff\x4f\xff\x51")  # SOC and SIZ, ISO/IEC 15444-1, A.5.1; a JP2 file has boxes before
+        if start < 0:
+            return None
+        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
+        return bottom - top, right - left
+    place = 2
+    while place < len(frame):  # segments, ISO/IEC 10918-1, B.1.1.3 and B.2.2
+        marker, length = struct.unpack_from(">HH", frame, place)
+        if marker == 0xFFFF:  # a fill byte
+            place += 1
+        elif marker in _STARTS_OF_FRAME:
+            return struct.unpack_from(">HH", frame, place + 5)
+        else:
+            place += 2 + length
+    return None
+
+
+def _rescale(pixels: np.ndarray, data: "Dataset", frames: int) -> np.ndarray:
+    """Applies what is said of the values, of all frames or of each: the standard lets no frame go without."""
+    dose = numbers(data.get("DoseGridScaling"), 1, "DoseGridScaling")
+    if dose:
+        return pixels * dose[0]
+    if data.get("ModalityLUTSequence"):
+        return need("pydicom.pixels", "data").apply_modality_lut(pixels, data)
+    scaling = [
+        [first_given(group_value(data, group, _TRANSFORMATION, keyword), data.get(keyword)) for keyword in _RESCALE]
+        for group in frame_groups(data, frames)
+    ]
+    if all(value is None for scale in scaling for value in scale):
+        return pixels
+    scales = np.array(scaling, dtype=float)  # [frames or 1, 2]; None becomes NaN
+    if not np.isfinite(scales).all():
+        raise ValueError(f"{' and '.join(_RESCALE)} must be numbers in all frames, got {scaling}")
+    slopes, offsets = scales.T.reshape(2, -1, *[1] * (pixels.ndim - 1))
+    return pixels * slopes + offsets
