@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...optional import need
+from ...optional import import_optional
 from ..errors import ReadError, reading
 from ..units import convert
 from .formats import FORMATS, format_of
@@ -173,8 +173,9 @@ def is_readable(path: str | PathLike) -> bool:
 
 def _blocks(stored: StoredImage, file: str, max_bytes: int | None) -> "dask.array.Array":
     """Returns the array as it is in the file, in blocks of Dask's size or of the file's own larger chunks."""
-    array = need("dask.array", "data")
-    block = need("dask.utils", "data").parse_bytes(need("dask.config", "data").get("array.chunk-size"))
+    array = import_optional("dask.array", "data")
+    utils, config = import_optional("dask.utils", "data"), import_optional("dask.config", "data")
+    block = utils.parse_bytes(config.get("array.chunk-size"))
     blocks = math.prod(stored.shape) * _itemsize(stored) // block
     _check_bytes(blocks * _CHUNK_BYTES, stored.shape, file, max_bytes)
     chunks = stored.chunks if math.prod(stored.chunks) * _itemsize(stored) > block else "auto"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...optional import need
+from ...optional import import_optional
 from ..errors import ReadError, reading
 from ..units import Length
 from .dicom_geometry import frame_distance, plane_sizes, planes_of, slice_distance, slice_order
@@ -149,7 +149,7 @@ def _describe(file: Path, head: "Dataset") -> DicomImage:
     shape = tuple(count(head, keyword) for keyword in ("Rows", "Columns", "SamplesPerPixel"))
     axes, shape = ("yx", shape[:2]) if shape[2] == 1 else ("yxc", shape)
     frames = count(head, "NumberOfFrames") if head.get("NumberOfFrames") is not None else 1
-    size = need("pydicom.pixels.utils", "data").get_expected_length(head)
+    size = import_optional("pydicom.pixels.utils", "data").get_expected_length(head)
     syntax = head.file_meta.TransferSyntaxUID
     if (stored := file.stat().st_size) < least_bytes(syntax, size, frames):
         raise ValueError(f"{file}: is cut off: {frames} frames of {shape} do not fit into {stored} bytes")

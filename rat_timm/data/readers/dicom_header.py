@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...optional import need
+from ...optional import import_optional
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -27,7 +27,7 @@ class _Reader(io.BufferedReader):
 
 def read_elements(file: Path, most: int, stop_before_pixels: bool) -> "Dataset":
     """Reads a file's elements; inflates no more than so many bytes of a deflated one."""
-    filereader, uid = need("pydicom.filereader", "data"), need("pydicom.uid", "data")
+    filereader, uid = import_optional("pydicom.filereader", "data"), import_optional("pydicom.uid", "data")
     with _Reader(io.FileIO(file)) as stream:
         filereader.read_preamble(stream, force=False)
         meta = filereader.read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
@@ -41,7 +41,7 @@ def read_elements(file: Path, most: int, stop_before_pixels: bool) -> "Dataset":
     head = filereader.read_dataset(
         io.BytesIO(plain), False, True, stop_when=lambda tag, vr, length: stop_before_pixels and tag.group == 0x7FE0
     )
-    head.file_meta = need("pydicom.dataset", "data").FileMetaDataset(meta)
+    head.file_meta = import_optional("pydicom.dataset", "data").FileMetaDataset(meta)
     return head
 
 

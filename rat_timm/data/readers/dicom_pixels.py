@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ...optional import need
+from ...optional import import_optional
 from ..errors import reading
 from .dicom_geometry import Plane
 from .dicom_header import HEAD, first_given, frame_groups, group_value, numbers, read_elements
@@ -76,7 +76,7 @@ def _check_stored(data: "Dataset", image: DicomImage) -> None:
             raise ValueError(f"{image.file}: has {len(stored)} bytes of pixels, its header says {image.size}")
         return
     table = (data.get("ExtendedOffsetTable"), data.get("ExtendedOffsetTableLengths"))
-    frames = need("pydicom.encaps", "data").generate_frames(
+    frames = import_optional("pydicom.encaps", "data").generate_frames(
         data.PixelData, number_of_frames=image.frames, extended_offsets=None if None in table else table
     )
     longest = 2 * image.size // image.frames + 128  # of run lengths, for pixels that all differ from the next
@@ -119,7 +119,7 @@ def _rescale(pixels: np.ndarray, data: "Dataset", frames: int) -> np.ndarray:
     if dose:
         return pixels * dose[0]
     if data.get("ModalityLUTSequence"):
-        return need("pydicom.pixels", "data").apply_modality_lut(pixels, data)
+        return import_optional("pydicom.pixels", "data").apply_modality_lut(pixels, data)
     scaling = [
         [first_given(group_value(data, group, _TRANSFORMATION, keyword), data.get(keyword)) for keyword in _RESCALE]
         for group in frame_groups(data, frames)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TypeAlias, Typ
 
 import numpy as np
 
-from ...optional import need
+from ...optional import import_optional
 from ..errors import ReadError
 from ..units import Length
 
@@ -134,7 +134,7 @@ def is_file_object(source: object) -> bool:
 
 
 def _check_address(address: str) -> None:
-    files, inner = need("fsspec.core", "data").url_to_fs(address)
+    files, inner = import_optional("fsspec.core", "data").url_to_fs(address)
     if not files.exists(inner):
         raise FileNotFoundError(2, f"{address}: there is no such file or folder", address)
 
@@ -146,7 +146,7 @@ def opened(source: Source) -> Iterator[BinaryIO]:
         with source.place.open("rb") as file:
             yield file
     elif isinstance(source.place, str):
-        with need("fsspec", "data").open(source.place, "rb") as file:
+        with import_optional("fsspec", "data").open(source.place, "rb") as file:
             yield file
     else:
         stream = cast(BinaryIO, source.place)
@@ -163,7 +163,7 @@ def import_zarr() -> ModuleType:
     if sys.version_info < (3, 11):
         this = ".".join(map(str, sys.version_info[:2]))
         raise ImportError(f"OME-Zarr and regions of OME-TIFF need Python 3.11 or later, for zarr does; this is {this}")
-    return need("zarr", "data")
+    return import_optional("zarr", "data")
 
 
 def pick(levels: Sequence[_Level], level: int, name: str) -> _Level:
