@@ -1,4 +1,5 @@
 import contextlib
+import gzip
 import io
 import os
 import re
@@ -547,6 +548,97 @@ def test_chunks_of_ome_zarr_decode_to_no_more_than_they_promise(tmp_path, versio
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**21  # the chunk decodes to 2**22 bytes
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+def test_codecs_that_only_change_pixels(tmp_path):
+    numcodecs, codecs = pytest.importorskip("numcodecs"), pytest.importorskip("zarr.codecs")
+    numbers = pytest.importorskip("zarr.codecs.numcodecs")
+    old = {"version": "0.4", "chunks": (2, 3, 4)}
+    new = {"chunks": (2, 3, 4)}
+    backwards = codecs.TransposeCodec(order=(2, 1, 0))
+    inner = codecs.ShardingCodec(chunk_shape=(2, 3, 4), codecs=[codecs.BytesCodec(), codecs.GzipCodec()])
+    for index, options in enumerate(
+        [
+            old | {"compressors": None},
+            old | {"filters": [numcodecs.Delta("<u2")], "compressors": numcodecs.Zstd()},
+            old | {"filters": [numcodecs.Shuffle(2), numcodecs.CRC32()], "compressors": numcodecs.LZ4()},
+            new | {"filters": [backwards, numbers.Delta(dtype="<u2")]},
+            new | {"filters": [numbers.AsType(encode_dtype="<f4", decode_dtype="<u2")]},
+            new | {"compressors": [codecs.ZstdCodec(), codecs.Crc32cCodec()]},
+            new | {"shards": (4, 6, 8), "filters": [backwards]},
+            {"chunks": (4, 6, 8), "serializer": inner, "compressors": [codecs.GzipCodec()]},
+        ]
+    ):
+        assert only_volume(read(write_levels(tmp_path / f"{index}.zarr", [VOLUME], "zyx", **options)))
+
+
+@pytest.mark.parametrize(
+    "config", ['{"id": "base64"}', '{"id": "astype", "encode_dtype": "<u2", "decode_dtype": "<U999"}']
+)
+def test_codecs_that_may_decode_to_anything(tmp_path, config):
+    path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx", version="0.4", compressors=None)
+    edit_json(path / "0" / ".zarray", '"filters": null', f'"filters": [{config}]')
+    with (
+        guarded(path),
+        pytest.raises(ReadError, match=rf"^{path}: cannot be read: ValueError: codec .*(one of|numbers)"),
+    ):
+        read(path)
+
+
+def test_other_codecs_are_read_without_a_limit(tmp_path):
+    numcodecs = pytest.importorskip("numcodecs")
+    path = write_levels(tmp_path / "a.zarr", [VOLUME > 9], "zyx", version="0.4", filters=[numcodecs.PackBits()])
+    with pytest.raises(ReadError, match=r"codec must be one of .*, or max_bytes None for any, got 'packbits'"):
+        read(path)
+    assert np.array_equal(read(path, max_bytes=None).pixels[0], VOLUME > 9)
+    assert read_spacing(path) == pytest.approx(SIZES)
+
+
+def test_inner_chunks_are_counted(tmp_path):
+    path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx", chunks=(2, 3, 4), shards=(4, 6, 8))
+    text = re.sub(r"\s+", "", (path / "0" / "zarr.json").read_text())
+    text = text.replace("[4,6,8]", "[4000000,6,8]").replace("[2,3,4]", "[1,1,1]")
+    (path / "0" / "zarr.json").write_text(text)
+    for reader in (read, read_lazy):
+        with guarded(tmp_path), pytest.raises(ReadError, match=rf"^{path}: takes 183\.1 GiB to read pixels"):
+            reader(path)
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd", "lzw", "lzma", "packbits", "jpeg", "jpeg2000", "png"])
+def test_tiles_of_ome_tiff_decode_to_no_more_than_they_promise(tmp_path, compression):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
+    path, size = tmp_path / "a.ome.tif", 2048
+    image = np.ones((size, size), np.uint8)
+    tile = {"tile": (size, size), "photometric": "minisblack"}
+    write_tiff(path, image, "YX", SIZES[1:], compression=compression, **tile)
+    read(path)  # whatever is imported once
+    for axis in "XY":
+        edit_xml(path, f'Size{axis}="{size}"', f'Size{axis}="32"')
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        for tag in ("ImageLength", "TileLength", "ImageWidth", "TileWidth"):
+            tiff.pages[0].tags[tag].overwrite(32)
+    for region in (None, [slice(3, 9)] * 2):
+        peak = peak_of(lambda region=region: read(path, region=region), path, compression in ("lzw", "lzma"))
+        assert peak < 2**20  # the tile decodes to 2**22 bytes
+
+
+def peak_of(reader, path, may_read):
+    """Returns the bytes that a refusal takes; some decoders read no further than they need."""
+    tracemalloc.start()
+    with contextlib.nullcontext() if may_read else pytest.raises(ReadError, match=rf"^{path}: "):
+        reader()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_gzipped_nifti_is_inflated_no_further_than_its_pixels(tmp_path):
+    path = write_any(tmp_path / "a.nii.gz")
+    read(path)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**24)))
+    for region in (None, [slice(1, 2)] * 3):
+        assert peak_of(lambda region=region: read(path, region=region), path, False) < 2**20
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

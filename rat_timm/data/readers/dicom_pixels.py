@@ -1,6 +1,5 @@
 """The pixels of DICOM images: checked against the header before any are decoded, then rescaled."""
 
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,6 +9,7 @@ from ...optional import import_optional
 from ..errors import reading
 from .dicom_geometry import Plane
 from .dicom_header import HEAD, first_given, frame_groups, group_value, numbers, read_elements
+from .frames import frame_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 _RLE = "1.2.840.10008.1.2.5"
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-# SOF0 to SOF15 without DHT, JPG and DAC, and SOF55 of JPEG-LS
-_STARTS_OF_FRAME = {*range(0xFFC0, 0xFFD0), 0xFFF7} - {0xFFC4, 0xFFC8, 0xFFCC}
 _TRANSFORMATION, _RESCALE = "PixelValueTransformationSequence", ("RescaleSlope", "RescaleIntercept")
 
 
@@ -84,33 +82,10 @@ def _check_stored(data: "Dataset", image: DicomImage) -> None:
     for number, frame in enumerate(frames, 1):  # noqa: B007
         if syntax == _RLE and len(frame) > longest:
             raise ValueError(f"{image.file}: a frame has {len(frame)} bytes of run lengths, {longest} are enough")
-        if syntax != _RLE and (size := _frame_size(frame)) != image.shape[:2]:
+        if syntax != _RLE and (size := frame_size(frame)) != image.shape[:2]:
             raise ValueError(f"{image.file}: a compressed frame is of {size} pixels, the header says {image.shape[:2]}")
     if number != image.frames:
         raise ValueError(f"{image.file}: has {number} frames, its header says {image.frames}")
-
-
-def _frame_size(frame: bytes) -> tuple[int, int] | None:
-    """Returns rows and columns of a frame of JPEG, JPEG-LS or JPEG 2000; None if it is none of them.
-
-    Pillow does not read the headers of frames of 12 and 16 bits, and pydicom reads them when it decodes.
-    """
-    if not frame.startswith(b"\xff\xd8"):  # SOI of JPEG and JPEG-LS
-        start = frame.find(b"\xff\x4f\xff\x51")  # SOC and SIZ, ISO/IEC 15444-1, A.5.1; a JP2 file has boxes before
-        if start < 0:
-            return None
-        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
-        return bottom - top, right - left
-    place = 2
-    while place < len(frame):  # segments, ISO/IEC 10918-1, B.1.1.3 and B.2.2
-        marker, length = struct.unpack_from(">HH", frame, place)
-        if marker == 0xFFFF:  # a fill byte
-            place += 1
-        elif marker in _STARTS_OF_FRAME:
-            return struct.unpack_from(">HH", frame, place + 5)
-        else:
-            place += 2 + length
-    return None
 
 
 def _rescale(pixels: np.ndarray, data: "Dataset", frames: int) -> np.ndarray:

@@ -7,9 +7,9 @@ XML names, and guesses where the two do not agree.
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,7 +17,11 @@ import numpy as np
 from ...optional import import_optional
 from ..errors import ReadError
 from ..units import Length, number
+from .frames import frame_size
 from .source import SPACE, Format, Index, Source, StoredImage, import_zarr, is_whole, opened, pick
+
+if TYPE_CHECKING:
+    import tifffile
 
 # https://www.openmicroscopy.org/Schemas/Documentation/Generated/OME-2016-06/ome_xsd.html#PixelType
 _DTYPES = {
@@ -27,7 +31,10 @@ _DTYPES = {
     "complex": "complex64",
     "double-complex": "complex128",
 }
+# numbers of compressions
 _FAX = (2, 3, 4)
+_LIMITED = (1, *_FAX, 5, 8, 32773, 32946, 34925, 34926, 50000)  # none, LZW, deflate, PackBits, LZMA, Zstandard
+_WITH_SIZE = (7, 33003, 33004, 33005, 33007, 34712, 34933)  # JPEG, JPEG 2000, PNG
 _MOST_PLANES = 2**22  # tifffile makes a list of as many planes as the XML says
 
 
@@ -72,7 +79,9 @@ def open_ome_tiff(source: Source, level: int, image: int | None, max_bytes: int 
         ratios = [full / size for full, size in zip(finest.shape, shape, strict=True)]
         chunks = _chunks(chosen)
     sizes = {axis: _times(said.sizes[axis], by) for axis, by in zip(axes, ratios, strict=True) if axis in said.sizes}
-    return StoredImage(axes, shape, dtype, chunks, chunks, sizes, lambda part: _load(source, number, level, part))
+    return StoredImage(
+        axes, shape, dtype, chunks, chunks, sizes, lambda part: _load(source, number, level, part, max_bytes)
+    )
 
 
 @contextlib.contextmanager
@@ -87,10 +96,13 @@ def _opened(source: Source) -> Iterator[Any]:
             yield tiff
 
 
-def _load(source: Source, number: int, level: int, part: Index) -> np.ndarray:
+def _load(source: Source, number: int, level: int, part: Index, max_bytes: int | None) -> np.ndarray:
     with _opened(source) as tiff:
         series = tiff.series[number].levels[level]
         _check_segments(series, source.name)
+        if max_bytes is not None:
+            for page in {page.keyframe for page in series.pages}:
+                page.decode = _bounded(page)
         plane = len(series.keyframe.shape)
         if is_whole(part, series.shape):
             return series.asarray().reshape(series.shape)
@@ -217,6 +229,24 @@ def _check_segments(series: Any, name: str) -> None:
             raise ReadError(f"{name}: a strip or tile is not in the file")
         if plain and sum(counts) != stored:
             raise ReadError(f"{name}: a plane must have {stored} bytes, got {sum(counts)}")
+
+
+def _bounded(page: "tifffile.TiffPage") -> Callable[..., Any]:
+    """Returns the page's decoder of segments, which now fails where one has more pixels than it should.
+
+    tifffile itself limits what decoders write, but for formats of images, which say their own size.
+    """
+    decode, most = page.decode, 2 * math.prod(page.chunks)  # some strips are padded to whole blocks
+    if page.compression not in (*_LIMITED, *_WITH_SIZE):
+        raise ValueError(f"compression {page.compression.name} is read with max_bytes None alone: nothing limits it")
+
+    def bounded(data: bytes | None, index: int, **options: Any) -> Any:
+        size = frame_size(data) if data and page.compression in _WITH_SIZE else (0, 0)
+        if size is None or math.prod(size) > most:
+            raise ValueError(f"a strip or tile must have at most {most} pixels, got the frame {size}")
+        return decode(data, index, **options)
+
+    return bounded
 
 
 def _chunks(series: Any) -> tuple[int, ...]:
