@@ -774,6 +774,14 @@ def test_compressed_frames_have_the_size_of_the_header(tmp_path, syntax, make_fr
         dicom.open_series(path).load(...)
 
 
+def test_components_of_compressed_frames(tmp_path):
+    frame = bytearray(codestream("JPEG2000", (6, 4), irreversible=False, no_jp2=True))
+    frame[40:42] = (16384).to_bytes(2, "big")  # Csiz, ISO/IEC 15444-1, A.5.1
+    path = compressed(tmp_path / "a.dcm", JPEG2000Lossless, bytes(frame))
+    with pytest.raises(ReadError, match=r"a\.dcm: .* at most 4 components, got 16384"):
+        read(path, "mm")
+
+
 @pytest.mark.parametrize(("syntax", "marker"), [(JPEGLosslessSV1, 0xC3), (JPEGLSLossless, 0xF7)])
 def test_the_frame_size_is_known_without_a_decoder(tmp_path, syntax, marker):
     path = compressed(tmp_path / "a.dcm", syntax, SOF % (marker, 0xFF, 0xFE, 0xFF, 0xFD), bits=16)

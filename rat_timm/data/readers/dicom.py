@@ -119,7 +119,7 @@ def _open_images(files: Sequence[Path], name: str) -> Iterator[DicomImage]:
 
 
 def _classes(head: "Dataset") -> set[str | None]:
-    """Returns which class of object a file is said to be of, in both places where that is said."""
+    """Returns the class of object in both places where a file names it."""
     return {head.file_meta.get("MediaStorageSOPClassUID"), head.get("SOPClassUID")}
 
 

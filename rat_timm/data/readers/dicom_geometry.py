@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Plane(NamedTuple):
-    """Where a slice or a frame lies, as far as it is said: millimetres and direction cosines, in the order x, y, z."""
+    """Where a slice or a frame lies: millimetres and direction cosines, in the order x, y, z; None where not written."""
 
     spacing: tuple[float, ...] | None
     position: tuple[float, ...] | None
@@ -61,7 +61,7 @@ _OVER_EACH_OTHER = (None, 0x00182005, 0x00540080, 0x3004000C)  # SliceLocation-,
 
 
 def frame_distance(head: "Dataset", planes: Sequence[Plane], frames: int, name: str) -> float | None:
-    """Returns the distance of an image's frames, from their positions, or else as it is said; None if it is not."""
+    """Returns the distance of an image's frames, from their positions, or else as written; None where it is not."""
     if len(planes) > 1 and any(plane.position for plane in planes):
         return slice_distance(planes, name)
     if (order := head.get("FrameIncrementPointer")) not in _OVER_EACH_OTHER:

@@ -89,7 +89,7 @@ def _check_stored(data: "Dataset", image: DicomImage) -> None:
 
 
 def _rescale(pixels: np.ndarray, data: "Dataset", frames: int) -> np.ndarray:
-    """Applies what is said of the values, of all frames or of each: the standard lets no frame go without."""
+    """Applies the scales of all frames or of each: if one has a scale, the standard wants all to."""
     dose = numbers(data.get("DoseGridScaling"), 1, "DoseGridScaling")
     if dose:
         return pixels * dose[0]

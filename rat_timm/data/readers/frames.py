@@ -18,7 +18,9 @@ def frame_size(frame: bytes) -> tuple[int, int] | None:
         start = frame.find(b"\xff\x4f\xff\x51")  # SOC and SIZ, ISO/IEC 15444-1, A.5.1; a JP2 file has boxes before
         if start < 0:
             return None
-        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
+        right, bottom, left, top, *_, components = struct.unpack_from(">8IH", frame, start + 8)
+        if components > 4:  # up to 16384, each of which would be decoded
+            raise ValueError(f"a frame of JPEG 2000 must have at most 4 components, got {components}")
         return bottom - top, right - left
     place = 2
     while place < len(frame):  # segments, ISO/IEC 10918-1, B.1.1.3 and B.2.2

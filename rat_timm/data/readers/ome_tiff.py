@@ -70,15 +70,19 @@ def open_ome_tiff(source: Source, level: int, image: int | None, max_bytes: int 
             _check_plane(tiff, one, source)
         number = _pick_image(images, tiff.series, image, source.name)
         levels = tiff.series[number].levels
-        chosen, finest, said = pick(levels, level, source.name), levels[0], images[number]
-        _check_series(chosen, finest, said, source.name)
+        chosen, finest, described = pick(levels, level, source.name), levels[0], images[number]
+        _check_series(chosen, finest, described, source.name)
         axes = finest.axes.lower().replace("s", "c")
         if axes.count("c") > 1:
             raise ReadError(f"{source.name}: has both channels and colours (axes {finest.axes})")
         shape, dtype = tuple(map(int, chosen.shape)), chosen.dtype.newbyteorder("=")
         ratios = [full / size for full, size in zip(finest.shape, shape, strict=True)]
         chunks = _chunks(chosen)
-    sizes = {axis: _times(said.sizes[axis], by) for axis, by in zip(axes, ratios, strict=True) if axis in said.sizes}
+    sizes = {
+        axis: _times(described.sizes[axis], by)
+        for axis, by in zip(axes, ratios, strict=True)
+        if axis in described.sizes
+    }
     return StoredImage(
         axes, shape, dtype, chunks, chunks, sizes, lambda part: _load(source, number, level, part, max_bytes)
     )
@@ -137,7 +141,7 @@ def _pick_image(images: list[_Image], series: Any, image: int | None, name: str)
 
 
 def _read_xml(text: str, name: str) -> list[_Image]:
-    """Reads what is said of each image, and refuses what tifffile must not follow."""
+    """Reads what is described of each image, and refuses what tifffile must not follow."""
     root = ElementTree.fromstring(text)
     for uuid in root.iterfind("{*}Image/{*}Pixels/{*}TiffData/{*}UUID"):
         file = uuid.get("FileName", "")
@@ -179,17 +183,23 @@ def _read_pixels(pixels: ElementTree.Element, own: str | None, name: str) -> _Im
     )
 
 
-def _check_plane(tiff: Any, said: _Image, source: Source) -> None:
+def _check_plane(tiff: Any, described: _Image, source: Source) -> None:
     """Fails if an image's first plane is not as large as the XML says: tifffile makes up planes to fill the image."""
     with contextlib.ExitStack() as stack:
-        if said.file is not None and said.file != Path(source.name).name:
-            if not isinstance(source.place, Path) or not source.place.with_name(said.file).is_file():
-                raise ReadError(f"{source.name}: planes are missing: other files have its planes: {said.file:.200}")
-            tiff = stack.enter_context(import_optional("tifffile", "data").TiffFile(source.place.with_name(said.file)))
-        page = tiff.pages[said.page]
-        if (page.imagelength, page.imagewidth) != said.shape:
-            found = (page.imagelength, page.imagewidth)
-            raise ReadError(f"{source.name}: planes are missing: the first must be {said.shape} pixels, got {found}")
+        if described.file is not None and described.file != Path(source.name).name:
+            if not isinstance(source.place, Path) or not source.place.with_name(described.file).is_file():
+                raise ReadError(
+                    f"{source.name}: planes are missing: other files have its planes: {described.file:.200}"
+                )
+            tiff = stack.enter_context(
+                import_optional("tifffile", "data").TiffFile(source.place.with_name(described.file))
+            )
+        page = tiff.pages[described.page]
+        if (page.imagelength, page.imagewidth) != described.shape:
+            actual = (page.imagelength, page.imagewidth)
+            raise ReadError(
+                f"{source.name}: planes are missing: the first must be {described.shape} pixels, got {actual}"
+            )
 
 
 def _count(element: ElementTree.Element, key: str, name: str, default: int | None = None) -> int:
@@ -200,14 +210,18 @@ def _count(element: ElementTree.Element, key: str, name: str, default: int | Non
     return int(text)
 
 
-def _check_series(chosen: Any, finest: Any, said: _Image, name: str) -> None:
+def _check_series(chosen: Any, finest: Any, described: _Image, name: str) -> None:
     """Fails if the file is not what the XML says."""
     if any(page is None for series in (chosen, finest) for page in series.pages):
         raise ReadError(f"{name}: planes are missing: a file of the set is not there, or has too few")
-    if len(finest.pages) != said.planes or len(chosen.pages) != said.planes:
-        raise ReadError(f"{name}: planes are missing or too many: has {len(chosen.pages)}, should have {said.planes}")
-    if said.dtype is not None and finest.dtype != np.dtype(_DTYPES.get(said.dtype, said.dtype)):
-        raise ReadError(f"{name}: pixels must be of the type {said.dtype!r:.80} of the metadata, got {finest.dtype}")
+    if len(finest.pages) != described.planes or len(chosen.pages) != described.planes:
+        raise ReadError(
+            f"{name}: planes are missing or too many: has {len(chosen.pages)}, should have {described.planes}"
+        )
+    if described.dtype is not None and finest.dtype != np.dtype(_DTYPES.get(described.dtype, described.dtype)):
+        raise ReadError(
+            f"{name}: pixels must be of the type {described.dtype!r:.80} of the metadata, got {finest.dtype}"
+        )
     if chosen.keyframe.compression in _FAX and chosen.keyframe.bitspersample != 1:
         raise ReadError(f"{name}: a compression of black and white pixels must not have others, got {chosen.dtype}")
     if chosen.ndim != finest.ndim or chosen.dtype != finest.dtype:
@@ -238,7 +252,7 @@ def _bounded(page: "tifffile.TiffPage") -> Callable[..., Any]:
     """
     decode, most = page.decode, 2 * math.prod(page.chunks)  # some strips are padded to whole blocks
     if page.compression not in (*_LIMITED, *_WITH_SIZE):
-        raise ValueError(f"compression {page.compression.name} is read with max_bytes None alone: nothing limits it")
+        raise ValueError(f"compression {page.compression!r} has no limit: read it with max_bytes None")
 
     def bounded(data: bytes | None, index: int, **options: Any) -> Any:
         size = frame_size(data) if data and page.compression in _WITH_SIZE else (0, 0)

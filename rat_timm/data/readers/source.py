@@ -106,18 +106,18 @@ def locate(source: Readable, form: str | None) -> Source:
         form: The format that the user says, or None.
 
     Raises:
-        ValueError: If it is nothing that can be read.
+        ValueError: If it is not one of the kinds that can be read.
         FileNotFoundError: If there is no such file.
     """
-    said = None if form is None else f".{form.lower()}"
+    asked = None if form is None else f".{form.lower()}"
     if isinstance(source, str) and "://" in source:
         _check_address(source)
-        return Source(source, said or source.rstrip("/").lower(), source)
+        return Source(source, asked or source.rstrip("/").lower(), source)
     if isinstance(source, str | PathLike):
         path = Path(source)
         if not path.exists():
             raise FileNotFoundError(2, f"{path}: there is no such file or folder", str(path))
-        return Source(str(path), said or path.name.lower(), path)
+        return Source(str(path), asked or path.name.lower(), path)
     if "zarr" in sys.modules and isinstance(source, sys.modules["zarr"].Group):
         return Source(str(source.store_path), ".zarr", source)
     if not is_file_object(source):
@@ -125,7 +125,7 @@ def locate(source: Readable, form: str | None) -> Source:
         raise ValueError(f"source must be {allowed}, got {type(source).__name__}")
     own = getattr(source, "name", None)
     name = own if isinstance(own, str) else form or type(source).__name__
-    return Source(name, said or name.lower(), source)
+    return Source(name, asked or name.lower(), source)
 
 
 def is_file_object(source: object) -> bool:

@@ -32,7 +32,7 @@ def bounded(array: zarr.Array) -> zarr.Array:
     """Returns the same array, with codecs that fail where a chunk decodes to more than it should.
 
     Raises:
-        ValueError: If the array has a codec of which nothing tells how much it decodes to.
+        ValueError: If the array has a codec whose output cannot be limited.
     """
     metadata: ArrayV2Metadata | ArrayV3Metadata
     if isinstance(array.metadata, ArrayV3Metadata):
@@ -56,7 +56,7 @@ def _with_overhead(size: int) -> int:
 
 
 def _bounded_codecs(codecs: Iterable[_Codec]) -> tuple[_Codec, ...]:
-    """Replaces what decompresses; the first such codec is the last that decodes, to nothing but pixels."""
+    """Replaces what decompresses; the first such codec is the last that decodes, to pixels alone."""
     changed: list[_Codec] = []
     for codec in codecs:
         exact = not any(isinstance(before, BytesBytesCodec | ShardingCodec) for before in changed)
@@ -96,7 +96,7 @@ class _BoundedCodec(BytesBytesCodec):
 
     Attributes:
         name: That of imagecodecs.
-        exact: Whether nothing but pixels was compressed.
+        exact: Whether pixels alone were compressed, without headers of other codecs.
     """
 
     is_fixed_size = False
