@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Plane(NamedTuple):
-    """Where a slice or a frame lies: millimetres and direction cosines, in the order x, y, z; None where not written."""
+    """Where a slice or a frame lies: millimetres and direction cosines, in the order x, y, z; None if not written."""
 
     spacing: tuple[float, ...] | None
     position: tuple[float, ...] | None

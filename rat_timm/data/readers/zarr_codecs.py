@@ -104,9 +104,7 @@ class _BoundedCodec(BytesBytesCodec):
     exact: bool
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> Buffer:
-        dtype = chunk_spec.dtype
-        native = dtype if isinstance(dtype, np.dtype) else dtype.to_native_dtype()  # NumPy's up to zarr 3.0
-        size = prod(chunk_spec.shape) * native.itemsize
+        size = prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
         limit = size if self.exact else _with_overhead(size)
         return chunk_spec.prototype.buffer.from_bytes(_decode(self.name, chunk_bytes.as_numpy_array(), limit))
 
