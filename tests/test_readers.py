@@ -18,6 +18,9 @@ from test_dicom import make
 from torch.utils.data import DataLoader
 
 from rat_timm.data import ReadError, read, read_lazy, read_spacing
+from rat_timm.data.readers import formats
+from rat_timm.data.readers.source import Format, StoredImage
+from rat_timm.data.units import Length
 
 MICROMETRES = {"nm": 1e-3, "um": 1.0, "mm": 1e3}
 LONG = {"nm": "nanometer", "um": "micrometer", "mm": "millimeter"}
@@ -346,6 +349,21 @@ def write_levels(path, arrays, axes, sizes=SIZES, version="0.5", **options):
     image = {"multiscales": [{"axes": named, "datasets": datasets}]}
     group.attrs.update({"ome": {"version": "0.5", **image}} if version == "0.5" else image)
     return path
+
+
+def test_a_new_format_is_a_reader_and_a_row_of_the_table(tmp_path, monkeypatch):
+    def open_numpy(source, level, image, max_bytes):
+        array, sizes = np.load(source.place), {axis: Length(2.0, "um") for axis in "zyx"}
+        return StoredImage("zyx", array.shape, array.dtype, array.shape, array.shape, sizes, lambda part: array[part])
+
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Format("NumPy", (".npy",), open_numpy)))
+    np.save(tmp_path / "a.npy", VOLUME)
+    scan = read(tmp_path / "a.npy", "nm", region=[slice(1, 3)] * 3)
+    assert scan.spacing == pytest.approx((2000,) * 3)
+    assert np.array_equal(scan.pixels[0], VOLUME[1:3, 1:3, 1:3])
+    assert np.array_equal(read_lazy(tmp_path / "a.npy").pixels[0].compute(), VOLUME)
+    with pytest.raises(ReadError, match="level must be 0 in a format without pyramids"):
+        read(tmp_path / "a.npy", level=1)
 
 
 ENDINGS = [".ome.tif", ".ome.zarr", ".nii", ".nii.gz"]
