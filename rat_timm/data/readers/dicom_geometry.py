@@ -7,7 +7,7 @@ from here it still decides 4 to 6 wrongly. All of that needs the line through al
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def planes_of(head: "Dataset", frames: int) -> list[Plane]:
     ]
 
 
-def _plane(spacing: Any, position: Any, orientation: Any) -> Plane:
+def _plane(spacing: object, position: object, orientation: object) -> Plane:
     return Plane(
         numbers(spacing, 2, "PixelSpacing"),
         numbers(position, 3, "ImagePositionPatient"),

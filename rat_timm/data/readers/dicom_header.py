@@ -5,7 +5,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -53,17 +53,17 @@ def count(head: "Dataset", keyword: str) -> int:
     return int(value)
 
 
-def numbers(value: Any, size: int, keyword: str) -> tuple[float, ...] | None:
+def numbers(value: object, size: int, keyword: str) -> tuple[float, ...] | None:
     """Returns so many numbers; None if there is no value."""
     if value is None:
         return None
-    array = np.atleast_1d(np.asarray(value, dtype=float))
+    array = np.atleast_1d(np.asarray(cast("float | Sequence[float]", value), dtype=float))
     if array.shape != (size,) or not (abs(array) < 1e9).all():  # NaN is not
         raise ValueError(f"{keyword} must be {size} numbers, got {value}")
     return tuple(array.tolist())
 
 
-def first_given(*values: Any) -> Any:
+def first_given(*values: object) -> object:
     """Returns the first value that is not None."""
     return next((value for value in values if value is not None), None)
 
@@ -76,7 +76,7 @@ def frame_groups(head: "Dataset", frames: int) -> "Sequence[Dataset | Mapping]":
     return groups or [{}]
 
 
-def group_value(head: "Dataset", group: "Dataset | Mapping", sequence: str, keyword: str) -> Any:
+def group_value(head: "Dataset", group: "Dataset | Mapping", sequence: str, keyword: str) -> object:
     """Returns what a frame's functional group says, or else the group that all frames share; None if neither does."""
     shared = (head.get("SharedFunctionalGroupsSequence") or [{}])[0]
     return first_given(*(part[0].get(keyword) for part in (group.get(sequence), shared.get(sequence)) if part))
