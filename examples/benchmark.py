@@ -20,6 +20,7 @@ What a model raises is printed and recorded, the others are measured, and the ex
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -159,24 +160,33 @@ def images(name: str, size: str, setting: Setting) -> Any:
 def make_step(name: str, model: nn.Module, x: Any, setting: Setting) -> Callable[[], None]:
     """Returns what is timed: a forward pass, or forward and backward, on the backend that the name asks for."""
     run = torch.compile(model, mode=setting.compile) if setting.compile else model
-    backend = name.partition("@")[2] or rat_timm.attention_backend()
+    chosen = functools.partial(on_backend, name.partition("@")[2])
     precision = functools.partial(
         torch.autocast, setting.device, DTYPES[setting.dtype], enabled=setting.dtype != "float32"
     )
 
     def infer() -> None:
-        rat_timm.set_attention_backend(backend)
-        with torch.inference_mode(), precision():
+        with chosen(), torch.inference_mode(), precision():
             run(x)
 
     def train() -> None:
-        rat_timm.set_attention_backend(backend)
         model.zero_grad()
-        with precision():
+        with chosen(), precision():
             loss = sum(out.float().square().mean() for out in tensors(run(x)))
         loss.backward()
 
     return train if setting.mode == "train" else infer
+
+
+@contextlib.contextmanager
+def on_backend(name: str) -> Iterator[None]:
+    """Chooses what neighbourhood attention runs on, for a while; nothing changes without a name."""
+    before = rat_timm.attention_backend()
+    rat_timm.set_attention_backend(name or before)
+    try:
+        yield
+    finally:
+        rat_timm.set_attention_backend(before)
 
 
 def tensors(out: Any) -> Iterator[Tensor]:
@@ -256,6 +266,7 @@ def operations(setting: Setting) -> list[Contender]:
         groups = torch.randn(setting.batch, length // 2, length // 2, heads, 32, device=q.device, dtype=q.dtype)
         calls: dict[str, functools.partial] = {
             "neighbourhood 7x7": functools.partial(neighborhood_attention, q, k, v, 7),
+            **({"neighbourhood 7x7, flex": functools.partial(flex, q, k, v, 7)} if setting.device == "cuda" else {}),
             "windows 7x7": functools.partial(windows, q, k, v, 7),
             "global": functools.partial(over_all, q, k, v),
             **({"NATTEN 7x7": functools.partial(natten, q, k, v, 7)} if find_spec("natten") else {}),
@@ -293,6 +304,12 @@ def windows(query: Tensor, key: Tensor, value: Tensor, size: int) -> Tensor:
     out = F.scaled_dot_product_attention(split(query), split(key), split(value))
     out = out.view(batch, height // size, width // size, heads, size, size, dim)
     return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(query.shape)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, kernel_size: int) -> Tensor:
+    """Runs neighbourhood attention on FlexAttention."""
+    with on_backend("flex"):
+        return neighborhood_attention(query, key, value, kernel_size)
 
 
 def over_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -452,13 +469,9 @@ def parse() -> argparse.Namespace:
         "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="torch.compile, and its mode"
     )
     parser.add_argument("--features", action="store_true", help="timm's features_only models")
-    parser.add_argument(
-        "--memory", action="store_true", help="measure memory too; on the CPU in a new process for each"
-    )
+    parser.add_argument("--memory", action="store_true", help="measure memory too; on the CPU in new processes")
     parser.add_argument("--runs", type=int, default=9, help="how often all are timed in turns")
-    parser.add_argument(
-        "--steps", type=int, help="steps in a row in each turn, 1 on the CPU and 10 on a GPU by default"
-    )
+    parser.add_argument("--steps", type=int, help="steps in a row in a turn: 1 on the CPU, 10 on a GPU by default")
     parser.add_argument("--json", type=Path, help="file for what was measured")
     parser.add_argument("--csv", type=Path, help="table that what was measured is appended to")
     parser.add_argument("--plot", type=Path, help="file for a picture")
