@@ -21,7 +21,7 @@ from test_rose import positions
 
 import rat_timm
 import references
-from rat_timm.grid import Grid
+from rat_timm.geometry.grid import Grid
 from rat_timm.layers import (
     RotarySpatialEmbedding,
     grouping_attention,
