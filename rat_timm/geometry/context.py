@@ -1,8 +1,8 @@
 """What is known of images' geometry, said around a model instead of to it: for wrappers that drop keywords."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 
@@ -25,7 +25,13 @@ class Told(NamedTuple):
         return Told(*(b if a is None else a for a, b in zip(self, other, strict=True)))
 
 
-_TOLD: ContextVar[Told] = ContextVar("rat_timm.geometry", default=Told())  # noqa: B039 (immutable)
+class _Innermost(threading.local):
+    """What a thread's innermost context tells. No `ContextVar`: PyTorch 2.11 does not compile what reads one."""
+
+    told = Told()
+
+
+_INNERMOST = _Innermost()
 
 
 @contextlib.contextmanager
@@ -51,11 +57,12 @@ def geometry(*, spacing: Any = None, mask: Any = None, origin: Any = None) -> It
     Raises:
         ValueError: By the model, if what is said does not fit the images that it is given.
     """
-    token = _TOLD.set(Told(spacing, mask, origin).completed(_TOLD.get()))
+    outer = _INNERMOST.told
+    _INNERMOST.told = Told(spacing, mask, origin).completed(outer)
     try:
         yield
     finally:
-        _TOLD.reset(token)
+        _INNERMOST.told = outer
 
 
 def what_is_told(x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Told:
@@ -67,4 +74,4 @@ def what_is_told(x: Any, spacing: Any = None, mask: Any = None, origin: Any = No
         mask: See `Told`.
         origin: See `Told`.
     """
-    return Told(spacing, mask, origin).completed(_TOLD.get())
+    return Told(spacing, mask, origin).completed(_INNERMOST.told)
