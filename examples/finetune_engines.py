@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rat_timm.data import Batch
-from rat_timm.optional import need
+from rat_timm.optional import import_optional
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MANIFEST = "manifest.json"
@@ -176,7 +176,7 @@ class DeepSpeedEngine:
             raise ValueError("precision must be fp32 or bf16 with deepspeed, got fp16")
         self.config = config
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
-        self.model, self.optimizer, *_ = need("deepspeed", "deepspeed").initialize(
+        self.model, self.optimizer, *_ = import_optional("deepspeed", "deepspeed").initialize(
             model=model,
             optimizer=make_optimizer(model, config),
             dist_init_required=False,
@@ -222,7 +222,7 @@ class DeepSpeedEngine:
         if self.ema is not None:
             return {name: value.cpu() for name, value in self.ema.module.state_dict().items()}
         module = self.model.module
-        gathered = need("deepspeed", "deepspeed").zero.GatheredParameters
+        gathered = import_optional("deepspeed", "deepspeed").zero.GatheredParameters
         with gathered(list(module.parameters()), enabled=self.config.parallel == "deepspeed3"):
             return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rat_timm  # noqa: F401  (registers the models)
-from rat_timm.grid import Grid, Tokens, channels_first, channels_last
-from rat_timm.layers.resample import resample
+from rat_timm.geometry.grid import Grid, Tokens, channels_first, channels_last
+from rat_timm.geometry.resample import resample
 
 RAT_OPTIONS = {"depths": (3, 2, 1, 1)}
 VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_ratio": 4.3}
