@@ -222,6 +222,8 @@ def _describe(
     axes = model.spatial_dims
     config["pretrained_cfg"]["input_size"] = [model.in_chans, *size[:1] * (axes - len(size)), *size[-axes:]]
     config["pretrained_cfg"]["first_conv"] = model.pretrained_cfg["first_conv"]
+    if axes == 3:  # transformers' own takes images alone
+        config["image_processor_type"] = "RatImageProcessor"
     config[KEY] = {"version": __version__}
     return config
 
