@@ -190,4 +190,6 @@ class RatBackbone(_Backbone):
 _transformers.AutoConfig.register(RatBackboneConfig.model_type, RatBackboneConfig, exist_ok=True)
 _transformers.AutoBackbone.register(RatBackboneConfig, RatBackbone, exist_ok=True)
 # AutoImageProcessor finds by name what is registered for any config: configs of volumes name it (see `hub.save`)
-_transformers.AutoImageProcessor.register(RatBackboneConfig, RatImageProcessor, exist_ok=True)
+_transformers.AutoImageProcessor.register(
+    RatBackboneConfig, image_processor_classes={"torchvision": RatImageProcessor}, exist_ok=True
+)
