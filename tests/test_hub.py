@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hub_client import run
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import rat_timm
+from hub_client import run
 from hub_server import Hub, Repo, environment, serving
 from rat_timm import hub
 
