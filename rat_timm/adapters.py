@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
-from .geometry.context import Told, geometry, what_is_told
-from .geometry.grid import Scalars
+from .geometry.read import Told, geometry, what_is_told
+from .geometry.types import OriginLike, SpacingLike
 from .layers.stem import Stem
 from .ops.masking import check_mask
 from .optional import import_optional
@@ -40,7 +40,7 @@ class WithGeometry(nn.Module):
         self.multiple = multiple
 
     def forward(
-        self, x: Tensor, spacing: Scalars | None = None, mask: Tensor | None = None, origin: Scalars | None = None
+        self, x: Tensor, *, spacing: SpacingLike = None, mask: Tensor | None = None, origin: OriginLike = None
     ) -> Tensor:
         """Runs the network.
 
@@ -74,7 +74,7 @@ def fill_up(network: nn.Module, x: Tensor, told: Told, multiple: int) -> tuple[T
             f"x must have sizes that are multiples of {multiple} where masked places have a token (mask_token), which "
             f"the fill would have too, got {list(x.shape[2:])}"
         )
-    valid = x.new_ones(len(x), *x.shape[2:], dtype=torch.bool) if told.mask is None else told.mask
+    valid = told.mask if isinstance(told.mask, Tensor) else x.new_ones(len(x), *x.shape[2:], dtype=torch.bool)
     return F.pad(x, fill), told._replace(mask=F.pad(valid, fill))
 
 
@@ -164,8 +164,8 @@ class DetectorWithGeometry(nn.Module):
         self,
         images: Sequence[Tensor],
         targets: Sequence[Mapping[str, Tensor]] | None = None,
-        spacing: Scalars | None = None,
-    ) -> Any:
+        spacing: SpacingLike = None,
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Detects.
 
         Args:
@@ -183,7 +183,7 @@ class DetectorWithGeometry(nn.Module):
         before = torch.tensor([image.shape[-2:] for image in images])
         rows = None if spacing is None else _rows(spacing, len(images))
 
-        def tell(module: nn.Module, args: Any, output: Any) -> None:
+        def tell(module: nn.Module, args: tuple, output: tuple) -> None:
             batch = output[0]
             after = torch.tensor(batch.image_sizes)
             mask = torch.stack([_valid(size, batch.tensors.shape[-2:]) for size in batch.image_sizes])
@@ -200,7 +200,7 @@ class DetectorWithGeometry(nn.Module):
             return self.detector(list(images), None if targets is None else list(targets))
 
 
-def _rows(spacing: Scalars, batch: int) -> Tensor:
+def _rows(spacing: Any, batch: int) -> Tensor:
     rows = torch.as_tensor(spacing, dtype=torch.float32).cpu()
     if rows.shape not in ((), (2,), (1, 2), (batch, 2)):
         raise ValueError(f"spacing must be a number, 2 or [{batch}, 2], got {list(rows.shape)}")

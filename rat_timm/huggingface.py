@@ -13,7 +13,7 @@ and ``TimmBackbone.from_pretrained("local-dir:FOLDER")``. Three things they do n
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -22,8 +22,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .data.samples import Sample, collate
-from .geometry.grid import Scalars
+from .geometry.types import MaskLike, OriginLike, SpacingLike
 from .optional import import_optional
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+    from transformers.modeling_outputs import ImageClassifierOutput
 
 _timm_wrapper = import_optional("transformers.models.timm_wrapper", "transformers")
 _timm_backbone = import_optional("transformers.models.timm_backbone", "transformers")
@@ -43,13 +47,13 @@ class RatForImageClassification(_Classifier):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
-        spacing: Scalars | None = None,
-        mask: Tensor | None = None,
-        origin: Scalars | None = None,
+        spacing: SpacingLike = None,
+        mask: MaskLike = None,
+        origin: OriginLike = None,
         output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> "ImageClassifierOutput | tuple[Tensor, ...]":
         """Classifies.
 
         Args:
@@ -96,7 +100,7 @@ class RatImageProcessor(_Processor):
     model_input_names = ("pixel_values", "spacing", "mask")
 
     def __init__(
-        self, pretrained_cfg: Mapping[str, Any] | None = None, spacing: Scalars | None = None, **kwargs: Any
+        self, pretrained_cfg: Mapping[str, Any] | None = None, spacing: SpacingLike = None, **kwargs: Any
     ) -> None:
         if not pretrained_cfg:
             raise ValueError(
@@ -110,9 +114,9 @@ class RatImageProcessor(_Processor):
     def preprocess(
         self,
         images: Picture | Sequence[Picture],
-        spacing: Scalars | None = None,
+        spacing: SpacingLike = None,
         return_tensors: str = "pt",
-    ) -> Any:
+    ) -> "BatchFeature":
         """Makes a batch.
 
         Args:
@@ -156,7 +160,7 @@ class RatImageProcessor(_Processor):
         return ((x / 255 if x.dtype == torch.uint8 else x.float()) - mean) / std
 
 
-def _rows(spacing: Scalars, batch: int, axes: int) -> Tensor:
+def _rows(spacing: Any, batch: int, axes: int) -> Tensor:
     rows = torch.as_tensor(spacing, dtype=torch.float32)
     if rows.shape not in ((), (axes,), (1, axes), (batch, axes)):
         raise ValueError(f"spacing must be a number, {axes} or [{batch}, {axes}], got {list(rows.shape)}")
@@ -182,7 +186,7 @@ class RatBackbone(_Backbone):
         super().__init__(config, **{**(config.model_args or {}), **kwargs})
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "RatBackbone":
         """Opens a folder or repository that ``save_pretrained`` wrote; transformers' own takes names of timm here."""
         return super(_Backbone, cls).from_pretrained(*args, **kwargs)
 

@@ -8,6 +8,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import rat_timm
 from rat_timm.adapters import BackboneWithFpn, DetectorWithGeometry, WithGeometry, register_monai_encoder
+from recording import record_images
 
 
 def networks():
@@ -35,16 +36,14 @@ def test_any_size_goes_in_and_comes_out(case):
     assert sum(p.grad is not None for p in network.parameters()) > 20
 
 
-def test_what_is_known_reaches_the_backbone(case):
+def test_what_is_known_reaches_the_backbone(case, monkeypatch):
     network, x = case
     mask = torch.ones(2, *x.shape[2:], dtype=torch.bool)
     mask[:, 30:] = False
     wrapped = WithGeometry(network)
-    seen = []
-    backbone = next(m for m in network.modules() if isinstance(m, rat_timm.ResolutionAwareTransformer))
-    backbone.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0].levels[0]))
+    seen = record_images(monkeypatch)
     wrapped(x, spacing=0.25, mask=mask, origin=[3.0] * (x.ndim - 2))
-    (image,) = seen
+    (image,) = seen[0].levels
     assert set(image.grid.spacing.flatten().tolist()) == {0.25}
     assert set(image.grid.origin.flatten().tolist()) == {3.0}
     inside = (slice(None), *(slice(n) for n in x.shape[2:]))
@@ -109,14 +108,6 @@ def boxes(*rows):
     return {"boxes": torch.tensor(rows, dtype=torch.float32), "labels": torch.ones(len(rows), dtype=torch.int64)}
 
 
-def watch(network):
-    """Collects what the stem is given: images on their grids."""
-    seen = []
-    model = next(m for m in network.modules() if isinstance(m, rat_timm.ResolutionAwareTransformer))
-    model.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0].levels[0]))
-    return seen
-
-
 @pytest.mark.parametrize("detector", [faster_rcnn, lambda: RetinaNet(backbone_with_fpn(), 2, min_size=64, max_size=96)])
 def test_torchvisions_detectors_train_and_detect(detector):
     detector = detector()
@@ -142,14 +133,14 @@ def test_maps_are_those_of_the_model_then_the_pyramid_network():
 
 
 def test_maps_keep_their_strides_at_any_spacing():
-    """A square lies at the same place of a map, whatever the spacing that brings the image to another size."""
     backbone = backbone_with_fpn(physical_stem=True).eval()
-    x, seen = torch.randn(1, 3, 96, 128), watch(backbone)
+    x = torch.randn(1, 3, 96, 128)
     for spacing in (None, 1.0, 0.7, 2.0):
         with rat_timm.geometry(spacing=spacing):
             maps = backbone(x)
         assert [tuple(m.shape[2:]) for m in maps.values()] == [(24, 32), (12, 16), (6, 8), (3, 4), (2, 2)]
-    assert seen[2].grid.shape != (96, 128)  # of spacing 0.7: the image was resampled
+    with rat_timm.geometry(spacing=0.7):
+        assert backbone.body(x)[0].shape[2:] != (24, 32)  # the image was resampled
 
 
 def test_samples_of_different_spacing_have_the_maps_they_have_alone():
@@ -163,21 +154,22 @@ def test_samples_of_different_spacing_have_the_maps_they_have_alone():
                 torch.testing.assert_close(found[name][i : i + 1], expected)
 
 
-def test_a_detector_knows_what_it_has_resized_and_filled():
+def test_a_detector_knows_what_it_has_resized_and_filled(monkeypatch):
     detector = DetectorWithGeometry(faster_rcnn(min_size=64, max_size=80)).eval()
-    seen = watch(detector)
+    seen = record_images(monkeypatch)
     images = [torch.rand(3, 32, 80), torch.rand(3, 32, 32)]
     detector(images, spacing=[[0.5, 1.0], [0.25, 0.25]])
     sizes = [(32, 80), (64, 64)]  # after resizing: 32 x 80 is as it was
-    assert [image.grid.shape for image in seen] == [(64, 96)] * 2
-    assert [image.grid.spacing.tolist() for image in seen] == [[[0.5, 1.0]], [[0.125, 0.125]]]
-    for image, (rows, columns) in zip(seen, sizes, strict=True):
+    read = [pyramid.levels[0] for pyramid in seen]
+    assert [image.grid.shape for image in read] == [(64, 96)] * 2
+    assert [image.grid.spacing.tolist() for image in read] == [[[0.5, 1.0]], [[0.125, 0.125]]]
+    for image, (rows, columns) in zip(read, sizes, strict=True):
         assert image.mask[:, :rows, :columns].all()
         assert int(image.mask.sum()) == rows * columns
     assert not detector.detector.transform._forward_hooks
     detector([torch.rand(3, 64, 64)])
-    assert seen[2].mask is None
-    assert seen[2].grid.spacing.unique().tolist() == [1.0]
+    assert seen[2].levels[0].mask is None
+    assert seen[2].levels[0].grid.spacing.unique().tolist() == [1.0]
     losses = detector.train()(images, [boxes([2, 2, 20, 20]), boxes([4, 8, 30, 30])], spacing=0.5)
     assert all(loss.isfinite() for loss in losses.values())
     with pytest.raises(ValueError, match="spacing must be"):

@@ -17,6 +17,7 @@ from transformers import (
 
 from rat_timm import hub
 from rat_timm.huggingface import RatBackbone, RatBackboneConfig, RatForImageClassification, RatImageProcessor
+from recording import record_images
 
 SIZES = {"test_rat": (3, 20, 24), "test_rat_3d": (1, 6, 10, 12)}
 
@@ -53,30 +54,30 @@ def saved(request, tmp_path):
     return folder, np.random.default_rng(0).integers(0, 256, SIZES[request.param], dtype=np.uint8)
 
 
-def train(model, folder, **more):
-    """Runs one step of Trainer; returns what the stem was given."""
-    seen = []
-    model.timm_model.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0].levels[0]))
+def train(model, folder, monkeypatch, **more):
+    """Runs one step of Trainer; returns the images that the model read."""
+    seen = record_images(monkeypatch)
     arguments = TrainingArguments(
         folder, per_device_train_batch_size=2, max_steps=1, use_cpu=True, report_to=[], save_strategy="no", **more
     )
     Trainer(model, arguments, train_dataset=Rows()).train()
-    return seen[0]
+    (image,) = seen[0].levels
+    return image
 
 
 @pytest.mark.parametrize(
     ("model_class", "more"),
     [(RatForImageClassification, {}), (AutoModelForImageClassification, {"remove_unused_columns": False})],
 )
-def test_trainer_keeps_the_geometry(folder, tmp_path, model_class, more):
-    image = train(model_class.from_pretrained(folder), tmp_path / "out", **more)
+def test_trainer_keeps_the_geometry(folder, tmp_path, monkeypatch, model_class, more):
+    image = train(model_class.from_pretrained(folder), tmp_path / "out", monkeypatch, **more)
     assert image.grid.spacing.tolist() == [[0.5, 2.0]] * 2
     assert image.mask.all()
 
 
-def test_trainer_drops_what_transformers_class_does_not_name(folder, tmp_path):
+def test_trainer_drops_what_transformers_class_does_not_name(folder, tmp_path, monkeypatch):
     """Why `RatForImageClassification` exists: should this fail, it may go."""
-    image = train(AutoModelForImageClassification.from_pretrained(folder), tmp_path / "out")
+    image = train(AutoModelForImageClassification.from_pretrained(folder), tmp_path / "out", monkeypatch)
     assert image.grid.spacing.unique().tolist() == [1.0]
     assert image.mask is None
 
