@@ -27,7 +27,7 @@ ALLOWED = {
     "cost": set(),
     "evaluation": set(),
     "adapters": {"geometry", "ops", "layers"},
-    "huggingface": {"geometry", "timm_api"},
+    "huggingface": {"data", "geometry"},
     "__main__": {"cost", "timm_api"},
 }
 
