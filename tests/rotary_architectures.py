@@ -27,7 +27,9 @@ def architectures():
 
 @functools.cache
 def meta_model(name):
-    return timm.create_model(name, device="meta")
+    """Makes a model without values; those that ``init_weights`` would draw take most of the time."""
+    with unittest.mock.patch.object(eva.Eva, "init_weights"):
+        return timm.create_model(name, device="meta")
 
 
 def is_taken(name):
