@@ -1,4 +1,4 @@
-"""`examples/finetune.py`: what it learns, how it goes on, and that processes together do what one does."""
+"""`examples/training`: what it learns, how it goes on, and that processes together do what one does."""
 
 import fcntl
 import importlib
