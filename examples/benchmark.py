@@ -40,9 +40,9 @@ from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 from rat_timm.cost import count_macs
-from rat_timm.grid import Pyramid, Tokens, channels_first, channels_last
+from rat_timm.geometry.grid import Pyramid, Tokens, channels_first, channels_last
 from rat_timm.layers import grouping_attention, local_grouping_attention, neighborhood_attention
-from rat_timm.optional import need
+from rat_timm.optional import import_optional
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STAGES = ((56, 2), (28, 4), (14, 8))  # length and heads of rat_tiny's first stages for an image of 224 x 224
@@ -84,7 +84,7 @@ class StridedConv(nn.Module):
         del self.sga.temp
 
     def forward(self, pyramid: Pyramid, return_assignments: bool = False) -> tuple[Pyramid, None]:
-        """Takes the place of `rat_timm.models.stage.Downsample`."""
+        """Takes the place of `rat_timm.models.rat.stage.Downsample`."""
         return pyramid._replace(levels=[self._level(tokens) for tokens in pyramid.levels]), None
 
     def _level(self, tokens: Tokens) -> Tokens:
@@ -103,12 +103,12 @@ class Peer(NamedTuple):
 
 def upstream_rat() -> nn.Module:
     """Builds the network of the package ``resolution-aware-transformer`` with its defaults."""
-    return need("resolution_aware_transformer", "benchmark").ResolutionAwareTransformer()
+    return import_optional("resolution_aware_transformer", "benchmark").ResolutionAwareTransformer()
 
 
 def monai_swin_vit() -> nn.Module:
     """Builds the encoder of MONAI's SwinUNETR, feature size 24, for one channel."""
-    build = need("monai.networks.nets.swin_unetr", "benchmark").SwinTransformer
+    build = import_optional("monai.networks.nets.swin_unetr", "benchmark").SwinTransformer
     return build(1, 24, window_size=(7,) * 3, patch_size=(2,) * 3, depths=(2,) * 4, num_heads=(3, 6, 12, 24))
 
 

@@ -36,7 +36,7 @@ from training.steps import Recipe, answers, fit, image_alone, with_geometry
 
 SHIFT = 1.0  # units, at most, in training
 BATCH = 32
-WEIGHTS = Path(__file__).parents[1] / "rat_timm" / "models" / "weights"
+WEIGHTS = Path(__file__).parents[1] / "rat_timm" / "models" / "rat" / "weights"
 
 
 class Task(NamedTuple):

@@ -3,12 +3,13 @@
 Spacing is physical, in array-axis order (z, y, x). Masks are True where valid.
 """
 
-from .context import geometry
-from .grid import Grid
-from .layers.backend import attention_backend, set_attention_backend
-from .layers.resample import resample_limit, set_resample_limit
-from .layers.tiling import set_plan_limit
+from .geometry.context import geometry
+from .geometry.grid import Grid
+from .geometry.resample import resample_limit, set_resample_limit
 from .models import AdaptiveVit, RatConfig, RatVit, ResolutionAwareTransformer
+from .ops.neighborhood.backend import attention_backend, set_attention_backend
+from .ops.windows import set_plan_limit
+from .timm_api import hub
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "attention_backend",
     "geometry",
+    "hub",
     "resample_limit",
     "set_attention_backend",
     "set_plan_limit",

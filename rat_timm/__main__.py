@@ -1,6 +1,7 @@
 """The command line: ``python -m rat_timm list [FILTER]`` and ``python -m rat_timm run SCRIPT [ARGUMENTS]``."""
 
 import argparse
+import fnmatch
 import itertools
 import runpy
 import sys
@@ -12,9 +13,7 @@ import timm
 import torch
 
 from .cost import count_macs
-
-FAMILIES = ("rat", "vit")  # the modules of `rat_timm.models` that register names
-OURS = ("rat_", "test_rat")  # how these start: timm may have modules of the same name
+from .timm_api.families import FAMILIES
 
 
 class Variant(NamedTuple):
@@ -31,7 +30,7 @@ class Variant(NamedTuple):
 
 def names(pattern: str) -> list[str]:
     """Returns the registered names that match a shell pattern, without the tags of weights."""
-    return [name for family in FAMILIES for name in timm.list_models(pattern, module=family) if name.startswith(OURS)]
+    return [name for family in FAMILIES.values() for name in fnmatch.filter(family.variants, pattern)]
 
 
 def describe(name: str) -> Variant:

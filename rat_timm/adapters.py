@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .context import Told, geometry, what_is_told
-from .layers.masking import check_mask
+from .geometry.context import Told, geometry, what_is_told
 from .layers.stem import Stem
-from .optional import need
+from .ops.masking import check_mask
+from .optional import import_optional
 
 
 class WithGeometry(nn.Module):
@@ -86,8 +86,8 @@ def register_monai_encoder(name: str, **kwargs: Any) -> None:
     Raises:
         ValueError: If the model's maps have other strides than 4, 8, 16 and 32.
     """
-    base: Any = need("monai.networks.blocks", "data").BaseEncoder
-    nets = need("monai.networks.nets.flexible_unet", "data")
+    base: Any = import_optional("monai.networks.blocks", "data").BaseEncoder
+    nets = import_optional("monai.networks.nets.flexible_unet", "data")
     info = timm.create_model(name, features_only=True, **{**kwargs, "device": "meta"}).feature_info
     if info.reduction() != [4, 8, 16, 32]:
         raise ValueError(f"{name} must have maps at strides 4, 8, 16 and 32, got {info.reduction()}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .optional import need
+from .optional import import_optional
 
 if TYPE_CHECKING:
     from monai.data import MetaTensor
@@ -65,7 +65,7 @@ def sliding_window(
             kwargs["mask"] = torch.stack(parts).to(windows.device)
         return model(windows, *args, **kwargs)
 
-    infer = need("monai.inferers", "data").sliding_window_inference
+    infer = import_optional("monai.inferers", "data").sliding_window_inference
     return infer(image, window, sw_batch_size, predict, with_coord=True, **options)
 
 

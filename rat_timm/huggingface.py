@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .optional import need
+from .optional import import_optional
 
-_timm_wrapper = need("transformers.models.timm_wrapper.modeling_timm_wrapper", "transformers")
-_timm_backbone = need("transformers.models.timm_backbone", "transformers")
-_auto: Any = need("transformers", "transformers")
+_timm_wrapper = import_optional("transformers.models.timm_wrapper.modeling_timm_wrapper", "transformers")
+_timm_backbone = import_optional("transformers.models.timm_backbone", "transformers")
+_auto: Any = import_optional("transformers", "transformers")
 _Classifier: Any = _timm_wrapper.TimmWrapperForImageClassification
 _Backbone: Any = _timm_backbone.TimmBackbone
 _BackboneConfig: Any = _timm_backbone.TimmBackboneConfig

@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 
 
-def need(name: str, extra: str) -> ModuleType:
+def import_optional(name: str, extra: str) -> ModuleType:
     """Imports a package.
 
     Raises:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from rat_timm.grid import Grid, Tokens
+from rat_timm.geometry.grid import Grid, Tokens
 from rat_timm.layers import AdaptivePatching, interpolate_pos_embed
 
 SIZES = {2: (40, 56), 3: (16, 24, 20)}
@@ -229,7 +229,7 @@ def test_memory_does_not_grow_with_the_number_of_patches():
     """From 4 to 64 patches of 16 x 16 on 3 x 1024 x 1024 the peak rises by no more than a few times the patches."""
     script = """
         import resource, torch
-        from rat_timm.grid import Grid, Tokens
+        from rat_timm.geometry.grid import Grid, Tokens
         from rat_timm.layers import AdaptivePatching
         image = Tokens(torch.randn(1, 1024, 1024, 3), Grid.create((1024, 1024)))
         for count in (4, 64):

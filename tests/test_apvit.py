@@ -9,7 +9,7 @@ from test_rat import lively
 from timm.models._features_fx import create_feature_extractor
 
 from rat_timm import hub
-from rat_timm.grid import Grid, Tokens
+from rat_timm.geometry.grid import Grid, Tokens
 
 NAMES = [f"apvit_{size}_patch16_224" for size in ("tiny", "small", "base")]
 TINY = NAMES[0]

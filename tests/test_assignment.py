@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from rat_timm.grid import Grid, Tokens
+from rat_timm.geometry.grid import Grid, Tokens
 from rat_timm.layers import (
     DenseSpatialGroupingAttention,
     SparseSpatialGroupingAttention,

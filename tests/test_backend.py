@@ -7,7 +7,8 @@ import torch
 
 import rat_timm
 import references
-from rat_timm.layers import neighborhood, neighborhood_attention
+from rat_timm.layers import neighborhood_attention
+from rat_timm.ops import neighborhood
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from rat_timm import RatConfig
-from rat_timm.models.config import CLASSIC
+from rat_timm.models.rat.variants import VARIANTS
 
 
 def test_stages_of_the_default_by_hand():
@@ -26,7 +26,7 @@ def test_3d_follows_spatial_dims():
 
 
 def test_classic_is_the_seeds_network():
-    stages = CLASSIC.stages()
+    stages = VARIANTS["rat_classic"].defaults["cfg"].stages()
     assert [s.total_stride for s in stages] == [(3, 3), (9, 9), (27, 27), (81, 81)]
     assert {s.sga_attention_type for s in stages} == {"dense"}
     assert {(s.dim, s.num_heads, s.depth, s.attn_kernel_size) for s in stages} == {(128, 16, 1, None)}

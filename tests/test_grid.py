@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rat_timm.grid import Grid, axis_values, field_center, per_axis, pyramid_grids
+from rat_timm.geometry.grid import Grid, axis_values, field_center, per_axis, pyramid_grids
 
 axes = st.integers(1, 3)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import references
-from rat_timm.grid import Grid, Tokens
+from rat_timm.geometry.grid import Grid, Tokens
 from rat_timm.layers import (
     DenseSpatialGroupingAttention,
     SparseSpatialGroupingAttention,
@@ -75,7 +75,7 @@ def test_dense_agrees_with_explicit_matrices(chunk_size, masked):
 )
 @torch.no_grad()
 def test_without_gradients_dense_is_fused(masked, width, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr("rat_timm.layers.grouping_dense._chunk_take", None)
+    monkeypatch.setattr("rat_timm.ops.grouping_dense._chunk_take", None)
     tensors = [torch.randn(3, 2, n, width).to(dtype) / width**0.25 for n in (7, 23, 23)]
     mask = torch.rand(3, 23) > 0.4 if "tokens" in masked else None
     group_mask = torch.rand(3, 7) > 0.4 if "groups" in masked else None

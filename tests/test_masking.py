@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rat_timm.layers.masking import (
+from rat_timm.ops.masking import (
     attention,
     exp_beside_one,
     join_masks,

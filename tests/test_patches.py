@@ -5,8 +5,8 @@ import torch
 from timm.layers.patch_embed import resample_patch_embed
 from torch.nn import functional as F
 
-from rat_timm.grid import Grid, Tokens
-from rat_timm.layers.patches import patchify, physical_patchify, resample_kernel
+from rat_timm.geometry.grid import Grid, Tokens
+from rat_timm.models.rope_vit.patches import patchify, physical_patchify, resample_kernel
 
 
 def kernel(*patch, channels=2, dim=5):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from rat_timm.grid import Grid, Tokens
-from rat_timm.layers.resample import resample, spacing_rows
+from rat_timm.geometry.grid import Grid, Tokens
+from rat_timm.geometry.resample import resample, spacing_rows
 
 SIZES = [(11,), (7, 9), (3, 5, 4)]
 

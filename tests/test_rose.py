@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import references
-from rat_timm.grid import Grid, field_center
+from rat_timm.geometry.grid import Grid, field_center
 from rat_timm.layers import RotarySpatialEmbedding
 
 

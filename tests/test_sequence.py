@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rat_timm.grid import Grid, Tokens
+from rat_timm.geometry.grid import Grid, Tokens
 from rat_timm.layers.sequence import TokenSequence, attention_mask, pool_valid
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rat_timm.grid import Grid, Pyramid, Tokens
+from rat_timm.geometry.grid import Grid, Pyramid, Tokens
 from rat_timm.layers import Stem
 from rat_timm.layers.stem import share_stride
 

@@ -8,7 +8,7 @@ import torch
 from resolution_aware_transformer import ResolutionAwareTransformer
 from RoSE.rose import _init_p_nd
 
-from rat_timm.grid import Grid, Tokens, field_center
+from rat_timm.geometry.grid import Grid, Tokens, field_center
 from rat_timm.layers import DenseSpatialGroupingAttention, RotarySpatialEmbedding, SparseSpatialGroupingAttention
 from rat_timm.models.rat import checkpoint_filter_fn
 

@@ -4,10 +4,10 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from rat_timm.grid import Pyramid, Tokens, channels_first, channels_last
-from rat_timm.layers.masking import pool_mask
-from rat_timm.layers.patches import physical_patchify
+from rat_timm.geometry.grid import Pyramid, Tokens, channels_first, channels_last
 from rat_timm.models.rat import ResolutionAwareTransformer
+from rat_timm.models.rope_vit.patches import physical_patchify
+from rat_timm.ops.masking import pool_mask
 
 
 class PhysicalKernel(nn.Module):

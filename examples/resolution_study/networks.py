@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rat_timm  # noqa: F401  (registers the models)
-from rat_timm.grid import Grid, Tokens, channels_first, channels_last
-from rat_timm.layers.resample import resample
+from rat_timm.geometry.grid import Grid, Tokens, channels_first, channels_last
+from rat_timm.geometry.resample import resample
 from resolution_study.candidates import with_conditioned_stem, with_physical_kernel, with_strided_convolutions
 
 RAT_OPTIONS = {"depths": (3, 2, 1, 1), "physical_stem": False}

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rat_timm.optional import need
+from rat_timm.optional import import_optional
 from training.config import Config
 from training.steps import Labelled, Recipe
 
@@ -189,7 +189,7 @@ class DeepSpeedEngine:
             raise ValueError("precision must be fp32 or bf16 with deepspeed, got fp16")
         self.recipe, self.stage = recipe, stage
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
-        self.model, self.optimizer, *_ = need("deepspeed", "deepspeed").initialize(
+        self.model, self.optimizer, *_ = import_optional("deepspeed", "deepspeed").initialize(
             model=model,
             optimizer=optimizer(model),
             dist_init_required=False,
@@ -234,6 +234,6 @@ class DeepSpeedEngine:
         if self.ema is not None:
             return {name: value.cpu() for name, value in self.ema.module.state_dict().items()}
         module = self.model.module
-        gathered = need("deepspeed", "deepspeed").zero.GatheredParameters
+        gathered = import_optional("deepspeed", "deepspeed").zero.GatheredParameters
         with gathered(list(module.parameters()), enabled=self.stage == 3):
             return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}

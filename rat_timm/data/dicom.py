@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..optional import need
+from ..optional import import_optional
 from .errors import reading
 
 
@@ -157,7 +157,7 @@ class _Reader(io.BufferedReader):
 
 def _read(file: Path, most: int, stop_before_pixels: bool) -> Any:
     """Reads a file's elements; inflates no more than so many bytes of a deflated one."""
-    filereader, uid = need("pydicom.filereader", "data"), need("pydicom.uid", "data")
+    filereader, uid = import_optional("pydicom.filereader", "data"), import_optional("pydicom.uid", "data")
     with _Reader(io.FileIO(file)) as stream:
         filereader.read_preamble(stream, force=False)
         meta = filereader.read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
@@ -171,7 +171,7 @@ def _read(file: Path, most: int, stop_before_pixels: bool) -> Any:
     head = filereader.read_dataset(
         io.BytesIO(plain), False, True, stop_when=lambda tag, vr, length: stop_before_pixels and tag.group == 0x7FE0
     )
-    head.file_meta = need("pydicom.dataset", "data").FileMetaDataset(meta)
+    head.file_meta = import_optional("pydicom.dataset", "data").FileMetaDataset(meta)
     return head
 
 
@@ -195,7 +195,7 @@ def _describe(file: Path, head: Any) -> _Image:
     shape = tuple(_count(head, keyword) for keyword in ("Rows", "Columns", "SamplesPerPixel"))
     axes, shape = ("yx", shape[:2]) if shape[2] == 1 else ("yxc", shape)
     frames = _count(head, "NumberOfFrames") if head.get("NumberOfFrames") is not None else 1
-    size = need("pydicom.pixels.utils", "data").get_expected_length(head)
+    size = import_optional("pydicom.pixels.utils", "data").get_expected_length(head)
     syntax = head.file_meta.TransferSyntaxUID
     if (stored := file.stat().st_size) < _least(syntax, size, frames):
         raise ValueError(f"{file}: is cut off: {frames} frames of {shape} do not fit into {stored} bytes")
@@ -401,7 +401,7 @@ def _check_stored(data: Any, image: _Image) -> None:
             raise ValueError(f"{image.file}: has {len(stored)} bytes of pixels, its header says {image.size}")
         return
     table = (data.get("ExtendedOffsetTable"), data.get("ExtendedOffsetTableLengths"))
-    frames = need("pydicom.encaps", "data").generate_frames(
+    frames = import_optional("pydicom.encaps", "data").generate_frames(
         data.PixelData, number_of_frames=image.frames, extended_offsets=None if None in table else table
     )
     longest = 2 * image.size // image.frames + 128  # of run lengths, for pixels that all differ from the next
@@ -451,7 +451,7 @@ def _rescale(pixels: np.ndarray, data: Any, frames: int) -> np.ndarray:
     if dose:
         return pixels * dose[0]
     if data.get("ModalityLUTSequence"):
-        return need("pydicom.pixels", "data").apply_modality_lut(pixels, data)
+        return import_optional("pydicom.pixels", "data").apply_modality_lut(pixels, data)
     said = [
         [_said(_group_value(data, group, _TRANSFORMATION, keyword), data.get(keyword)) for keyword in _RESCALE]
         for group in _frame_groups(data, frames)

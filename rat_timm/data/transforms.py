@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from ..optional import need
+from ..optional import import_optional
 from .samples import Sample, check_sample, is_map
 from .spacing import Spacing
 from .volumes import to_metatensor
@@ -169,7 +169,7 @@ class _Volumes:
     KEYS = ("image", "mask", "labels", "numbers")  # the last two: targets
 
     def __init__(self, size: Sequence[int], shares: tuple[float, float] | None = None, flip: bool = False) -> None:
-        t, keys = need("monai.transforms", "data"), self.KEYS
+        t, keys = import_optional("monai.transforms", "data"), self.KEYS
         modes, smooth = ("trilinear", "nearest-exact", "nearest-exact", "trilinear"), (True, False, False, True)
         crop = shares and t.RandScaleCropd(keys, *shares, random_size=True, allow_missing_keys=True)
         resize = t.Resized(keys, size, mode=modes, anti_aliasing=smooth, allow_missing_keys=True)

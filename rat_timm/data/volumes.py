@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..optional import need
+from ..optional import import_optional
 from .units import NIFTI_UNITS, Length, convert
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def to_metatensor(pixels: Tensor, spacing: Sequence[float] | Tensor, unit: str |
     """
     scale = torch.as_tensor(spacing, dtype=torch.float64)
     affine = torch.diag(torch.cat((scale, scale.new_ones(1))))
-    return need("monai.data", "data").MetaTensor(pixels, affine=affine, meta={} if unit is None else {"unit": unit})
+    meta = {} if unit is None else {"unit": unit}
+    return import_optional("monai.data", "data").MetaTensor(pixels, affine=affine, meta=meta)
 
 
 def metatensor_spacing(
@@ -60,7 +61,7 @@ def metatensor_spacing(
             f"{file}: image must be [channels, *grid], or a batch with an affine matrix for each sample, "
             f"got {list(image.shape)} with one matrix {list(affine.shape)}"
         )
-    sizes = need("monai.data.utils", "data").affine_to_spacing(affine.double(), len(axes)).tolist()
+    sizes = import_optional("monai.data.utils", "data").affine_to_spacing(affine.double(), len(axes)).tolist()
     written = _written_unit(image.meta)
     return tuple(
         convert({a: Length(s, written) for a, s in zip(axes, sizes, strict=True)}, axes, unit, file, assumed_unit)

@@ -1,16 +1,16 @@
 """The layers of RAT, for 2D and 3D alike; tokens are channels-last, ``[B, *grid, C]``."""
 
+from ..ops.assignment import Assignment, carry_up, compose, to_pixels
+from ..ops.grouping_dense import grouping_attention
+from ..ops.grouping_local import local_grouping_attention
+from ..ops.neighborhood import neighborhood_attention
 from .adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
-from .assignment import Assignment, carry_up, compose, to_pixels
 from .attention import Attention, Block
 from .grouping import (
     DenseSpatialGroupingAttention,
     SparseSpatialGroupingAttention,
     SpatialGroupingAttention,
 )
-from .grouping_dense import grouping_attention
-from .grouping_local import local_grouping_attention
-from .neighborhood import neighborhood_attention
 from .rose import RotarySpatialEmbedding, Rotation
 from .stem import Stem
 

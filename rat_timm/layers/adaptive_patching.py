@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..grid import Grid, Tokens, channels_first, exact_dtype, integers
+from ..geometry.grid import Grid, Tokens, channels_first, exact_dtype, integers
 
 SCALINGS = (None, "isotropic", "anisotropic")
 _CONVS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}

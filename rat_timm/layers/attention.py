@@ -6,9 +6,9 @@ import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from ..grid import Positions
-from .masking import masked_attention
-from .neighborhood import neighborhood_attention
+from ..geometry.grid import Positions
+from ..ops.masking import masked_attention
+from ..ops.neighborhood import neighborhood_attention
 from .rose import RotarySpatialEmbedding
 
 

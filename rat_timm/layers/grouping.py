@@ -17,11 +17,11 @@ import spatial_grouping_attention as upstream
 import torch
 from torch import Tensor, nn
 
-from ..grid import Tokens, axis_values, channels_first, channels_last, field_center, integers
-from .assignment import Assignment
-from .grouping_dense import DenseGrouping
-from .grouping_local import LocalGrouping
-from .masking import pool_mask
+from ..geometry.grid import Tokens, axis_values, channels_first, channels_last, field_center, integers
+from ..ops.assignment import Assignment
+from ..ops.grouping_dense import DenseGrouping
+from ..ops.grouping_local import LocalGrouping
+from ..ops.masking import pool_mask
 from .rose import RotarySpatialEmbedding, check_heads
 
 

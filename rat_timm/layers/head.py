@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..grid import channels_first, fill
-from .masking import check_mask
+from ..geometry.grid import channels_first, fill
+from ..ops.masking import check_mask
 from .tracing import traced_as_whole
 
 POOLS = ("avg", "token", "")

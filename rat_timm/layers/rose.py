@@ -13,7 +13,7 @@ import RoSE
 import torch
 from torch import Tensor, nn
 
-from ..grid import Positions, check_exact, exact_dtype
+from ..geometry.grid import Positions, check_exact, exact_dtype
 
 INITIAL_SCALINGS = (None, "log", "rope", "identity", "linear", "power")
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..grid import Tokens, fill
+from ..geometry.grid import Tokens, fill
+from ..ops.masking import join_masks
 from .head import average
-from .masking import join_masks
 
 POOLS = ("avg", "max", "avgmax")
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..grid import Pyramid, Tokens, channels_first, channels_last
-from .masking import pool_mask
+from ..geometry.grid import Pyramid, Tokens, channels_first, channels_last
+from ..ops.masking import pool_mask
 from .tracing import traced_as_whole
 
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -1,8 +1,7 @@
-"""Models; importing this package registers them with timm."""
+"""The families of models; importing this package registers them with timm."""
 
 from .apvit import AdaptiveVit
-from .config import RatConfig
-from .rat import ResolutionAwareTransformer
-from .vit import RatVit
+from .rat import RatConfig, ResolutionAwareTransformer
+from .rope_vit import RatVit
 
 __all__ = ["AdaptiveVit", "RatConfig", "RatVit", "ResolutionAwareTransformer"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grid import fill
+from ..geometry.grid import fill
 from ..layers.sequence import POOLS, attention_mask, pool_valid
 
 

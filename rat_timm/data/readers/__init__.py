@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...optional import need
+from ...optional import import_optional
 from ..errors import ReadError, reading
 from ..units import convert
 from .nifti import open_nifti
@@ -146,12 +146,13 @@ def read_lazy(
     place, opener = _locate(source, format)
     if opener is open_dicom or hasattr(place.place, "read"):
         raise ValueError(f"{place.name}: read_lazy reads paths of OME-TIFF, OME-Zarr and NIfTI")
-    array = need("dask.array", "data")
+    array = import_optional("dask.array", "data")
     found = _open(place, opener, level, image)
     spacing = _spacing(found, place.name, unit, assumed_unit)
     index = _index(found, place.name, time, None)
     _check_size(found.chunks, found, place.name, max_bytes)
-    block = need("dask.utils", "data").parse_bytes(need("dask.config", "data").get("array.chunk-size"))
+    utils, config = (import_optional(name, "data") for name in ("dask.utils", "dask.config"))
+    block = utils.parse_bytes(config.get("array.chunk-size"))
     blocks = math.prod(found.shape) * _itemsize(found) // block
     _check_bytes(blocks * _CHUNK_BYTES, found.shape, place.name, max_bytes)
     chunks = found.chunks if math.prod(found.chunks) * _itemsize(found) > block else "auto"

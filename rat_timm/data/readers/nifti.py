@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ...optional import need
+from ...optional import import_optional
 from ..errors import ReadError
 from ..units import NIFTI_UNITS, Length
 from .source import Found, Index, Source, opened
@@ -44,7 +44,7 @@ def _opened(source: Source) -> Iterator[BinaryIO]:
 
 
 def _load(source: Source, header: Any, part: Index) -> np.ndarray:
-    proxy = need("nibabel.arrayproxy", "data").ArrayProxy
+    proxy = import_optional("nibabel.arrayproxy", "data").ArrayProxy
     with _opened(source) as file:
         pixels = np.asarray(proxy(file, header, mmap=False)[part])
         if source.kind.endswith(".gz"):
@@ -62,7 +62,7 @@ def _end(header: Any) -> int:
 
 def _headers(file: BinaryIO, name: str) -> tuple[Any, Any]:
     """Reads the header, and as it is written: nibabel puts 1 for sizes of 0, and turns the sign of negative ones."""
-    nibabel = need("nibabel", "data")
+    nibabel = import_optional("nibabel", "data")
     start = file.read(4)
     kind = next((_SIZES[size] for order in ("little", "big") if (size := int.from_bytes(start, order)) in _SIZES), None)
     if kind is None:
@@ -83,7 +83,7 @@ def _check_length(header: Any, length: int, name: str) -> None:
 
 def _dtype(header: Any) -> np.dtype:
     """Returns the type of rescaled pixels."""
-    scaling = need("nibabel.volumeutils", "data").apply_read_scaling
+    scaling = import_optional("nibabel.volumeutils", "data").apply_read_scaling
     slope, offset = header.get_slope_inter()
     dtype = header.get_data_dtype()
     if slope is None or dtype.kind not in "buif":
@@ -96,7 +96,7 @@ def _sizes(header: Any, written: Any, name: str) -> list[float]:
     if not int(header["sform_code"]):
         return written["pixdim"][1:4].tolist()
     affine = header.get_best_affine()
-    turn, sizes = affine[:3, :3], need("nibabel.affines", "data").voxel_sizes(affine)
+    turn, sizes = affine[:3, :3], import_optional("nibabel.affines", "data").voxel_sizes(affine)
     angles = turn.T @ turn - np.diag(sizes**2)
     if not abs(angles).max() <= 1e-3 * (sizes**2).max():
         raise ReadError(f"{name}: voxels must have right angles, the affine matrix shears them")

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ...optional import need
+from ...optional import import_optional
 from ..errors import ReadError
 from ..units import Length, number
 from .source import SPACE, Found, Index, Source, need_zarr, opened, pick, whole
@@ -78,7 +78,7 @@ def open_ome_tiff(source: Source, level: int, image: int | None) -> Found:
 @contextlib.contextmanager
 def _opened(source: Source) -> Iterator[Any]:
     """Opens a TIFF; planes of a set of files are found next to the first one, if it is a path."""
-    tifffile = need("tifffile", "data")
+    tifffile = import_optional("tifffile", "data")
     if isinstance(source.place, Path):
         with tifffile.TiffFile(source.place) as tiff:
             yield tiff
@@ -173,7 +173,7 @@ def _check_plane(tiff: Any, said: _Image, source: Source) -> None:
         if said.file is not None and said.file != Path(source.name).name:
             if not isinstance(source.place, Path) or not source.place.with_name(said.file).is_file():
                 raise ReadError(f"{source.name}: planes are missing: other files have its planes: {said.file:.200}")
-            tiff = stack.enter_context(need("tifffile", "data").TiffFile(source.place.with_name(said.file)))
+            tiff = stack.enter_context(import_optional("tifffile", "data").TiffFile(source.place.with_name(said.file)))
         page = tiff.pages[said.page]
         if (page.imagelength, page.imagewidth) != said.shape:
             found = (page.imagelength, page.imagewidth)

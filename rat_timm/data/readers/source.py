@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ...optional import need
+from ...optional import import_optional
 from ..errors import ReadError
 from ..units import Length
 
@@ -82,7 +82,7 @@ def locate(source: Any, form: str | None) -> Source:
 
 
 def _existing_address(address: str) -> str:
-    files, inner = need("fsspec.core", "data").url_to_fs(address)
+    files, inner = import_optional("fsspec.core", "data").url_to_fs(address)
     if not files.exists(inner):
         raise FileNotFoundError(2, f"{address}: there is no such file or folder", address)
     return address
@@ -95,7 +95,7 @@ def opened(source: Source) -> Iterator[BinaryIO]:
         with source.place.open("rb") as file:
             yield file
     elif isinstance(source.place, str):
-        with need("fsspec", "data").open(source.place, "rb") as file:
+        with import_optional("fsspec", "data").open(source.place, "rb") as file:
             yield file
     else:
         source.place.seek(0)
@@ -120,6 +120,6 @@ def whole(part: Index, shape: tuple[int, ...]) -> bool:
 def need_zarr() -> ModuleType:
     """Imports zarr, which OME-Zarr and parts of the planes of OME-TIFF are read with."""
     try:
-        return need("zarr", "data")
+        return import_optional("zarr", "data")
     except ImportError as error:
         raise ImportError(f"{error}; OME-Zarr and regions of OME-TIFF want Python 3.11 or later") from error

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..grid import Grid, Tokens, exact_dtype, fill, integers
+from .grid import Grid, Tokens, exact_dtype, fill, integers
 
 _SAME = 1e-6  # how near 1 a ratio of spacings is taken for 1
 _GROWTH = 4  # by which an image may grow beyond the limit: large ones near the wanted pixel size are no mistake

@@ -7,9 +7,9 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from ..context import Told
-from ..grid import Pyramid, Tokens, channels_last, fixed, pyramid_grids, spacing_numbers
-from ..layers.resample import resample, spacing_rows, stack
+from .context import Told
+from .grid import Pyramid, Tokens, channels_last, fixed, pyramid_grids, spacing_numbers
+from .resample import resample, spacing_rows, stack
 
 
 @register_notrace_function
@@ -76,7 +76,7 @@ def parts_at_reference(images: Pyramid, spacing: Any, reference: tuple[float, ..
 
     Args:
         images: The images on their grids.
-        spacing: What the user said of it, for its numbers: see `rat_timm.grid.spacing_numbers`.
+        spacing: What the user said of it, for its numbers: see `rat_timm.geometry.grid.spacing_numbers`.
         reference: The model's reference spacing.
 
     Raises:

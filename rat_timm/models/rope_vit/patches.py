@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..grid import Tokens, channels_first, channels_last
-from .masking import pool_mask
-from .resample import resample, resample_limit, spacing_rows
+from ...geometry.grid import Tokens, channels_first, channels_last
+from ...geometry.resample import resample, resample_limit, spacing_rows
+from ...ops.masking import pool_mask
 
 _CONVS = {2: F.conv2d, 3: F.conv3d}
 _NUMBERS_PER_PIXEL = 16  # a kernel may be as large as features of an image of the limit's size

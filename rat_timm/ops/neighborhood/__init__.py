@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ..grid import integers
-from . import tiling
+from ...geometry.grid import integers
+from .. import windows
+from ..masking import attention, check_mask, masked_attention, need_grad
 from .backend import VARIABLE, attention_backend
-from .masking import attention, check_mask, masked_attention, need_grad
 
 _SIZES = 256  # programs that FlexAttention is compiled to, one per size; beyond that it would hold all pairs
 _NUMBERS = 1 << 23  # entries of keys that are gathered at a time
@@ -81,7 +81,7 @@ def _tiled_attention(
     query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, ...], mask: Tensor | None, dropout_p: float
 ) -> Tensor:
     tiles = _tiles(tuple(map(operator.index, query.shape[1:-2])), kernel, query.device)
-    if need_grad(query, key, value) or tiling.is_traced():
+    if need_grad(query, key, value) or windows.is_traced():
         return tiles.untile(_attend(query, key, value, tiles, _bias(tiles, query.dtype), mask, dropout_p))
     size, mixed = _part_sizes(tiles, query)
     samples = max(1, size // tiles.keys.tiles)
@@ -96,7 +96,7 @@ def _tiled_attention(
     return torch.cat([tiles.untile(*parts) for parts in outs])
 
 
-def _part_sizes(tiles: tiling.Tiles, query: Tensor) -> tuple[int, int]:
+def _part_sizes(tiles: windows.Tiles, query: Tensor) -> tuple[int, int]:
     """Returns how many tiles of a sample to attend to at a time: of one kind, and of several, with a bias each."""
     limit = _NUMBERS_CPU * torch.get_num_threads() if query.device.type == "cpu" else _NUMBERS
     numbers = max(1, tiles.keys.places * query.shape[-2:].numel())
@@ -108,7 +108,7 @@ def _places_first(x: Tensor) -> Tensor:
     return x.movedim(0, -3).contiguous().movedim(-3, 0)
 
 
-def _bias(tiles: tiling.Tiles, dtype: torch.dtype) -> Tensor:
+def _bias(tiles: windows.Tiles, dtype: torch.dtype) -> Tensor:
     """Returns what to add to logits, ``[tiles, 1, queries, keys]``."""
     return tiles.of_tiles(torch.zeros_like(tiles.kinds, dtype=dtype).masked_fill(~tiles.kinds, -math.inf)).unsqueeze(1)
 
@@ -117,7 +117,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    tiles: tiling.Tiles,
+    tiles: windows.Tiles,
     bias: Tensor,
     mask: Tensor | None,
     dropout_p: float,
@@ -130,7 +130,7 @@ def _attend(
         allowed = (tiles.allowed()[:, None] & valid).flatten(0, 1).unsqueeze(1)  # [tiles * B, 1, queries, keys]
         out = masked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), allowed, dropout_p)
         return out.unflatten(0, both)
-    if tiling.is_traced():  # the number of heads is a constant of a program, that of samples is not
+    if windows.is_traced():  # the number of heads is a constant of a program, that of samples is not
         bias = bias.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1).flatten(0, 1)
         return attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, dropout_p).unflatten(0, both)
     # samples count as heads, since their windows are the same: one bias per tile serves all of them
@@ -139,20 +139,20 @@ def _attend(
 
 
 @torch.compiler.assume_constant_result
-@tiling.per_geometry
-def _tiles(grid: tuple[int, ...], kernel: tuple[int, ...], device: torch.device) -> tiling.Tiles:
+@windows.per_geometry
+def _tiles(grid: tuple[int, ...], kernel: tuple[int, ...], device: torch.device) -> windows.Tiles:
     axes = [_axis_tiles(length, min(k, length)) for length, k in zip(grid, kernel, strict=True)]
-    return tiling.Tiles.create(axes, device)
+    return windows.Tiles.create(axes, device)
 
 
-def _axis_tiles(length: int, kernel: int) -> tiling.AxisTiles:
+def _axis_tiles(length: int, kernel: int) -> windows.AxisTiles:
     count = max(1, (2 * length + kernel) // (2 * kernel))  # tiles about as long as a window
-    queries = tiling.query_tiles(length, -(-length // count))
+    queries = windows.query_tiles(length, -(-length // count))
     halo = kernel // 2 if len(queries) == 2 else kernel - 1  # windows at the border reach inwards only
     window = np.clip(queries - kernel // 2, 0, length - kernel)  # where each query's begins, [T, b]
-    keys = tiling.stretches(window[:, 0], queries.shape[1] + halo, length)
+    keys = windows.stretches(window[:, 0], queries.shape[1] + halo, length)
     place = keys[:, None, :] - window[:, :, None]  # [T, b, w]
-    return tiling.AxisTiles(queries, keys, (place >= 0) & (place < kernel))
+    return windows.AxisTiles(queries, keys, (place >= 0) & (place < kernel))
 
 
 def _check(
@@ -259,7 +259,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@tiling.per_geometry
+@windows.per_geometry
 def _block_mask(grid: tuple[int, ...], kernel: tuple[int, ...], device: torch.device) -> BlockMask:
     count = math.prod(grid)
     return create_block_mask(_near(grid, kernel), None, None, count, count, device=str(device))

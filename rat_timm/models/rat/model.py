@@ -5,44 +5,25 @@ Follows the seed packages ``resolution-aware-transformer``, ``spatial-grouping-a
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import Proxy
 
-from ..context import what_is_told
-from ..grid import Pyramid, channels_first, channels_last, integers, merge_axes
-from ..layers.assignment import Assignment
-from ..layers.head import Head, carried_mask, with_mask
-from ..layers.rose import RotarySpatialEmbedding
-from ..layers.stem import Stem
-from .build import build
-from .config import CLASSIC, RatConfig
-from .convert import (
-    check_axes,
-    check_names,
-    fit,
-    is_upstream,
-    rename_upstream,
-    rescale,
-    spacing_ratio,
-    unwrap,
-    warn_of_dropped_classifier,
-)
-from .inputs import Part, join_parts, parts_at_reference, read_images, to_reference
+from ...geometry.context import what_is_told
+from ...geometry.grid import Pyramid, channels_first, channels_last, integers, merge_axes
+from ...geometry.read import Part, join_parts, parts_at_reference, read_images, to_reference
+from ...layers.head import Head, carried_mask, with_mask
+from ...layers.rose import RotarySpatialEmbedding
+from ...layers.stem import Stem
+from ...ops.assignment import Assignment
+from .config import RatConfig
 from .stage import PyramidNorm, Stage, stage_maps
-
-__all__ = ["RatConfig", "ResolutionAwareTransformer"]
-
 
 # geometry steers these functions, so that symbolic tracing has to take each as a whole
 for _function in ("what_is_told", "read_images", "to_reference", "stage_maps", "_features"):
@@ -423,207 +404,3 @@ def _init_weights(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
-    """Turns a checkpoint into a state dict of ``model``.
-
-    Takes our own state dicts and those of `resolution_aware_transformer.ResolutionAwareTransformer`; timm's training
-    checkpoints, of which the moving average if there is one; names with the prefixes of DistributedDataParallel and
-    ``torch.compile``; images' weights for a model of volumes; any number of channels; another reference spacing, if
-    ``model.pretrained_model_args`` tells the one that the weights were trained with; with or without a mask token.
-
-    Raises:
-        ValueError: If parameters are missing or left over, but for the classifier, or cannot be converted.
-    """
-    state_dict, cfg = unwrap(checkpoint), model.cfg
-    known = getattr(model, "pretrained_model_args", {}).get("spacing")
-    if is_upstream(state_dict):
-        check_axes(state_dict["init_proj.weight"], cfg)
-        state_dict = rename_upstream(state_dict)
-        lengths = [(stage.sga_unit, stage.unit) for stage in cfg.stages()]  # upstream's unit is 1
-    else:
-        check_axes(state_dict.get("stem.convs.0.weight"), cfg)
-        ratio = (1.0,) * cfg.spatial_dims if known is None else spacing_ratio(cfg, known)
-        lengths = [(ratio, ratio)] * len(cfg.depths)
-    state_dict = rescale(fit(_with_mask_token(state_dict, model), model), lengths, cfg)
-    check_names(state_dict, model)
-    warn_of_dropped_classifier(state_dict, model)
-    return state_dict
-
-
-def _with_mask_token(state_dict: dict[str, Tensor], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
-    """Drops a mask token that the model does not have, and lets one start anew that the checkpoint does not have."""
-    name, own = "stem.mask_token", model.stem.mask_token
-    if own is None:
-        return {key: value for key, value in state_dict.items() if key != name}
-    return {name: own.detach(), **state_dict}
-
-
-model_cfgs = {
-    "rat_tiny": RatConfig(embed_dim=64, mlp_ratio=3.0),
-    "rat_small": RatConfig(embed_dim=96),
-    "rat_base": RatConfig(embed_dim=128),
-    "rat_large": RatConfig(embed_dim=192),
-    "rat_huge": RatConfig(embed_dim=320, depths=(3, 4, 24, 5)),
-    "rat_tiny_3d": RatConfig(3, embed_dim=32, depths=(3, 4, 6, 5), mlp_ratio=3.0),
-    "rat_small_3d": RatConfig(3, embed_dim=64, depths=(3, 4, 6, 5), mlp_ratio=3.0),
-    "rat_base_3d": RatConfig(3, embed_dim=96),
-    "rat_large_3d": RatConfig(3, embed_dim=128),
-    "rat_huge_3d": RatConfig(3, embed_dim=256),
-    "rat_classic": CLASSIC,
-    "rat_classic_3d": dataclasses.replace(CLASSIC, spatial_dims=3),
-    "test_rat": RatConfig(embed_dim=(32, 64, 64, 128), depths=(1, 1, 1, 1)),
-    "test_rat_3d": RatConfig(3, embed_dim=(32, 32, 64, 96), depths=(1, 1, 1, 1)),
-}
-
-
-def _cfg(input_size: tuple[int, ...] = (3, 224, 224), stride: int = 32, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": input_size,
-        "pool_size": tuple(math.ceil(n / stride) for n in input_size[1:]),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.convs.0",
-        "classifier": "head.fc",
-        "license": "bsd-3-clause",
-        **kwargs,
-    }
-
-
-def _cfg_3d(input_size: tuple[int, ...] = (1, 96, 96, 96), **kwargs: Any) -> dict[str, Any]:
-    return _cfg(input_size, num_classes=0, crop_pct=1.0, mean=(0.0,), std=(1.0,), **kwargs)
-
-
-def _digits(input_size: tuple[int, ...], **kwargs: Any) -> dict[str, Any]:
-    name = f"test_rat{'_3d' if len(input_size) == 4 else ''}.digits"
-    return _cfg(
-        input_size,
-        num_classes=10,
-        crop_pct=1.0,
-        file=str(Path(__file__).parent / "weights" / f"{name}.safetensors"),
-        description=f"Handwritten digits in a field of view of 32 units; data, recipe and accuracy: weights/{name}.md",
-        **kwargs,
-    )
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "rat_tiny.untrained": _cfg(),
-        "rat_small.untrained": _cfg(),
-        "rat_base.untrained": _cfg(),
-        "rat_large.untrained": _cfg(),
-        "rat_huge.untrained": _cfg(),
-        "rat_tiny_3d.untrained": _cfg_3d(),
-        "rat_small_3d.untrained": _cfg_3d(),
-        "rat_base_3d.untrained": _cfg_3d(),
-        "rat_large_3d.untrained": _cfg_3d(),
-        "rat_huge_3d.untrained": _cfg_3d(),
-        # dense grouping of single pixels: its cost grows with the square of their number
-        "rat_classic.untrained": _cfg((3, 64, 64), stride=81),
-        "rat_classic_3d.untrained": _cfg_3d((1, 16, 16, 16), stride=81),
-        "test_rat.digits": _digits((3, 32, 32), mean=(0.3,) * 3, std=(0.4,) * 3),
-        "test_rat_3d.digits": _digits((1, 16, 32, 32), mean=(0.1,), std=(0.25,)),
-    }
-)
-
-
-def _create_rat(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build(
-        ResolutionAwareTransformer,
-        variant,
-        pretrained,
-        model_cfg=model_cfgs[variant],
-        filter_fn=checkpoint_filter_fn,
-        entry_args={"spacing": model_cfgs[variant].spacing},
-        feature_indices=(0, 1, 2, 3),
-        **kwargs,
-    )
-
-
-@register_model
-def rat_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Tiny, 27.7 M parameters."""
-    return _create_rat("rat_tiny", pretrained, **kwargs)
-
-
-@register_model
-def rat_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Small, 50.3 M parameters."""
-    return _create_rat("rat_small", pretrained, **kwargs)
-
-
-@register_model
-def rat_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Base, 89.0 M parameters."""
-    return _create_rat("rat_base", pretrained, **kwargs)
-
-
-@register_model
-def rat_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Large, 199 M parameters."""
-    return _create_rat("rat_large", pretrained, **kwargs)
-
-
-@register_model
-def rat_huge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Huge, 630 M parameters."""
-    return _create_rat("rat_huge", pretrained, **kwargs)
-
-
-@register_model
-def rat_tiny_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Tiny for volumes, 5.2 M parameters."""
-    return _create_rat("rat_tiny_3d", pretrained, **kwargs)
-
-
-@register_model
-def rat_small_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Small for volumes, 20.9 M parameters."""
-    return _create_rat("rat_small_3d", pretrained, **kwargs)
-
-
-@register_model
-def rat_base_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Base for volumes, 53.1 M parameters."""
-    return _create_rat("rat_base_3d", pretrained, **kwargs)
-
-
-@register_model
-def rat_large_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Large for volumes, 94.3 M parameters."""
-    return _create_rat("rat_large_3d", pretrained, **kwargs)
-
-
-@register_model
-def rat_huge_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Huge for volumes, 377 M parameters."""
-    return _create_rat("rat_huge_3d", pretrained, **kwargs)
-
-
-@register_model
-def rat_classic(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The seed package's network, 4.75 M parameters; loads its state dicts."""
-    return _create_rat("rat_classic", pretrained, **kwargs)
-
-
-@register_model
-def rat_classic_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The seed package's network for volumes."""
-    return _create_rat("rat_classic_3d", pretrained, **kwargs)
-
-
-@register_model
-def test_rat(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """For tests."""
-    return _create_rat("test_rat", pretrained, **kwargs)
-
-
-@register_model
-def test_rat_3d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """For tests, volumes."""
-    return _create_rat("test_rat_3d", pretrained, **kwargs)

@@ -3,17 +3,17 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from timm.models._builder import pretrained_cfg_for_features
 from torch import nn
 
-from .. import hub
-from ..checkpoints import CONFIG, Checkpoint
-from .convert import unwrap
+from . import hub
+from .checkpoints import CONFIG, Checkpoint
 from .features import RatFeatures
+from .state_dict import unwrap
 
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
 _WHERE = (*_SOURCES, "hf_hub_filename", "source")
@@ -32,14 +32,14 @@ def build(
     entry_args: dict[str, Any],
     feature_indices: int | tuple[int, ...],
     like: str | None = None,
-    defaults: dict[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Does what timm's ``build_model_with_cfg`` does, and three things more.
 
-    Weights from folders and the Hub are checked (`rat_timm.checkpoints`), and of their config.json only the model's
-    keywords and timm's preprocessing are taken; what was saved with them stands in for what is not given, also where
-    an overlay names the repository; and an input size may have any number of axes.
+    Weights from folders and the Hub are checked (`checkpoints`), and of their config.json only the model's keywords and
+    timm's preprocessing are taken; what was saved with them stands in for what is not given, also where an overlay
+    names the repository; and an input size may have any number of axes.
 
     Args:
         model_cls: The class.
@@ -152,7 +152,7 @@ def _accept(
     like: str | None,
     model_cls: type[nn.Module],
     model_cfg: Any,
-    defaults: dict[str, Any],
+    defaults: Mapping[str, Any],
 ) -> Checkpoint:
     """Returns a checkpoint with what may be taken of its config: nothing if it is of timm's own architecture.
 
@@ -175,7 +175,7 @@ def _accept(
     return found
 
 
-def _check_bounds(found: Checkpoint, defaults: dict[str, Any]) -> None:
+def _check_bounds(found: Checkpoint, defaults: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` if a config asks for more layers or wider ones than weights of that size can hold.
 
     Making those would take long, even on the meta device.
@@ -234,12 +234,12 @@ def _is_entry(variant: str, cfg: PretrainedCfg) -> bool:
     return not cfg.state_dict and (cfg.file, cfg.url, cfg.hf_hub_id) in sources
 
 
-def entries_of(arch: str, variant: str) -> dict[str, dict[str, Any]]:
-    """Returns timm's pretrained entries of an architecture for one of ours, with the Hub's names in full."""
+def entries_of(arch: str) -> dict[str, dict[str, Any]]:
+    """Returns timm's pretrained entries of an architecture by tag, with the Hub's names in full."""
     entries = {}
     for name, cfg in get_arch_pretrained_cfgs(arch).items():
         entry = dataclasses.asdict(dataclasses.replace(cfg, architecture=None, tag=None))
-        entries[name.replace(arch, variant, 1)] = {key: value for key, value in entry.items() if value is not None}
+        entries[name.partition(".")[2]] = {key: value for key, value in entry.items() if value is not None}
     return entries
 
 

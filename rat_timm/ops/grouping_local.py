@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..grid import integers
-from . import tiling
+from ..geometry.grid import integers
+from . import windows
 from .assignment import Assignment
 from .grouping_dense import log_sum_of, logits_of, shares_of, take_shares
 from .masking import check_mask
@@ -63,7 +63,7 @@ class LocalGrouping(NamedTuple):
         allowed: Which token and group interact, broadcastable to ``[tiles, B, heads, tokens, groups]``.
     """
 
-    tiles: tiling.Tiles
+    tiles: windows.Tiles
     key: Tensor
     value: Tensor
     allowed: Tensor
@@ -114,24 +114,24 @@ class LocalGrouping(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-@tiling.per_geometry
+@windows.per_geometry
 def _tiles(
     fine: tuple[int, ...], stride: tuple[int, ...], window: tuple[int, ...], device: torch.device
-) -> tiling.Tiles:
+) -> windows.Tiles:
     axes = [_axis_tiles(n, s, w // 2) for n, s, w in zip(fine, stride, window, strict=True)]
-    return tiling.Tiles.create(axes, device, with_overlaps=True)
+    return windows.Tiles.create(axes, device, with_overlaps=True)
 
 
-def _axis_tiles(tokens: int, stride: int, reach: int) -> tiling.AxisTiles:
+def _axis_tiles(tokens: int, stride: int, reach: int) -> windows.AxisTiles:
     groups = -(-tokens // stride)
     count = -(-groups // max(2, 2 * reach))
     size = min(-(-groups // count) * stride, tokens)
-    queries = tiling.query_tiles(tokens, size)
+    queries = windows.query_tiles(tokens, size)
     cell = queries // stride  # [T, b]
     inside = (tokens - size) % stride > 0  # the last tile, moved inwards, starts inside a cell
     halo = reach if len(queries) == 2 else 2 * reach  # windows at the border reach inwards only
-    keys = tiling.stretches(cell[:, 0] - reach, -(-size // stride) + inside + halo, groups)
-    return tiling.AxisTiles(queries, keys, np.abs(keys[:, None, :] - cell[:, :, None]) <= reach)
+    keys = windows.stretches(cell[:, 0] - reach, -(-size // stride) + inside + halo, groups)
+    return windows.AxisTiles(queries, keys, np.abs(keys[:, None, :] - cell[:, :, None]) <= reach)
 
 
 def _check_local(

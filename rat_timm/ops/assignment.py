@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiling import Tiles
+from .windows import Tiles
 
 
 class Assignment(NamedTuple):

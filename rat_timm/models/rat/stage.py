@@ -10,13 +10,13 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from ..grid import Positions, Pyramid, Tokens, channels_first, channels_last, field_center, merge_axes
-from ..layers.assignment import Assignment
-from ..layers.attention import Attention, Block
-from ..layers.grouping import DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
-from ..layers.masking import join_masks, pool_mask
-from ..layers.rose import RotarySpatialEmbedding
-from ..layers.tracing import traced_as_whole
+from ...geometry.grid import Positions, Pyramid, Tokens, channels_first, channels_last, field_center, merge_axes
+from ...layers.attention import Attention, Block
+from ...layers.grouping import DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
+from ...layers.rose import RotarySpatialEmbedding
+from ...layers.tracing import traced_as_whole
+from ...ops.assignment import Assignment
+from ...ops.masking import join_masks, pool_mask
 from .config import RatConfig, StageConfig
 
 TAKEN = 0.1

@@ -5,8 +5,8 @@ import timm
 import torch
 from timm.layers import apply_rot_embed_cat
 
-from rat_timm.grid import Grid
-from rat_timm.layers.rope import Frame, coordinates, extend_along_z, frequencies, rotary_embedding
+from rat_timm.geometry.grid import Grid
+from rat_timm.models.rope_vit.rotary import Frame, coordinates, extend_along_z, frequencies, rotary_embedding
 
 FAMILIES = {
     "dinov3": "vit_small_patch16_dinov3",

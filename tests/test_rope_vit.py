@@ -12,8 +12,8 @@ from timm.models._features_fx import create_feature_extractor
 
 from hub_server import serving
 from rat_timm import hub
-from rat_timm.grid import Grid, Tokens
-from rat_timm.models.vit import checkpoint_filter_fn
+from rat_timm.geometry.grid import Grid, Tokens
+from rat_timm.models.rope_vit import checkpoint_filter_fn
 
 FAMILIES = (
     "vit_small_patch16_dinov3",
@@ -39,7 +39,7 @@ def assert_close(a, b, atol=1e-5):
 
 
 def test_every_rotary_architecture_with_weights_is_registered():
-    ours = {name.removeprefix("rat_") for name in timm.list_models("rat_*", module="vit")}
+    ours = {name.removeprefix("rat_") for name in timm.list_models("rat_*", module="rope_vit")}
     assert len(ours) > 50
     for arch in sorted({name.split(".")[0] for name in timm.list_models(module="eva", pretrained=True)}):
         model = timm.create_model(arch, device="meta")
@@ -50,7 +50,7 @@ def test_every_rotary_architecture_with_weights_is_registered():
 
 
 def test_entries_are_timms():
-    for name in timm.list_models("rat_*", module="vit", pretrained=True):
+    for name in timm.list_models("rat_*", module="rope_vit", pretrained=True):
         ours, theirs = (timm.models.get_pretrained_cfg(n).to_dict() for n in (name, name.removeprefix("rat_")))
         assert ours.pop("architecture") == f"rat_{theirs.pop('architecture')}"
         assert ours == theirs
@@ -61,7 +61,7 @@ def test_entries_are_timms():
         )
 
 
-@pytest.mark.parametrize("name", timm.list_models("rat_*", module="vit"))
+@pytest.mark.parametrize("name", timm.list_models("rat_*", module="rope_vit"))
 def test_names_build_with_timms_state_dict(name):
     ours, theirs = (timm.create_model(n, device="meta") for n in (name, name.removeprefix("rat_")))
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}

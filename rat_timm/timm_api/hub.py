@@ -2,7 +2,7 @@
 
 A saved folder holds ``model.safetensors``, a ``config.json`` that timm and transformers read, and a model card. The
 config has one key more than timm's, "rat_timm", with this package's version and the SHA-256 of the weights' file, whose
-metadata hold a SHA-256 of the config. `rat_timm.checkpoints` compares both whenever a model of this package loads from
+metadata hold a SHA-256 of the config. `checkpoints` compares both whenever a model of this package loads from
 ``hf-hub:``, ``local-dir:`` or an entry's ``hf_hub_id``.
 """
 
@@ -194,7 +194,7 @@ def _download(repo: str, name: str, cache_dir: str | Path | None) -> Path | None
 def _describe(
     model: Any, config_file: Path, label_names: Sequence[str] | None, data_config: dict[str, Any] | None
 ) -> dict[str, Any]:
-    from . import __version__  # at the end of the package's import
+    from .. import __version__  # at the end of the package's import
 
     model_config = {"label_names": list(label_names)} if label_names else {}
     data = dict(data_config or {})

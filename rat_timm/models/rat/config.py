@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from ..grid import axis_values, integers
-from ..layers.rose import check_heads
-from ..layers.stem import share_stride
+from ...geometry.grid import axis_values, integers
+from ...layers.rose import check_heads
+from ...layers.stem import share_stride
 
 HEAD_DIM = 32
 SGA_ATTENTION_TYPES = ("dense", "sparse")
@@ -300,26 +300,3 @@ def _check_number(name: str, value: Any, kind: type, least: float = -math.inf, a
     if not valid or not (least <= value < math.inf and value > above):
         bound = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
         raise ValueError(f"{name} must be {'whole and ' if kind is Integral else ''}{bound}, got {value!r}")
-
-
-CLASSIC = RatConfig(
-    embed_dim=(128,) * 4,
-    depths=(1,) * 4,
-    num_heads=16,
-    mlp_ratio=4.0,
-    attn_kernel_size=0,
-    stem_kernel_size=(7,),
-    stem_stride=1,
-    kernel_size=7,
-    stride=3,
-    sga_attention_type="dense",
-    sga_mlp_ratio=4.0,
-    group_first=True,
-    rotary_ratio=0.5,
-    base_theta=1e4,
-    frequency_scaling="sqrt",
-    learnable_rose_scaling=True,
-    rose_initial_scaling="identity",
-    final_norm=False,
-)
-"""The network of the package ``resolution-aware-transformer``, with its defaults."""

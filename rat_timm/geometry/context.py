@@ -10,7 +10,8 @@ class Told(NamedTuple):
     """What a user says of images; None where nothing is said.
 
     Attributes:
-        spacing: Physical pixel size in array-axis order (z, y, x); see `rat_timm.grid.pyramid_grids` for its forms.
+        spacing: Physical pixel size in array-axis order (z, y, x); `rat_timm.geometry.grid.pyramid_grids` says in
+            which forms.
         mask: ``[B, *size]``, True = valid, or one per level of a pyramid.
         origin: Physical position of the first pixel's centre, in the forms of ``spacing``.
     """

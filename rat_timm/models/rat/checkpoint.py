@@ -1,18 +1,17 @@
-"""Checkpoints that are not quite a model's state dict: wrapped, upstream's, of other axes, channels or units."""
+"""Checkpoints of RAT: our own, upstream's, of other axes, channels or reference spacings."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import adapt_input_conv, clean_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..grid import axis_values
+from ...geometry.grid import axis_values
+from ...timm_api.state_dict import check_names, fit, unwrap, warn_of_dropped_classifier
 from .config import RatConfig
+from .model import ResolutionAwareTransformer
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _UPSTREAM = (
     (r"^init_proj\.", r"stem.convs.0."),
     (r"^leading_tokens$", r"stages.0.reg_tokens"),
@@ -23,10 +22,39 @@ _UPSTREAM = (
 _ROSE = re.compile(r"^stages\.(\d+)\.(downsample|blocks)\..*rose\.(freqs|scale_a|scale_d)$")
 
 
-def unwrap(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns the state dict in a training checkpoint (the moving average first), without the prefixes of wrappers."""
-    wrapped = [checkpoint[name] for name in _WRAPPERS if isinstance(checkpoint.get(name), dict)]
-    return clean_state_dict(wrapped[0] if wrapped else checkpoint)
+def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
+    """Turns a checkpoint into a state dict of ``model``.
+
+    Takes our own state dicts and those of `resolution_aware_transformer.ResolutionAwareTransformer`; timm's training
+    checkpoints, of which the moving average if there is one; names with the prefixes of DistributedDataParallel and
+    ``torch.compile``; images' weights for a model of volumes; any number of channels; another reference spacing, if
+    ``model.pretrained_model_args`` tells the one that the weights were trained with; with or without a mask token.
+
+    Raises:
+        ValueError: If parameters are missing or left over, but for the classifier, or cannot be converted.
+    """
+    state_dict, cfg = unwrap(checkpoint), model.cfg
+    known = getattr(model, "pretrained_model_args", {}).get("spacing")
+    if is_upstream(state_dict):
+        check_axes(state_dict["init_proj.weight"], cfg)
+        state_dict = rename_upstream(state_dict)
+        lengths = [(stage.sga_unit, stage.unit) for stage in cfg.stages()]  # upstream's unit is 1
+    else:
+        check_axes(state_dict.get("stem.convs.0.weight"), cfg)
+        ratio = (1.0,) * cfg.spatial_dims if known is None else spacing_ratio(cfg, known)
+        lengths = [(ratio, ratio)] * len(cfg.depths)
+    state_dict = rescale(fit(_with_mask_token(state_dict, model), model), lengths, cfg)
+    check_names(state_dict, model)
+    warn_of_dropped_classifier(state_dict, model)
+    return state_dict
+
+
+def _with_mask_token(state_dict: dict[str, Tensor], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
+    """Drops a mask token that the model does not have, and lets one start anew that the checkpoint does not have."""
+    name, own = "stem.mask_token", model.stem.mask_token
+    if own is None:
+        return {key: value for key, value in state_dict.items() if key != name}
+    return {name: own.detach(), **state_dict}
 
 
 def is_upstream(state_dict: dict[str, Tensor]) -> bool:
@@ -43,46 +71,6 @@ def _rename(name: str) -> str:
     for pattern, replacement in _UPSTREAM:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def fit(state_dict: dict[str, Tensor], model: nn.Module, first_conv: str = "stem.convs.0.weight") -> dict[str, Tensor]:
-    """Gives tensors the axes, and ``first_conv`` the input channels, that ``model`` has.
-
-    Convolutions are spread evenly over a new first axis, so that an input constant along it gives what it gave without;
-    frequencies are zero along it. Channels are summed or repeated as timm does.
-    """
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    fitted = {name: _fit(name, value, shapes[name]) if name in shapes else value for name, value in state_dict.items()}
-    if first_conv in fitted:
-        fitted[first_conv] = _adapt_channels(fitted[first_conv], shapes[first_conv][1])
-    return fitted
-
-
-def _fit(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
-    kind = name.rsplit(".", 1)[-1]
-    if kind == "freqs" and value.shape[-1] < shape[-1]:
-        value = nn.functional.pad(value, (shape[-1] - value.shape[-1], 0))
-    elif kind.startswith("scale_") and len(value) < shape[0]:
-        value = torch.cat((value[:1].expand(shape[0] - len(value)), value))
-    elif value.ndim > 2:
-        value = inflate(value, shape)
-    return value
-
-
-def inflate(weight: Tensor, shape: Sequence[int]) -> Tensor:
-    """Spreads a convolution's weight evenly over new first axes, up to the axes of ``shape``."""
-    while weight.ndim < len(shape):
-        weight = weight.float()  # an even share may not be exact in the checkpoint's type
-        length = shape[1 - weight.ndim]
-        weight = weight.unsqueeze(2).expand(-1, -1, length, *weight.shape[2:]) / length
-    return weight
-
-
-def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    if weight.shape[1] == channels:
-        return weight
-    adapted = adapt_input_conv(channels, weight.flatten(2).unsqueeze(-1), base_chans=weight.shape[1])
-    return adapted.unflatten(2, weight.shape[2:]).squeeze(-1)
 
 
 def check_axes(first_conv: Tensor | None, cfg: RatConfig) -> None:
@@ -149,29 +137,3 @@ def _rescale(
     if kind == "scale_d":
         return value / length
     return value if f"{prefix}scale_a" in state_dict else value * length
-
-
-def check_names(state_dict: dict[str, Tensor], model: nn.Module, but: tuple[str, ...] = ("head.fc.",)) -> None:
-    """Raises ``ValueError`` if parameters are missing or left over, but for those whose names begin so.
-
-    timm does not look when it drops a classifier with another number of classes.
-    """
-    expected, found = set(model.state_dict()), set(state_dict)
-    missing, unknown = (
-        sorted(name for name in names if not name.startswith(but)) for names in (expected - found, found - expected)
-    )
-    if missing or unknown:
-        raise ValueError(f"checkpoint does not fit the model: it lacks {missing} and has {unknown} left over")
-
-
-def warn_of_dropped_classifier(state_dict: dict[str, Tensor], model: nn.Module, classifier: str = "head.fc") -> None:
-    """Warns where timm will drop a classifier that fits, since the entry tells another number of classes."""
-    cfg = getattr(model, "pretrained_cfg", {})
-    stated = cfg.get("num_classes") if cfg.get("classifier") else None
-    head = state_dict.get(f"{classifier}.weight")
-    if head is not None and stated is not None and len(head) == model.num_classes != stated:
-        warnings.warn(
-            f"the checkpoint's classifier has {len(head)} classes, as the model, but its pretrained_cfg says {stated}, "
-            "so that timm drops it: give num_classes in pretrained_cfg_overlay to keep it",
-            stacklevel=2,
-        )

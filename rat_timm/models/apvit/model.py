@@ -3,28 +3,24 @@
 After the package "Adaptive Patching for Vision Transformers"; see `rat_timm.layers.AdaptivePatching`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.layers import Attention, register_notrace_function, register_notrace_module, resample_abs_pos_embed
-from timm.models import checkpoint, generate_default_cfgs, register_model, vision_transformer
+from timm.models import checkpoint, vision_transformer
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..context import Told, what_is_told
-from ..grid import Positions, Tokens, axis_values, fill, merge_axes
-from ..layers.adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
-from ..layers.head import carried_mask, with_mask
-from ..layers.rose import RotarySpatialEmbedding
-from ..layers.sequence import attention_mask
-from .build import build, entries_of
-from .convert import check_names, fit, unwrap, warn_of_dropped_classifier
-from .inputs import read_images
-from .pool import pool_tokens
-
-__all__ = ["AdaptiveVit"]
+from ...geometry.context import Told, what_is_told
+from ...geometry.grid import Positions, Tokens, axis_values, fill, merge_axes
+from ...geometry.read import read_images
+from ...layers.adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
+from ...layers.head import carried_mask, with_mask
+from ...layers.rose import RotarySpatialEmbedding
+from ...layers.sequence import attention_mask
+from ..pool import pool_tokens
 
 torch.fx.wrap("what_is_told")  # else symbolic tracing would ask at once what is to be asked in each call
 
@@ -369,71 +365,3 @@ def sequence_positions(center: Tensor, image: Tokens, unit: Sequence[float], pre
     extent = ((upper - lower) / lower.new_tensor(unit)).to(center.dtype)  # [1 or B, axes]
     offset = F.pad(center * extent[:, None] / 2, (0, 0, prefix, 0)).float()
     return Positions(offset.unbind(-1), (torch.ones_like(offset[..., 0]),) * len(unit))
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: AdaptiveVit) -> dict[str, Tensor]:
-    """Turns a checkpoint, of timm's `VisionTransformer` or our own, into a state dict of ``model``.
-
-    What timm's has no notion of starts as in a new model: the network that places patches, and rotary frequencies. A
-    learned embedding is dropped where positions are rotary.
-
-    Raises:
-        ValueError: If parameters are missing or left over, but for those around the classifier.
-    """
-    state_dict = vision_transformer.checkpoint_filter_fn(unwrap(state_dict), model)
-    for first_conv in ("patch_embed.proj.weight", "patching.predictor.convs.0.weight"):
-        state_dict = fit(state_dict, model, first_conv)
-    for ours in (".rose.", "patching."):
-        if not any(ours in name for name in state_dict):
-            state_dict = {**state_dict, **{name: own for name, own in model.state_dict().items() if ours in name}}
-    if model.pos_embed is None:
-        state_dict.pop("pos_embed", None)
-    check_names(state_dict, model, ("head.", "attn_pool.", "norm.", "fc_norm."))
-    warn_of_dropped_classifier(state_dict, model, "head")
-    return state_dict
-
-
-_WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
-
-
-def _register(size: str) -> Callable[..., nn.Module]:
-    name = f"apvit_{size}_patch16_224"
-    width, heads = _WIDTHS[size]
-
-    def create(pretrained: bool = False, **given: Any) -> nn.Module:
-        return _create_apvit(name, pretrained, {"patch_size": 16, "embed_dim": width, "num_heads": heads}, **given)
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"timm's ``{name.removeprefix('ap')}`` with adaptive patches."
-    return register_model(create)
-
-
-def _create_apvit(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> nn.Module:
-    if kwargs.pop("features_only", False):
-        raise ValueError(
-            "features_only gives maps, which adaptive patches do not form: use forward_intermediates, whose sequences "
-            "come with the patches' places"
-        )
-    return build(
-        AdaptiveVit,
-        variant,
-        pretrained,
-        model_cfg=None,
-        like=variant.removeprefix("ap"),
-        filter_fn=checkpoint_filter_fn,
-        entry_args={},
-        defaults=defaults,
-        feature_indices=kwargs.pop("out_indices", 3),
-        **kwargs,
-    )
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        name: cfg
-        for size in _WIDTHS
-        for name, cfg in entries_of(f"vit_{size}_patch16_224", f"apvit_{size}_patch16_224").items()
-    }
-)
-for _size in _WIDTHS:
-    _register(_size)

@@ -5,35 +5,36 @@ timm's pretrained entries. Without any word on geometry a model does what timm's
 """
 
 import math
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import timm
 import torch
 from timm.layers import RotaryEmbeddingMixed, register_notrace_function, resample_abs_pos_embed
-from timm.models import checkpoint, eva, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import checkpoint, eva
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..context import Told, what_is_told
-from ..grid import Grid, Tokens, axis_values, channels_first, field_center, integers, merge_axes, spacing_numbers
-from ..layers.head import carried_mask, with_mask
-from ..layers.masking import check_mask, join_masks
-from ..layers.patches import patchify, physical_patchify, resample_kernel
-from ..layers.rope import FAMILIES, Frame, extend_along_z, rotary_embedding
-from ..layers.sequence import TokenSequence
-from .build import build, entries_of
-from .convert import check_names, fit, inflate, unwrap, warn_of_dropped_classifier
-from .inputs import read_images
-from .pool import pool_tokens
-
-__all__ = ["RatVit"]
+from ...geometry.context import Told, what_is_told
+from ...geometry.grid import (
+    Grid,
+    Tokens,
+    axis_values,
+    channels_first,
+    field_center,
+    integers,
+    merge_axes,
+    spacing_numbers,
+)
+from ...geometry.read import read_images
+from ...layers.head import carried_mask, with_mask
+from ...layers.sequence import TokenSequence
+from ...ops.masking import check_mask, join_masks
+from ...timm_api.state_dict import inflate
+from ..pool import pool_tokens
+from .patches import patchify, physical_patchify
+from .rotary import FAMILIES, Frame, extend_along_z, rotary_embedding
 
 torch.fx.wrap("what_is_told")  # else symbolic tracing would ask at once what is to be asked in each call
-
-_MAX_PARAMETERS = 2e9
-_HEAD = ("head.", "attn_pool.", "norm.", "fc_norm.")  # what another number of classes or another pooling changes
 
 
 class RatVit(eva.Eva):
@@ -50,7 +51,7 @@ class RatVit(eva.Eva):
         reference_size: Size in pixels (y, x) of the images that the weights were trained with. Default: ``img_size``.
         patch_depth: Patch size along z. Default: that along y.
         physical_patches: Whether a patch covers the same physical size at any spacing: the kernel is resampled (see
-            `rat_timm.layers.patches.physical_patchify`). Takes one spacing per batch and level.
+            `rat_timm.models.rope_vit.patches.physical_patchify`). Takes one spacing per batch and level.
         **kwargs: Of `timm.models.Eva`. Every image size is taken, so that ``dynamic_img_size`` is always on.
 
     Raises:
@@ -422,106 +423,3 @@ def image_alone(x: Tensor, spacing: Any, mask: Any, origin: Any) -> Tensor:
     if any(value is not None for value in (spacing, mask, origin)):
         raise ValueError("spacing, mask and origin have no effect on a symbolically traced model: use the model itself")
     return x
-
-
-class _Flat:
-    """A model of volumes as timm's filter expects it: its patch kernel has two axes."""
-
-    def __init__(self, model: RatVit) -> None:
-        self._model = model
-        weight = model.patch_embed.proj.weight[:, :, 0]
-        self.patch_embed = types.SimpleNamespace(
-            proj=types.SimpleNamespace(weight=weight), grid_size=model.patch_embed.grid_size
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: RatVit) -> dict[str, Tensor]:
-    """Turns a checkpoint into a state dict of ``model``: unwrapped, by timm's filter, with other axes and channels.
-
-    Raises:
-        ValueError: If parameters are missing or left over, but for those around the classifier.
-    """
-    state_dict = unwrap(state_dict)
-    _check_spacing(model)
-    kernel, own = "patch_embed.proj.weight", state_dict.get("patch_embed.proj.weight")
-    if own is not None and own.ndim == 5:
-        state_dict = {**state_dict, kernel: own.sum(dim=2)}
-    state_dict = eva.checkpoint_filter_fn(state_dict, _Flat(model) if model.spatial_dims == 3 else model)
-    if own is not None and own.ndim == 5:
-        state_dict = {**state_dict, kernel: resample_kernel(own, model.patch_embed.proj.kernel_size)}
-    freqs = state_dict.get("rope.freqs")
-    if freqs is not None and len(freqs) < model.spatial_dims:
-        state_dict = {**state_dict, "rope.freqs": extend_along_z(freqs)}
-    state_dict = fit(state_dict, model, kernel)
-    check_names(state_dict, model, _HEAD)
-    warn_of_dropped_classifier(state_dict, model, "head")
-    return state_dict
-
-
-def _check_spacing(model: RatVit) -> None:
-    known = getattr(model, "pretrained_model_args", {}).get("spacing")
-    if known is not None:
-        trained = axis_values(known, "spacing", 2 if isinstance(known, (int, float)) else len(known))
-        if trained[-2:] != model.reference_spacing[-2:]:
-            raise ValueError(
-                f"spacing {model.reference_spacing} is not that of the weights, {known}, and these positions are in "
-                "fixed units: load the weights with their own, and tell forward the images' spacing"
-            )
-
-
-def _architectures() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Reads the rotary architectures of timm's `Eva` that have weights out of its entry points."""
-    for name in timm.list_models(module="eva", pretrained=True):
-        arch = name.split(".")[0]
-        kwargs = _model_args(timm.model_entrypoint(arch))
-        rotary = kwargs.get("use_rot_pos_emb") and kwargs.get("rope_type", "cat") in ("cat", "mixed", "dinov3")
-        if rotary and _estimated_parameters(kwargs) < _MAX_PARAMETERS:
-            yield arch, kwargs
-
-
-def _model_args(entry: Callable[..., Any]) -> dict[str, Any]:
-    """Calls an entry point whose factory is replaced by one that returns its arguments."""
-    namespace = {**entry.__globals__, "_create_eva": lambda variant, pretrained=False, **kwargs: kwargs}
-    return types.FunctionType(entry.__code__, namespace, entry.__name__, entry.__defaults__)()
-
-
-def _estimated_parameters(kwargs: dict[str, Any]) -> float:
-    matrices = 3 if kwargs.get("swiglu_mlp") else 2
-    per_block = (4 + matrices * kwargs.get("mlp_ratio", 4.0)) * kwargs.get("embed_dim", 768) ** 2
-    return per_block * kwargs.get("depth", 12)
-
-
-def _register(arch: str, kwargs: dict[str, Any]) -> None:
-    def create(pretrained: bool = False, **given: Any) -> nn.Module:
-        return _create_vit(f"rat_{arch}", kwargs, pretrained, **given)
-
-    create.__name__ = create.__qualname__ = f"rat_{arch}"
-    create.__doc__ = f"timm's ``{arch}``, resolution-aware."
-    register_model(create)
-
-
-def _create_vit(variant: str, defaults: dict[str, Any], pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    entry = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    return build(
-        RatVit,
-        variant,
-        pretrained,
-        model_cfg=None,
-        like=variant.removeprefix("rat_"),
-        filter_fn=checkpoint_filter_fn,
-        entry_args={},
-        defaults={**defaults, **({"reference_size": entry.input_size[-2:]} if pretrained else {})},
-        feature_indices=kwargs.pop("out_indices", 3),
-        **kwargs,
-    )
-
-
-_VARIANTS = dict(_architectures())
-default_cfgs = generate_default_cfgs(
-    {name: cfg for arch in _VARIANTS for name, cfg in entries_of(arch, f"rat_{arch}").items()}
-)
-for _arch, _kwargs in _VARIANTS.items():
-    _register(_arch, _kwargs)

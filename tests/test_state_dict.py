@@ -8,8 +8,9 @@ from test_rat import lively
 from timm.models import load_checkpoint
 from timm.utils import ModelEmaV3
 
-from rat_timm.models.convert import fit, rescale
 from rat_timm.models.rat import checkpoint_filter_fn
+from rat_timm.models.rat.checkpoint import rescale
+from rat_timm.timm_api.state_dict import fit
 
 
 def load(state_dict, name, known=None, **kwargs):

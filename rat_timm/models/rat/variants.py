@@ -1,0 +1,134 @@
+"""RAT's registered names, each a few lines of data, and what makes their models.
+
+Budgets are those of NAT (arXiv 2204.07143): 27.9 / 50.7 / 89.7 / 200.9 M parameters.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from ...timm_api.build import build
+from ...timm_api.families import Variant
+from .checkpoint import checkpoint_filter_fn
+from .config import RatConfig
+from .model import ResolutionAwareTransformer
+
+
+def create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """Makes a registered model; see `rat_timm.timm_api.build`."""
+    cfg: RatConfig = VARIANTS[variant].defaults["cfg"]
+    return build(
+        ResolutionAwareTransformer,
+        variant,
+        pretrained,
+        model_cfg=cfg,
+        filter_fn=checkpoint_filter_fn,
+        entry_args={"spacing": cfg.spacing},
+        feature_indices=(0, 1, 2, 3),
+        **kwargs,
+    )
+
+
+def _cfg(input_size: tuple[int, ...] = (3, 224, 224), stride: int = 32, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": input_size,
+        "pool_size": tuple(math.ceil(n / stride) for n in input_size[1:]),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.convs.0",
+        "classifier": "head.fc",
+        "license": "bsd-3-clause",
+        **kwargs,
+    }
+
+
+def _cfg_3d(input_size: tuple[int, ...] = (1, 96, 96, 96), **kwargs: Any) -> dict[str, Any]:
+    return _cfg(input_size, num_classes=0, crop_pct=1.0, mean=(0.0,), std=(1.0,), **kwargs)
+
+
+def _digits(input_size: tuple[int, ...], **kwargs: Any) -> dict[str, Any]:
+    name = f"test_rat{'_3d' if len(input_size) == 4 else ''}.digits"
+    return _cfg(
+        input_size,
+        num_classes=10,
+        crop_pct=1.0,
+        file=str(Path(__file__).parent / "weights" / f"{name}.safetensors"),
+        description=f"Handwritten digits in a field of view of 32 units; data, recipe and accuracy: weights/{name}.md",
+        **kwargs,
+    )
+
+
+_CLASSIC = RatConfig(
+    embed_dim=(128,) * 4,
+    depths=(1,) * 4,
+    num_heads=16,
+    mlp_ratio=4.0,
+    attn_kernel_size=0,
+    stem_kernel_size=(7,),
+    stem_stride=1,
+    kernel_size=7,
+    stride=3,
+    sga_attention_type="dense",
+    sga_mlp_ratio=4.0,
+    group_first=True,
+    rotary_ratio=0.5,
+    base_theta=1e4,
+    frequency_scaling="sqrt",
+    learnable_rose_scaling=True,
+    rose_initial_scaling="identity",
+    final_norm=False,
+)
+"""The network of the package ``resolution-aware-transformer``, with its defaults."""
+
+# dense grouping of single pixels costs the square of their number: its input is small
+_CLASSIC_CFG = {"untrained": _cfg((3, 64, 64), stride=81)}
+_CLASSIC_3D_CFG = {"untrained": _cfg_3d((1, 16, 16, 16), stride=81)}
+
+
+def _images(description: str, cfg: RatConfig, entries: dict[str, Any] | None = None) -> Variant:
+    return Variant(description, {"cfg": cfg}, entries or {"untrained": _cfg()})
+
+
+def _volumes(description: str, cfg: RatConfig, entries: dict[str, Any] | None = None) -> Variant:
+    cfg = dataclasses.replace(cfg, spatial_dims=3)
+    return Variant(description, {"cfg": cfg}, entries or {"untrained": _cfg_3d()})
+
+
+VARIANTS = {
+    "rat_tiny": _images("Tiny, 27.7 M parameters.", RatConfig(embed_dim=64, mlp_ratio=3.0)),
+    "rat_small": _images("Small, 50.3 M parameters.", RatConfig(embed_dim=96)),
+    "rat_base": _images("Base, 89.0 M parameters.", RatConfig(embed_dim=128)),
+    "rat_large": _images("Large, 199 M parameters.", RatConfig(embed_dim=192)),
+    "rat_huge": _images("Huge, 630 M parameters.", RatConfig(embed_dim=320, depths=(3, 4, 24, 5))),
+    "rat_tiny_3d": _volumes(
+        "Tiny for volumes, 5.2 M parameters.", RatConfig(embed_dim=32, depths=(3, 4, 6, 5), mlp_ratio=3.0)
+    ),
+    "rat_small_3d": _volumes(
+        "Small for volumes, 20.9 M parameters.", RatConfig(embed_dim=64, depths=(3, 4, 6, 5), mlp_ratio=3.0)
+    ),
+    "rat_base_3d": _volumes("Base for volumes, 53.1 M parameters.", RatConfig(embed_dim=96)),
+    "rat_large_3d": _volumes("Large for volumes, 94.3 M parameters.", RatConfig(embed_dim=128)),
+    "rat_huge_3d": _volumes("Huge for volumes, 377 M parameters.", RatConfig(embed_dim=256)),
+    "rat_classic": _images(
+        "The seed package's network, 4.75 M parameters; loads its state dicts.", _CLASSIC, _CLASSIC_CFG
+    ),
+    "rat_classic_3d": _volumes("The seed package's network for volumes.", _CLASSIC, _CLASSIC_3D_CFG),
+    "test_rat": _images(
+        "For tests.",
+        RatConfig(embed_dim=(32, 64, 64, 128), depths=(1, 1, 1, 1)),
+        {"digits": _digits((3, 32, 32), mean=(0.3,) * 3, std=(0.4,) * 3)},
+    ),
+    "test_rat_3d": _volumes(
+        "For tests, volumes.",
+        RatConfig(embed_dim=(32, 32, 64, 96), depths=(1, 1, 1, 1)),
+        {"digits": _digits((1, 16, 32, 32), mean=(0.1,), std=(0.25,))},
+    ),
+}

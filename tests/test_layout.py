@@ -1,0 +1,103 @@
+"""The house: imports point one way, and one table names all families."""
+
+import ast
+import fnmatch
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+
+import rat_timm
+from rat_timm.__main__ import names
+from rat_timm.timm_api.families import FAMILIES
+
+PACKAGE = Path(rat_timm.__file__).parent
+# a part of the package may import itself, what every part may, and what stands in its row
+ANYWHERE = {"optional"}
+ALLOWED = {
+    "optional": set(),
+    "geometry": set(),
+    "ops": {"geometry"},
+    "layers": {"geometry", "ops"},
+    "timm_api": {"geometry"},
+    "models": {"geometry", "ops", "layers", "timm_api"},
+    "data": {"geometry"},
+    "cost": set(),
+    "evaluation": set(),
+    "adapters": {"geometry", "ops", "layers"},
+    "huggingface": {"geometry", "timm_api"},
+    "__main__": {"cost", "timm_api"},
+}
+
+
+def imported(file):
+    """Yields the parts of the package that a file imports, as names under ``rat_timm``."""
+    package = file.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            modules = [".".join((*base, *(node.module or "").split(".")))]
+            modules = [f"{m.strip('.')}.{alias.name}" for m in modules for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == "rat_timm" and len(parts) > 1:
+                yield parts[1:]
+
+
+FILES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_imports_point_one_way(file):
+    part = file.parts[0].removesuffix(".py")
+    allowed = ALLOWED[part] | ANYWHERE | {part, "__version__"}
+    assert {target[0] for target in imported(PACKAGE / file)} <= allowed
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families_do_not_know_each_other(family):
+    for file in (PACKAGE / "models" / family).rglob("*.py"):
+        others = [t[1] for t in imported(file) if t[0] == "models" and t[1] in FAMILIES]
+        assert set(others) <= {family}
+
+
+def test_only_its_backend_touches_natten():
+    files = [f for f in PACKAGE.rglob("*.py") if "natten" in {t.partition(".")[0] for t in third_party(f)}]
+    assert {f.relative_to(PACKAGE / "ops").parts[0] for f in files} <= {"neighborhood"}
+
+
+def third_party(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+
+
+def test_importing_the_package_imports_no_optional_package():
+    optional = ("natten", "monai", "zarr", "pydicom", "transformers", "onnx", "ray", "matplotlib")
+    code = f"import sys, rat_timm; print([name for name in {optional} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_table_holds_what_timm_knows(family):
+    ours = {name for name in FAMILIES[family].variants if timm.model_entrypoint(name).__module__.endswith(family)}
+    assert ours == set(FAMILIES[family].variants) == set(timm.list_models(module=family))
+
+
+@pytest.mark.parametrize("pattern", ["*rat*", "apvit*", "rat_vit*", "test_*rat*"])
+def test_the_command_lists_what_timm_lists(pattern):
+    known = {name for family in FAMILIES.values() for name in family.variants}
+    assert (
+        sorted(names(pattern))
+        == sorted(set(timm.list_models(pattern)) & known)
+        == sorted(fnmatch.filter(known, pattern))
+    )
+    assert names(pattern)
