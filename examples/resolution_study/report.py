@@ -10,8 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from resolution_study.networks import COARSENED, HIDDEN, NETWORKS, TOLD
 from scipy.stats import binomtest
+
+from resolution_study.networks import COARSENED, HIDDEN, NETWORKS, TOLD
 from resolution_study.tasks import REGIMES, TASKS
 
 COLUMNS = ["task", "network", "regime", "seed", "setting", "factor", "control", "right", "count", "seconds", "answers"]
