@@ -199,10 +199,12 @@ def read_answers(rows: pd.DataFrame) -> Answers:
     """Returns which images are right, as 0 or 1: seeds by images, of each network, control and factor."""
     return {
         key: pd.DataFrame(
-            [
-                np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[:count]
-                for bits, count in zip(each["answers"], each["count"], strict=True)
-            ],
+            np.stack(
+                [
+                    np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[:count]
+                    for bits, count in zip(each["answers"], each["count"], strict=True)
+                ]
+            ),
             index=each["seed"],
         )
         for key, each in rows.groupby(["network", "control", "factor"])
