@@ -40,7 +40,6 @@ from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 from rat_timm.cost import count_macs
-from rat_timm.geometry.grid import Pyramid, Tokens, channels_first, channels_last
 from rat_timm.layers import grouping_attention, local_grouping_attention, neighborhood_attention
 from rat_timm.optional import import_optional
 
@@ -73,26 +72,6 @@ class Contender(NamedTuple):
     macs: int = 0
 
 
-class StridedConv(nn.Module):
-    """The control for spatial grouping attention: its strided convolution and norm alone."""
-
-    def __init__(self, downsample: nn.Module) -> None:
-        super().__init__()
-        self.sga, self.proj, self.step = downsample.sga, downsample.proj, downsample.step
-        for name in ("kv", "q", "mlp", "rose", "norm2", "norm3"):
-            delattr(self.sga, name)
-        del self.sga.temp
-
-    def forward(self, pyramid: Pyramid, return_assignments: bool = False) -> tuple[Pyramid, None]:
-        """Takes the place of `rat_timm.models.rat.stage.Downsample`."""
-        return pyramid._replace(levels=[self._level(tokens) for tokens in pyramid.levels]), None
-
-    def _level(self, tokens: Tokens) -> Tokens:
-        x = channels_last(self.sga.strider(channels_first(tokens.x)))
-        x = self.sga.norm1(x)
-        return Tokens(x if self.proj is None else self.proj(x), tokens.grid.conv(*self.step))
-
-
 class Peer(NamedTuple):
     """A network from another package: how to build it, and the channels and number of axes of its images."""
 
@@ -118,15 +97,13 @@ PEERS = {"upstream_rat": Peer(upstream_rat, 3, 2), "monai_swin_vit": Peer(monai_
 def build(name: str, setting: Setting) -> nn.Module:
     """Builds a model by name on the setting's device, in training mode if that is measured."""
     base, _, change = name.partition("+")
-    if change not in ("", "conv"):
+    if change not in (("",) if base in PEERS else ("", "conv")):
         raise ValueError(f"a model is NAME or NAME+conv, got {name!r}")
     if base in PEERS:
         model = PEERS[base].build()
     else:
-        model = timm.create_model(base, **({"features_only": True} if setting.features else {}))
-    if change:
-        for stage in (model.model if setting.features else model).stages:
-            stage.downsample = None if stage.downsample is None else StridedConv(stage.downsample)
+        options = {"features_only": True} if setting.features else {}
+        model = timm.create_model(base, **options, **({"sga_attention_type": "none"} if change else {}))
     return model.to(setting.device).train(setting.mode == "train")
 
 
