@@ -9,9 +9,9 @@ import timm
 import torch
 from test_hub import client, files_of, put
 from test_patches import enlarge
-from test_rat import lively
 from timm.models._features_fx import create_feature_extractor
 
+from helpers import lively
 from hub_server import serving
 from rat_timm import hub
 from rat_timm.geometry.grid import Grid, Tokens
