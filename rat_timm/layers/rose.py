@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import RoSE
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..geometry.grid import Positions, check_exact, exact_dtype
 
+FREQUENCY_SCALINGS = ("none", "linear", "sqrt", "adaptive")
 INITIAL_SCALINGS = (None, "log", "rope", "identity", "linear", "power")
+_SCALE_STARTS = {"log": (0, 1, 1, 1), "rope": (0, 0, 0, 1)}  # of a, b, c, d; (1, 1, 0, 1) is the identity
 
 
 class Rotation(NamedTuple):
@@ -69,20 +71,42 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         ValueError: If heads do not divide the width into even parts, or a choice is unknown.
     """
 
-    def _validate_parameters(self, feature_dims: int, num_heads: int, rotary_ratio: float) -> None:
+    def __init__(
+        self,
+        feature_dims: int,
+        num_heads: int,
+        spatial_dims: int = 2,
+        base_theta: float = 1e4,
+        learnable: bool = True,
+        init_jitter_std: float = 0.02,
+        frequency_scaling: str = "sqrt",
+        rotary_ratio: float = 1.0,
+        learnable_scale: bool = False,
+        initial_scaling: str | None = None,
+    ) -> None:
         check_heads(feature_dims, num_heads)
         if not 0.0 <= rotary_ratio <= 1.0:
             raise ValueError(f"rotary_ratio must be in [0, 1], got {rotary_ratio}")
-
-    def _initialize_frequencies(
-        self, base_theta: float, frequency_scaling: str, learnable: bool, init_jitter_std: float
-    ) -> None:
-        self.rose_theta = self._calculate_theta(base_theta, frequency_scaling)
+        if frequency_scaling not in FREQUENCY_SCALINGS:
+            raise ValueError(f"frequency_scaling must be one of {FREQUENCY_SCALINGS}, got {frequency_scaling!r}")
+        if initial_scaling not in INITIAL_SCALINGS:
+            raise ValueError(f"initial_scaling must be one of {INITIAL_SCALINGS}, got {initial_scaling!r}")
+        super().__init__(
+            feature_dims,
+            num_heads,
+            spatial_dims,
+            base_theta,
+            learnable,
+            init_jitter_std=0.0,
+            frequency_scaling=frequency_scaling,
+            rotary_ratio=rotary_ratio,
+            learnable_scale=learnable_scale,
+            initial_scaling=initial_scaling,
+        )
         self.init_jitter_std = init_jitter_std
-        if learnable:
-            self.freqs = nn.Parameter(self._jittered_frequencies())
-        else:
-            self.register_buffer("freqs", self._spread_frequencies(), persistent=False)
+        if self.rotary_dim > 0:
+            with torch.no_grad():
+                self.freqs.copy_(self._jittered_frequencies() if learnable else self._spread_frequencies())
 
     def _jittered_frequencies(self) -> Tensor:
         freqs = self._spread_frequencies()
@@ -98,11 +122,6 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         return magnitude[:, None] * direction.to(magnitude.device).unflatten(
             0, (self.num_rotary_heads, self.num_rotary_planes)
         )
-
-    def _get_scale_init_values(self, initial_scaling: str | None) -> tuple[Tensor, ...]:
-        if initial_scaling not in INITIAL_SCALINGS:
-            raise ValueError(f"initial_scaling must be one of {INITIAL_SCALINGS}, got {initial_scaling!r}")
-        return super()._get_scale_init_values(initial_scaling)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -120,8 +139,8 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
             self._copy_scales()
 
     def _copy_scales(self) -> None:
-        for name, value in zip("abcd", self._get_scale_init_values(self.initial_scaling), strict=True):
-            getattr(self, f"scale_{name}").copy_(value)
+        for name, value in zip("abcd", _SCALE_STARTS.get(self.initial_scaling or "", (1, 1, 0, 1)), strict=True):
+            getattr(self, f"scale_{name}").fill_(value)
 
     def rotation(self, positions: Positions, dtype: torch.dtype) -> Rotation | None:
         """Returns the tokens' rotation for use on queries and keys of ``dtype``; None if no head is rotated."""
