@@ -287,7 +287,10 @@ def _numbers(value: Any, axes: int) -> tuple[float, ...] | None:
     """Returns a physical quantity per axis if Python's numbers say it, None if a tensor does."""
     values = (value,) * axes if _is_number(value) else value
     said = isinstance(values, (list, tuple)) and all(_is_number(v) for v in values)
-    return tuple(float(fixed(v)) for v in values) if said else None
+    if not said:
+        return None
+    # a compiler knows them as symbols, so that one program serves all; `fixed` makes constants of them
+    return tuple(values) if torch.compiler.is_compiling() else tuple(float(v) for v in values)
 
 
 def _along(values: Sequence[float] | None, factor: float) -> tuple[float, ...] | None:

@@ -150,7 +150,7 @@ def _read_grids(images: Sequence[Tensor], told: Told, reference: tuple[float, ..
             fixed_sizes, told.spacing, told.origin, reference=reference, batch_size=batch_size, device=device
         )
     sizes = tuple([tuple(image.shape[2:]) for image in images])
-    return _constant_grids(sizes, spacing, origin, reference, images[0].device)
+    return _constant_grids(sizes, spacing, origin, reference, len(images[0]), images[0].device)
 
 
 def _frozen(value: Any) -> Any:
@@ -169,10 +169,12 @@ def _constant_grids(
     spacing: Any,
     origin: Any,
     reference: tuple[float, ...],
+    batch_size: int,
     device: torch.device,
 ) -> tuple[Grid, ...]:
     with torch.inference_mode(False):  # what is kept serves training too
-        return tuple(pyramid_grids(sizes, spacing, origin, reference=reference, device=device))
+        grids = pyramid_grids(sizes, spacing, origin, reference=reference, batch_size=batch_size, device=device)
+        return tuple(grids)
 
 
 def _check_image(image: Tensor, name: str, in_chans: int, min_size: tuple[int, ...]) -> None:

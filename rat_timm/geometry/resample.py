@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .grid import Grid, Numbers, Tokens, exact_dtype, fill, integers
+from .grid import Grid, Numbers, Tokens, exact_dtype, fill, fixed, integers
 
 _SAME = 1e-6  # how near 1 a ratio of spacings is taken for 1
 _GROWTH = 4  # by which an image may grow beyond the limit: large ones near the wanted pixel size are no mistake
@@ -73,7 +73,7 @@ def spacing_rows(grid: Grid) -> list[tuple[float, ...]]:
         ValueError: If a tensor holds it and the model is compiled.
     """
     if grid.numbers.spacing is not None:
-        return [grid.numbers.spacing]
+        return [tuple(fixed(step) for step in grid.numbers.spacing)]
     rows = grid.spacing
     if torch.compiler.is_compiling() or rows.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(rows):
         raise ValueError(

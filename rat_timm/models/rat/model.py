@@ -244,9 +244,9 @@ class ResolutionAwareTransformer(nn.Module):
             ValueError: If a mask does not fit its map, or a token is to be pooled and there is none.
         """
         maps = list(x) if isinstance(x, (list, tuple)) else [x]
-        masks = list(mask) if isinstance(mask, (list, tuple)) else [mask]
-        if mask is None:
-            masks = [carried_mask(level) for level in maps]
+        masks: list[Any] = [carried_mask(level) for level in maps]
+        if mask is not None:
+            masks = list(mask) if isinstance(x, (list, tuple)) else [mask]
         return self.head(x, masks, prefix, pre_logits)
 
     def forward_intermediates(
