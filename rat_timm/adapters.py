@@ -1,4 +1,14 @@
-"""Other libraries' networks around a backbone of this package."""
+"""Other libraries' networks around a backbone of this package.
+
+Every library that takes timm backbones takes these, but hands on the image alone. Around any of its networks,
+
+    with rat_timm.geometry(spacing=0.5):
+        masks = unet(image)
+
+tells the backbone the rest; `WithGeometry` does so and also takes images whose sizes are no multiples of 32.
+segmentation_models_pytorch finds the models under "tu-" and their name; MONAI's ``FlexibleUNet`` after
+`register_monai_encoder`.
+"""
 
 from typing import Any
 
