@@ -27,12 +27,12 @@ front of the stem, without aliasing and with masks. Then
 - a spacing in a wrong unit, at which an image would become millions of pixels, is an error (`set_resample_limit`).
 """
 
-from .geometry.context import geometry
 from .geometry.grid import Grid
+from .geometry.plans import set_plan_limit
+from .geometry.read import geometry
 from .geometry.resample import resample_limit, set_resample_limit
 from .models import AdaptiveVit, RatConfig, RatVit, ResolutionAwareTransformer
 from .ops.neighborhood.backend import attention_backend, set_attention_backend
-from .ops.windows import set_plan_limit
 from .timm_api import hub
 
 __version__ = "0.1.0"

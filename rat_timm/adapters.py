@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .geometry.context import Told, geometry, what_is_told
+from .geometry.read import Told, geometry, what_is_told
+from .geometry.types import OriginLike, SpacingLike
 from .layers.stem import Stem
 from .ops.masking import check_mask
 from .optional import import_optional
@@ -44,7 +45,9 @@ class WithGeometry(nn.Module):
         self.network = network
         self.multiple = multiple
 
-    def forward(self, x: Tensor, spacing: Any = None, mask: Tensor | None = None, origin: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, spacing: SpacingLike = None, mask: Tensor | None = None, origin: OriginLike = None
+    ) -> Tensor:
         """Runs the network.
 
         Args:
@@ -77,7 +80,7 @@ def fill_up(network: nn.Module, x: Tensor, told: Told, multiple: int) -> tuple[T
             f"x must have sizes that are multiples of {multiple} where masked places have a token (mask_token), which "
             f"the fill would have too, got {list(x.shape[2:])}"
         )
-    valid = x.new_ones(len(x), *x.shape[2:], dtype=torch.bool) if told.mask is None else told.mask
+    valid = told.mask if isinstance(told.mask, Tensor) else x.new_ones(len(x), *x.shape[2:], dtype=torch.bool)
     return F.pad(x, fill), told._replace(mask=F.pad(valid, fill))
 
 

@@ -3,8 +3,8 @@ import segmentation_models_pytorch as smp
 import torch
 from monai.networks.nets import FlexibleUNet
 
-import rat_timm
 from rat_timm.adapters import WithGeometry, register_monai_encoder
+from recording import record_images
 
 
 def networks():
@@ -32,16 +32,14 @@ def test_any_size_goes_in_and_comes_out(case):
     assert sum(p.grad is not None for p in network.parameters()) > 20
 
 
-def test_what_is_known_reaches_the_backbone(case):
+def test_what_is_known_reaches_the_backbone(case, monkeypatch):
     network, x = case
     mask = torch.ones(2, *x.shape[2:], dtype=torch.bool)
     mask[:, 30:] = False
     wrapped = WithGeometry(network)
-    seen = []
-    backbone = next(m for m in network.modules() if isinstance(m, rat_timm.ResolutionAwareTransformer))
-    backbone.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0].levels[0]))
+    seen = record_images(monkeypatch)
     wrapped(x, spacing=0.25, mask=mask, origin=[3.0] * (x.ndim - 2))
-    (image,) = seen
+    (image,) = seen[0].levels
     assert set(image.grid.spacing.flatten().tolist()) == {0.25}
     assert set(image.grid.origin.flatten().tolist()) == {3.0}
     inside = (slice(None), *(slice(n) for n in x.shape[2:]))

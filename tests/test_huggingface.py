@@ -6,6 +6,7 @@ from transformers import AutoBackbone, AutoConfig, Trainer, TrainingArguments
 
 from rat_timm import hub
 from rat_timm.huggingface import RatBackbone, RatBackboneConfig, RatForImageClassification
+from recording import record_images
 
 
 class Rows(Dataset):
@@ -30,9 +31,8 @@ def folder(tmp_path):
     return hub.save(timm.create_model("test_rat", num_classes=2), tmp_path / "model")
 
 
-def test_trainer_keeps_the_geometry(folder, tmp_path):
-    model, seen = RatForImageClassification.from_pretrained(folder), []
-    model.timm_model.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0].levels[0]))
+def test_trainer_keeps_the_geometry(folder, tmp_path, monkeypatch):
+    model, seen = RatForImageClassification.from_pretrained(folder), record_images(monkeypatch)
     arguments = TrainingArguments(
         tmp_path / "out", per_device_train_batch_size=2, max_steps=1, use_cpu=True, report_to=[], save_strategy="no"
     )
@@ -40,8 +40,9 @@ def test_trainer_keeps_the_geometry(folder, tmp_path):
     trainer._set_signature_columns_if_needed()
     assert {"spacing", "mask", "origin"} <= set(trainer._signature_columns)
     trainer.train()
-    assert seen[0].grid.spacing.tolist() == [[0.5, 2.0]] * 2
-    assert seen[0].mask.all()
+    (image,) = seen[0].levels
+    assert image.grid.spacing.tolist() == [[0.5, 2.0]] * 2
+    assert image.mask.all()
 
 
 def test_the_classifier_gives_what_the_model_gives(folder):

@@ -486,7 +486,7 @@ def test_samples_of_one_size_are_one_part():
     model = lively(timm.create_model("test_rat", num_classes=7, physical_stem=True).eval())
     x, spacing = torch.randn(4, 3, 40, 56), torch.tensor([0.7, 0.7 + 1e-7, 1.4, 0.7]).double()[:, None].expand(4, 2)
     calls = []
-    model.stem.register_forward_pre_hook(lambda module, args: calls.append(len(args[0].levels[0].x)))
+    model.stem.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     together = model(x, spacing=spacing)
     assert sorted(calls) == [1, 3]
     for i in range(4):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from ...geometry import plans
 from ...geometry.grid import integers
 from .. import windows
 from ..masking import attention, check_mask, masked_attention, need_grad
@@ -81,7 +82,7 @@ def _tiled_attention(
     query: Tensor, key: Tensor, value: Tensor, kernel: tuple[int, ...], mask: Tensor | None, dropout_p: float
 ) -> Tensor:
     tiles = _tiles(tuple(map(operator.index, query.shape[1:-2])), kernel, query.device)
-    if need_grad(query, key, value) or windows.is_traced():
+    if need_grad(query, key, value) or plans.is_traced():
         return tiles.untile(_attend(query, key, value, tiles, _bias(tiles, query.dtype), mask, dropout_p))
     size, mixed = _part_sizes(tiles, query)
     samples = max(1, size // tiles.keys.tiles)
@@ -130,7 +131,7 @@ def _attend(
         allowed = (tiles.allowed()[:, None] & valid).flatten(0, 1).unsqueeze(1)  # [tiles * B, 1, queries, keys]
         out = masked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), allowed, dropout_p)
         return out.unflatten(0, both)
-    if windows.is_traced():  # the number of heads is a constant of a program, that of samples is not
+    if plans.is_traced():  # the number of heads is a constant of a program, that of samples is not
         bias = bias.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1).flatten(0, 1)
         return attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, dropout_p).unflatten(0, both)
     # samples count as heads, since their windows are the same: one bias per tile serves all of them
@@ -139,7 +140,7 @@ def _attend(
 
 
 @torch.compiler.assume_constant_result
-@windows.per_geometry
+@plans.per_geometry
 def _tiles(grid: tuple[int, ...], kernel: tuple[int, ...], device: torch.device) -> windows.Tiles:
     axes = [_axis_tiles(length, min(k, length)) for length, k in zip(grid, kernel, strict=True)]
     return windows.Tiles.create(axes, device)
@@ -259,7 +260,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@windows.per_geometry
+@plans.per_geometry
 def _block_mask(grid: tuple[int, ...], kernel: tuple[int, ...], device: torch.device) -> BlockMask:
     count = math.prod(grid)
     return create_block_mask(_near(grid, kernel), None, None, count, count, device=str(device))
