@@ -5,8 +5,8 @@ It is said to a model, or around it by the context `geometry`, for wrappers that
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -42,8 +42,13 @@ class Told(NamedTuple):
         )
 
 
-_SILENCE = Told()
-_TOLD: ContextVar[Told] = ContextVar("rat_timm.geometry", default=_SILENCE)
+class _Innermost(threading.local):
+    """What a thread's innermost context tells. No `ContextVar`: PyTorch 2.11 does not compile what reads one."""
+
+    told: Told | None = None
+
+
+_INNERMOST = _Innermost()
 
 
 @contextlib.contextmanager
@@ -69,11 +74,13 @@ def geometry(*, spacing: SpacingLike = None, mask: MaskLike = None, origin: Orig
     Raises:
         ValueError: By the model, if what is said does not fit the images that it is given.
     """
-    token = _TOLD.set(Told(spacing, mask, origin).completed(_TOLD.get()))
+    outer = _INNERMOST.told
+    told = Told(spacing, mask, origin)
+    _INNERMOST.told = told if outer is None else told.completed(outer)
     try:
         yield
     finally:
-        _TOLD.reset(token)
+        _INNERMOST.told = outer
 
 
 def what_is_told(
@@ -87,9 +94,9 @@ def what_is_told(
         mask: See `Told`.
         origin: See `Told`.
     """
-    around = _TOLD.get()
+    around = _INNERMOST.told
     told = Told(spacing, mask, origin)
-    return told if around is _SILENCE else told.completed(around)
+    return told if around is None else told.completed(around)
 
 
 @register_notrace_function
