@@ -8,6 +8,7 @@ import timm
 import torch
 
 import rat_timm
+from helpers import lively
 from rat_timm import RatConfig, ResolutionAwareTransformer
 from rat_timm.models.rat import checkpoint_filter_fn
 
@@ -18,16 +19,6 @@ IMAGE = {"test_rat": (3, 45, 70), "test_rat_3d": (1, 20, 33, 17)}
 @pytest.fixture(params=NAMES)
 def model(request):
     return lively(timm.create_model(request.param, num_classes=7).eval())
-
-
-def lively(model):
-    """Random weights large enough that attention is far from uniform and every influence shows."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "fc" not in name:
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        elif "gamma" in name or name.endswith(("sga.norm2.weight", "sga.norm3.weight")):
-            torch.nn.init.ones_(parameter)
-    return model
 
 
 def image(model, batch=2):

@@ -33,6 +33,8 @@ for _function in (
     "what_is_told",
     "read_images",
     "to_reference",
+    "stage_inputs",
+    "whole_output",
     "_pixels",
     "_on_grids",
     "_with_output",

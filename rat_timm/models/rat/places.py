@@ -47,7 +47,6 @@ class StageInput(NamedTuple):
     masks: Sequence[Tensor | None]
 
 
-@torch.fx.wrap
 def stage_inputs(cfg: RatConfig, images: Pyramid) -> list[StageInput]:
     """Follows images through the stem and all stages.
 

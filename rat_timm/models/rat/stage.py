@@ -143,7 +143,6 @@ class StageOutput(NamedTuple):
     assignments: list[Assignment | None] | None
 
 
-@torch.fx.wrap
 def whole_output(output: MapOrMaps | StageOutput) -> StageOutput:
     """Returns what a stage or a norm returned, in full."""
     return output if isinstance(output, StageOutput) else StageOutput(output, None, None)
