@@ -45,8 +45,8 @@ def image(size=(64, 96), batch=2):
 @pytest.mark.parametrize("size", [(224, 224), (160, 288)])
 @pytest.mark.parametrize("kind", [{}, {"scaling": "isotropic", "rotate": True}, {"scaling": "anisotropic"}])
 def test_before_training_it_is_timms_model(size, kind):
-    theirs = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True).eval()
-    ours = timm.create_model(TINY, **kind).eval()
+    theirs = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=4).eval()
+    ours = timm.create_model(TINY, depth=4, **kind).eval()
     torch.nn.init.normal_(theirs.pos_embed)
     assert not [k for k in ours.load_state_dict(theirs.state_dict(), strict=False).missing_keys if "patching" not in k]
     x = image(size)
@@ -253,10 +253,30 @@ def test_own_weights_load_into_what_differs(tmp_path):
 
 
 def test_exported_for_any_batch():
-    model, x = create(), image()
+    model, x = create(depth=1), image()
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), {"spacing": 1.0}, dynamic_shapes={"x": {0: batch}, "spacing": None})
     torch.testing.assert_close(program.module()(x[:1], spacing=1.0), model(x[:1]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_geometry_is_given_by_keyword():
+    model, x = create(depth=1), image()
+    for call in (model, model.forward_features, model.patches):
+        with pytest.raises(TypeError, match="positional argument"):
+            call(x, 1.0)
+    with pytest.raises(TypeError, match="positional argument"):
+        model.forward_intermediates(x, None, False, False, False, "NLC", False, False, 1.0)
+    with pytest.raises(TypeError, match="positional argument"):
+        model.get_intermediate_layers(x, 1, False, False, False, 1.0)
+
+
+def test_masks_of_the_head_are_checked():
+    model = create(depth=1)
+    tokens = torch.zeros(2, 1 + 6, 192)
+    for mask in (torch.ones(2, 7, dtype=torch.bool), torch.ones(2, 6)):
+        with pytest.raises(ValueError, match="mask must be bool"):
+            model.forward_head(tokens, mask=mask)
 
 
 def test_dinos_name_for_intermediates():

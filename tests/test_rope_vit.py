@@ -1,19 +1,22 @@
 """Plain RAT: timm's models number for number without geometry, and physical with it."""
 
 import copy
+import importlib
+import json
 
 import pytest
 import timm
 import torch
 from test_hub import client, files_of, put
 from test_patches import enlarge
-from test_rat import lively
 from timm.models._features_fx import create_feature_extractor
 
+from helpers import lively
 from hub_server import serving
 from rat_timm import hub
 from rat_timm.geometry.grid import Grid, Tokens
-from rat_timm.models.rope_vit import checkpoint_filter_fn
+from rat_timm.models.rope_vit import checkpoint_filter_fn, variants
+from rotary_architectures import TABLE, architectures, as_text, meta_model
 
 FAMILIES = (
     "vit_small_patch16_dinov3",
@@ -38,15 +41,28 @@ def assert_close(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
 
 
-def test_every_rotary_architecture_with_weights_is_registered():
+def test_the_table_is_timms():
+    stored, found = json.loads(TABLE.read_text()), architectures()
+    changed = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
+    assert not changed, (
+        f"timm {timm.__version__} differs from {TABLE.name} in {changed}. A later release: run "
+        "tests/rotary_architectures.py, read the difference, and commit it. An earlier one: install the latest."
+    )
+    assert TABLE.read_text() == as_text(found)
+
+
+def test_every_architecture_of_the_table_is_registered():
     ours = {name.removeprefix("rat_") for name in timm.list_models("rat_*", module="rope_vit")}
+    assert ours == set(json.loads(TABLE.read_text()))
     assert len(ours) > 50
-    for arch in sorted({name.split(".")[0] for name in timm.list_models(module="eva", pretrained=True)}):
-        model = timm.create_model(arch, device="meta")
-        kind = type(model.rope).__name__
-        parameters = sum(p.numel() for p in model.parameters())
-        expected = kind in ("RotaryEmbeddingCat", "RotaryEmbeddingMixed", "RotaryEmbeddingDinoV3") and parameters < 2e9
-        assert (arch in ours) == expected, (arch, kind, parameters)
+
+
+def test_an_architecture_that_timm_lacks_is_not_registered(monkeypatch):
+    lacking, is_model = "vit_small_patch16_dinov3", timm.is_model
+    monkeypatch.setattr(timm, "is_model", lambda name: name != lacking and is_model(name))
+    registered = set(importlib.reload(variants).VARIANTS)
+    monkeypatch.undo()
+    assert set(importlib.reload(variants).VARIANTS) - registered == {f"rat_{lacking}"}
 
 
 def test_entries_are_timms():
@@ -63,7 +79,7 @@ def test_entries_are_timms():
 
 @pytest.mark.parametrize("name", timm.list_models("rat_*", module="rope_vit"))
 def test_names_build_with_timms_state_dict(name):
-    ours, theirs = (timm.create_model(n, device="meta") for n in (name, name.removeprefix("rat_")))
+    ours, theirs = (meta_model(n) for n in (name, name.removeprefix("rat_")))
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert ours.group_matcher() == theirs.group_matcher()
     assert ours.no_weight_decay() == theirs.no_weight_decay()
@@ -83,8 +99,8 @@ def test_volumes_have_maps(name):
 @families
 @torch.no_grad()
 def test_without_geometry_it_is_timms_model(name):
-    theirs, ours = pair(name)
-    flexible = timm.create_model(name, num_classes=7, dynamic_img_size=True).eval()
+    theirs, ours = pair(name, depth=3)
+    flexible = timm.create_model(name, num_classes=7, depth=3, dynamic_img_size=True).eval()
     flexible.load_state_dict(theirs.state_dict())
     size, patch = theirs.patch_embed.img_size, theirs.patch_embed.patch_size[0]
     full = torch.ones(2, *size, dtype=torch.bool)
@@ -149,8 +165,8 @@ def test_physical_patches_see_the_same_scene_at_any_sampling(name, factors):
 @families
 @torch.no_grad()
 def test_a_volume_one_patch_deep_and_constant_is_the_image(name):
-    theirs = pair(name, depth=4)[0]
-    kwargs = {"num_classes": 7, "depth": 4, "spatial_dims": 3, "patch_depth": 6, "spacing": (3.0, 1.0, 1.0)}
+    theirs = pair(name, depth=2)[0]
+    kwargs = {"num_classes": 7, "depth": 2, "spatial_dims": 3, "patch_depth": 6, "spacing": (3.0, 1.0, 1.0)}
     deep = timm.create_model(f"rat_{name}", **kwargs).eval()
     deep.load_state_dict(checkpoint_filter_fn(theirs.state_dict(), deep))
     x = torch.randn(2, 3, *theirs.patch_embed.img_size)
@@ -488,8 +504,72 @@ def test_saved_volumes_adapt_and_other_units_are_refused(tmp_path):
     assert larger.patch_embed.proj.kernel_size == (8, 14, 14)
 
 
+@pytest.mark.parametrize("axes", [2, 3])
+def test_learned_embeddings_of_a_grid_that_is_no_square_load(axes):
+    """As timm's filter does it, whose kernels are flat."""
+    name, kwargs = "eva02_tiny_patch14_224", {"depth": 1, "num_classes": 3}
+    theirs = lively(timm.create_model(name, img_size=(28, 56), **kwargs))
+    target = {**kwargs, "img_size": (42, 70), "patch_size": 14}
+    expected = timm.create_model(name, **target)
+    ours = timm.create_model(f"rat_{name}", **target, **({"spatial_dims": 3, "patch_depth": 2} if axes == 3 else {}))
+    for model in (expected, ours):
+        model.pretrained_model_args = {"img_size": (28, 56)}
+    weights = checkpoint_filter_fn(theirs.state_dict(), ours)
+    torch.testing.assert_close(
+        weights["pos_embed"], timm.models.eva.checkpoint_filter_fn(theirs.state_dict(), expected)["pos_embed"]
+    )
+    assert weights["patch_embed.proj.weight"].shape == ours.patch_embed.proj.weight.shape
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_patch_kernels_of_another_size_load(axes):
+    """A kernel for smaller patches is the pseudo-inverse's, in the plane, and each of its layers has an equal share."""
+    name, kwargs = "vit_small_patch16_rope_224", {"depth": 1, "num_classes": 3}
+    theirs = lively(timm.create_model(name, **kwargs))
+    expected = timm.models.eva.checkpoint_filter_fn(
+        theirs.state_dict(), timm.create_model(name, patch_size=8, device="meta", **kwargs)
+    )["patch_embed.proj.weight"]
+    deep = {"spatial_dims": 3, "patch_depth": 2} if axes == 3 else {}
+    ours = timm.create_model(f"rat_{name}", patch_size=8, **kwargs, **deep)
+    kernel = checkpoint_filter_fn(theirs.state_dict(), ours)["patch_embed.proj.weight"]
+    torch.testing.assert_close(kernel.flatten(2, -3).sum(2) if axes == 3 else kernel, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_volumes_are_no_weights_of_images():
+    deep, flat = (timm.create_model("rat_vit_small_patch16_rope_224", depth=1, spatial_dims=n) for n in (3, 2))
+    with pytest.raises(ValueError, match="spatial_dims must be 3"):
+        checkpoint_filter_fn(deep.state_dict(), flat)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@torch.no_grad()
+def test_geometry_is_given_by_keyword(axes):
+    deep = {"spatial_dims": 3, "patch_depth": 4} if axes == 3 else {}
+    model = timm.create_model("rat_vit_small_patch16_rope_mixed_224", depth=1, **deep).eval()
+    x = torch.zeros(1, 3, *(4, 32, 32)[-axes:])
+    for call in (model, model.forward_features):
+        for geometry in ((1.0,), ((1.0,) * axes,), ([1.0] * axes, None), (None, torch.ones(1, *x.shape[2:]))):
+            with pytest.raises(TypeError, match="spacing, mask and origin are keywords"):
+                call(x, *geometry)
+        with pytest.raises(TypeError, match="positional arguments"):
+            call(x, None, False, 1.0)
+    with pytest.raises(TypeError, match="positional arguments"):
+        model.forward_intermediates(x, None, False, False, False, "NCHW", False, None, False, 1.0)
+
+
+@torch.no_grad()
+def test_timms_arguments_stand_where_timm_has_them():
+    theirs, ours = pair("vit_small_patch16_rope_mixed_224", depth=2)
+    x, mask = torch.randn(1, 3, 224, 224), torch.rand(1, 1, 197, 197) > 0.3
+    for args in ((mask,), (None, True)):
+        assert_close(ours(x, *args), theirs(x, *args))
+        assert_close(ours.forward_features(x, *args), theirs.forward_features(x, *args))
+        options = (1, False, True, False, "NLC", False, *args)
+        assert_close(ours.forward_intermediates(x, *options)[1][0], theirs.forward_intermediates(x, *options)[1][0])
+
+
 LOAD = """
-name = "vit_small_patch16_dinov3.lvd1689m"
+name = "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
 ours, theirs = (timm.create_model(n, pretrained=True).eval() for n in (f"rat_{name}", name))
 assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
 x = torch.randn(1, 3, 256, 256)
@@ -505,11 +585,11 @@ print(json.dumps(theirs.state_dict()["patch_embed.proj.weight"].sum().item()))
 
 
 def test_weights_come_from_timms_repositories(tmp_path):
-    theirs = lively(timm.create_model("vit_small_patch16_dinov3"))
+    theirs = lively(timm.create_model("vit_tiny_patch16_dinov3_qkvb"))
     folder = tmp_path / "pushed"
     timm.models.save_for_hf(theirs, folder, safe_serialization=True)
     with serving() as server:
-        put(server, "timm/vit_small_patch16_dinov3.lvd1689m", files_of(folder))
+        put(server, "timm/vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", files_of(folder))
         found = client(server, tmp_path, LOAD)
     assert found == pytest.approx(theirs.state_dict()["patch_embed.proj.weight"].sum().item())
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from rat_timm.geometry.grid import Grid, Tokens
-from rat_timm.layers.sequence import TokenSequence, attention_mask, pool_valid
+from rat_timm.models.rope_vit.sequence import PyramidSequence
+from rat_timm.models.vit.sequence import attention_mask, pool_valid
 
 
 def test_samples_without_valid_tokens_may_look_anywhere():
@@ -15,8 +16,8 @@ def test_a_sequence_splits_into_its_levels():
     levels = [Tokens(torch.randn(2, *shape, 3), Grid.create(shape)) for shape in ((2, 3), (1, 2))]
     levels[1] = levels[1]._replace(mask=torch.tensor([[[True, False]], [[True, True]]]))
     x = torch.cat([torch.randn(2, 4, 3), *(level.x.flatten(1, 2) for level in levels)], dim=1)
-    sequence = TokenSequence(x, torch.empty(0), levels, single=False)
-    first, second = sequence.split(x, 4)
+    sequence = PyramidSequence(x, 4, torch.empty(0), levels, single=False)
+    first, second = sequence.split(x)
     assert torch.equal(first, levels[0].x)
     assert torch.equal(second, levels[1].filled())
     assert sequence.valid.sum(1).tolist() == [7, 8]

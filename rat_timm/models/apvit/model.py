@@ -8,20 +8,17 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, register_notrace_function, register_notrace_module, resample_abs_pos_embed
-from timm.models import checkpoint, vision_transformer
-from timm.models._features import feature_take_indices
+from timm.models import vision_transformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...geometry.grid import Positions, Tokens, axis_values, fill, merge_axes
-from ...geometry.read import Told, read_images, what_is_told
+from ...geometry.grid import Positions, Tokens, merge_axes
+from ...geometry.read import Told, read_images
+from ...geometry.types import MaskLike, OriginLike, SpacingLike
 from ...layers.adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
-from ...layers.head import carried_mask, with_mask
 from ...layers.rose import RotarySpatialEmbedding
-from ...layers.sequence import attention_mask
-from ..pool import pool_tokens
-
-torch.fx.wrap("what_is_told")  # else symbolic tracing would ask at once what is to be asked in each call
+from ..vit.model import ANY_SIZE, Intermediates, VitBase, Wanted
+from .sequence import PatchSequence
 
 POSITIONS = ("interpolated", "rose")
 
@@ -29,7 +26,14 @@ POSITIONS = ("interpolated", "rose")
 class RoseAttention(Attention):
     """timm's attention, with queries and keys rotated by where their patches are."""
 
-    def __init__(self, dim: int, num_heads: int = 8, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
         self.rose = RotarySpatialEmbedding(self.attn_dim, num_heads, 2).to(device=device, dtype=dtype)
 
@@ -62,7 +66,7 @@ class RoseBlock(vision_transformer.Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class AdaptiveVit(vision_transformer.VisionTransformer):
+class AdaptiveVit(VitBase, vision_transformer.VisionTransformer):
     """A `VisionTransformer` that cuts its patches out of the image where a small network predicts.
 
     With as many patches as the regular grid has, and before training, it is the `VisionTransformer`, for images of any
@@ -103,14 +107,13 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         if kwargs.get("patch_drop_rate"):
             raise ValueError("patch_drop_rate goes with regular patches: give num_patches or jitter")
         if positions == "rose":
-            taken = [name for name in ("block_fn", "attn_layer") if name in kwargs]
-            if taken or kwargs.get("pos_embed", "none") not in ("", "none"):
-                raise ValueError(f"positions 'rose' has its own {taken or ['pos_embed']}, got {kwargs}")
+            given = [name for name in ("block_fn", "attn_layer") if name in kwargs]
+            if given or kwargs.get("pos_embed", "none") not in ("", "none"):
+                raise ValueError(f"positions 'rose' has its own {given or ['pos_embed']}, got {kwargs}")
             kwargs = {**kwargs, "pos_embed": "none", "block_fn": RoseBlock, "attn_layer": RoseAttention}
-        super().__init__(**{**kwargs, "dynamic_img_size": True, "dynamic_img_pad": True})
+        super().__init__(**{**kwargs, **ANY_SIZE})
         self.positions = positions
-        self.spatial_dims = 2
-        self.reference_spacing = axis_values(spacing, "spacing", 2)
+        self._set_space(2, spacing)
         self.patching = AdaptivePatching(
             self.in_chans,
             self.patch_embed.patch_size,
@@ -122,9 +125,10 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
             device=kwargs.get("device"),
             dtype=kwargs.get("dtype"),
         )
-        self._traits = {"first_conv": None}  # timm adapts no channels: checkpoint_filter_fn does
 
-    def forward(self, x: Tensor, spacing: Any = None, mask: Any = None, origin: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, spacing: SpacingLike = None, mask: MaskLike = None, origin: OriginLike = None
+    ) -> Tensor:
         """Classifies images, or returns pooled features where there are no classes.
 
         Args:
@@ -140,28 +144,19 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         Raises:
             ValueError: If an argument does not fit the model or another argument.
         """
-        tokens, patches, _ = self._run(x, spacing, mask, origin)
-        return self._classify(self.norm(tokens), patches.mask)
+        return self._classify(self._encode(x, self._told(x, spacing, mask, origin)))
 
-    def forward_features(self, x: Tensor, spacing: Any = None, mask: Any = None, origin: Any = None) -> Tensor:
+    def forward_features(
+        self, x: Tensor, *, spacing: SpacingLike = None, mask: MaskLike = None, origin: OriginLike = None
+    ) -> Tensor:
         """Returns the last tokens, ``[B, prefix + patches, C]``, zero for patches that are not valid; see `forward`."""
-        tokens, patches, _ = self._run(x, spacing, mask, origin)
-        return self._features(tokens, patches)
+        return self._features(self._encode(x, self._told(x, spacing, mask, origin)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
-        """Pools and classifies what `forward_features` returned.
-
-        Args:
-            x: ``[B, prefix + patches, C]``.
-            pre_logits: Whether to stop before the classifier.
-            mask: ``[B, patches]``, bool, True = valid: which patches to pool over. Not the image's mask. Default: what
-                `forward_features` and `forward_intermediates` know of the very tensor that they returned.
-        """
-        return self._classify(x, carried_mask(x) if mask is None else mask, pre_logits)
-
-    def patches(self, x: Tensor, spacing: Any = None, mask: Any = None, origin: Any = None) -> Patches:
+    def patches(
+        self, x: Tensor, *, spacing: SpacingLike = None, mask: MaskLike = None, origin: OriginLike = None
+    ) -> Patches:
         """Returns the patches that are cut out of images, and where; see `forward`."""
-        return self.patching(self._read(x, what_is_told(x, spacing, mask, origin)))
+        return self.patching(self._read(x, self._told(x, spacing, mask, origin)))
 
     def forward_intermediates(
         self,
@@ -173,10 +168,11 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         output_fmt: str = "NLC",
         intermediates_only: bool = False,
         output_dict: bool = False,
-        spacing: Any = None,
-        mask: Any = None,
-        origin: Any = None,
-    ) -> Any:
+        *,
+        spacing: SpacingLike = None,
+        mask: MaskLike = None,
+        origin: OriginLike = None,
+    ) -> Intermediates:
         """Returns the patches' features after several blocks: sequences, since patches form no map.
 
         Args:
@@ -198,19 +194,8 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         """
         if output_fmt != "NLC":
             raise ValueError(f"output_fmt must be 'NLC', since adaptive patches form no map, got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        tokens, patches, taken = self._run(x, spacing, mask, origin, take, last + 1 if stop_early else None)
-        taken = [self._fill(self.norm(t) if norm else t, patches.mask) for t in taken]
-        prefix = self.num_prefix_tokens
-        maps: list = [t[:, prefix:] for t in taken]
-        if return_prefix_tokens:
-            maps = [(m, t[:, :prefix]) for m, t in zip(maps, taken, strict=True)]
-        if intermediates_only and not output_dict:
-            return maps
-        final = {} if intermediates_only else {"image_features": self._features(tokens, patches)}
-        if output_dict:
-            return {**final, "image_intermediates": maps, "patches": patches}
-        return final["image_features"], maps
+        wanted = Wanted(indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict)
+        return self._intermediates(self._encode(x, self._told(x, spacing, mask, origin)), wanted)
 
     def get_intermediate_layers(
         self,
@@ -219,20 +204,28 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-        **geometry: Any,
+        *,
+        spacing: SpacingLike = None,
+        mask: MaskLike = None,
+        origin: OriginLike = None,
     ) -> list:
         """Returns the patches' features after the last ``n`` blocks or the blocks ``n``, as DINO's models name it."""
-        return self.forward_intermediates(
+        layers: Any = self.forward_intermediates(
             x,
             n,
             return_prefix_tokens,
             norm,
             output_fmt="NCHW" if reshape else "NLC",
             intermediates_only=True,
-            **geometry,
+            spacing=spacing,
+            mask=mask,
+            origin=origin,
         )
+        return layers
 
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
         """Sets the image size (y, x) that a learned embedding has one entry per patch for, and the patch size."""
         super().set_input_size(img_size, patch_size)
         self.patching.patch_size = tuple(self.patch_embed.patch_size)
@@ -263,70 +256,28 @@ class AdaptiveVit(vision_transformer.VisionTransformer):
             raise ValueError("x must be an image: adaptive patches are cut out of one image, not of a pyramid")
         return read_images(x, told, self.reference_spacing, self.in_chans, (1, 1)).levels[0]
 
-    def _run(
-        self,
-        x: Tensor,
-        spacing: Any,
-        mask: Any,
-        origin: Any,
-        take: Sequence[int] = (),
-        blocks: int | None = None,
-    ) -> tuple[Tensor, Patches, list[Tensor]]:
-        """Runs the first ``blocks`` blocks; returns the last one's tokens, the patches, and the tokens to ``take``."""
-        tracing, told = isinstance(x, torch.fx.Proxy), what_is_told(x, spacing, mask, origin)
-        image = self._read(image_without_mask(x, told.mask) if tracing else x, told)
+    def _encode(self, x: Tensor, told: Told) -> PatchSequence:
+        """Cuts patches out of images; returns their tokens."""
+        tracing = isinstance(x, torch.fx.Proxy)
+        image = self._read(self._traced_image(x, told, "mask") if tracing else x, told)
         patches = self.patching(image)
         if tracing:
             patches = Patches(patches.x, patches.transform, patches.center, patches.position)
-        x = self._embed(patches, image)
-        allowed = None if patches.mask is None else attention_mask(patches.mask, self.num_prefix_tokens)
-        rotary = [self._positions(patches, image)] if self.positions == "rose" else []
-        taken = []
-        for i, block in enumerate(self.blocks[:blocks]):
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, allowed, *rotary)
-            else:
-                x = block(x, allowed, *rotary)
-            if i in take:
-                taken.append(x)
-        return x, patches, taken
+        positions = self._positions(patches, image) if self.positions == "rose" else None
+        return PatchSequence(self._embed(patches, image), self.num_prefix_tokens, patches, positions)
 
     def _embed(self, patches: Patches, image: Tokens) -> Tensor:
         proj = self.patch_embed.proj
         x = self.patch_embed.norm(F.linear(patches.x.flatten(2), proj.weight.flatten(1), proj.bias))  # [B, N, C]
-        tokens = [t for t in (self.cls_token, self.reg_token) if t is not None]
-        prefix = torch.cat(tokens, dim=1) if tokens else x.new_zeros(1, 0, self.embed_dim)
         if self.pos_embed is not None:
-            count = 0 if self.no_embed_class else self.num_prefix_tokens
-            grid = self.patch_embed.grid_size
-            x = x + embed_places(self.pos_embed[:, count:], grid, image, self.patch_embed.patch_size, patches.center)
-            prefix = prefix + self.pos_embed[:, :count] if count else prefix
-        x = torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
-        return self.norm_pre(self.pos_drop(x))
+            learned = self.pos_embed[:, self._embedded_prefix :]
+            grid, patch = self.patch_embed.grid_size, self.patch_embed.patch_size
+            x = x + embed_places(learned, grid, image, patch, patches.center)
+        return self._with_prefix(x)
 
     def _positions(self, patches: Patches, image: Tokens) -> Positions:
         unit = [p * s for p, s in zip(self.patch_embed.patch_size, self.reference_spacing, strict=True)]
         return sequence_positions(patches.center, image, unit, self.num_prefix_tokens)
-
-    def _features(self, tokens: Tensor, patches: Patches) -> Tensor:
-        return with_mask(self._fill(self.norm(tokens), patches.mask), patches.mask)
-
-    def _fill(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        return fill(x, None if valid is None else F.pad(valid, (self.num_prefix_tokens, 0), value=True))
-
-    def _classify(self, x: Tensor, valid: Tensor | None, pre_logits: bool = False) -> Tensor:
-        pools = self.global_pool or self.attn_pool is not None
-        x = pool_tokens(self, x, valid) if pools else self._fill(x, valid)
-        x = self.head_drop(self.fc_norm(x))
-        return x if pre_logits else self.head(x)
-
-
-@register_notrace_function
-def image_without_mask(x: Tensor, mask: Any) -> Tensor:
-    """Stands in symbolically traced graphs, which cannot tell whether there is a mask."""
-    if mask is not None:
-        raise ValueError("mask has no effect on a symbolically traced model: use the model itself")
-    return x
 
 
 @register_notrace_function

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from ...timm_api.build import build, entries_of
+from ...timm_api.build import entries_of
 from ...timm_api.families import Variant
+from ..vit.variants import create_vit
 from .checkpoint import checkpoint_filter_fn
 from .model import AdaptiveVit
 
@@ -21,16 +22,13 @@ def create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
             "features_only gives maps, which adaptive patches do not form: use forward_intermediates, whose sequences "
             "come with the patches' places"
         )
-    return build(
+    return create_vit(
         AdaptiveVit,
         variant,
         pretrained,
-        model_cfg=None,
         like=variant.removeprefix("ap"),
         filter_fn=checkpoint_filter_fn,
-        entry_args={},
         defaults=VARIANTS[variant].defaults,
-        feature_indices=kwargs.pop("out_indices", 3),
         **kwargs,
     )
 

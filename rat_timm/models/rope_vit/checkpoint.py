@@ -1,63 +1,70 @@
 """Checkpoints of rotary ViTs: timm's and our own, of images or volumes."""
 
-import types
 from typing import Any
 
+from timm.layers import resample_abs_pos_embed
 from timm.models import eva
+from timm.models._input import get_pretrained_grid_size
 from torch import Tensor
 
 from ...geometry.grid import axis_values
-from ...timm_api.state_dict import check_names, fit, unwrap, warn_of_dropped_classifier
+from ...timm_api.state_dict import fit, unwrap
+from ..vit.checkpoint import check_whole
 from .model import RatVit
 from .patches import resample_kernel
 from .rotary import extend_along_z
 
-_HEAD = ("head.", "attn_pool.", "norm.", "fc_norm.")  # what another number of classes or another pooling changes
-
-
-class _Flat:
-    """A model of volumes as timm's filter expects it: its patch kernel has two axes."""
-
-    def __init__(self, model: RatVit) -> None:
-        self._model = model
-        weight = model.patch_embed.proj.weight[:, :, 0]
-        self.patch_embed = types.SimpleNamespace(
-            proj=types.SimpleNamespace(weight=weight), grid_size=model.patch_embed.grid_size
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+_KERNEL = "patch_embed.proj.weight"
+_KERNELS = (_KERNEL, "patch_embed.projection.weight")  # as timm and other libraries name it, behind any prefix
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: RatVit) -> dict[str, Tensor]:
     """Turns a checkpoint into a state dict of ``model``: unwrapped, by timm's filter, with other axes and channels.
 
     Raises:
-        ValueError: If parameters are missing or left over, but for those around the classifier.
+        ValueError: If parameters are missing or left over, but for those around the classifier; if the weights are of
+            volumes and the model is not, or were trained at another spacing.
     """
-    state_dict = unwrap(state_dict)
     _check_spacing(model)
-    kernel, own = "patch_embed.proj.weight", state_dict.get("patch_embed.proj.weight")
-    if own is not None and own.ndim == 5:
-        state_dict = {**state_dict, kernel: own.sum(dim=2)}
-    state_dict = eva.checkpoint_filter_fn(state_dict, _Flat(model) if model.spatial_dims == 3 else model)
-    if own is not None and own.ndim == 5:
-        state_dict = {**state_dict, kernel: resample_kernel(own, model.patch_embed.proj.kernel_size)}
-    freqs = state_dict.get("rope.freqs")
+    weights = unwrap(state_dict)
+    # timm's filter knows kernels and embeddings of images only: it is given the rest
+    own = [name for name in weights if name.endswith(_KERNELS) or name == "pos_embed"]
+    filtered = eva.checkpoint_filter_fn({name: weight for name, weight in weights.items() if name not in own}, model)
+    filtered |= {_KERNEL if name.endswith(_KERNELS) else name: weights[name] for name in own}
+    kernel = filtered.get(_KERNEL)
+    if kernel is not None and kernel.ndim > model.patch_embed.proj.weight.ndim:
+        raise ValueError("spatial_dims must be 3 for these weights, whose patches have a depth, got 2")
+    if "pos_embed" in own:
+        filtered["pos_embed"] = _fit_embedding(filtered["pos_embed"], kernel, model)
+    freqs = filtered.get("rope.freqs")
     if freqs is not None and len(freqs) < model.spatial_dims:
-        state_dict = {**state_dict, "rope.freqs": extend_along_z(freqs)}
-    state_dict = fit(state_dict, model, kernel)
-    check_names(state_dict, model, _HEAD)
-    warn_of_dropped_classifier(state_dict, model, "head")
-    return state_dict
+        filtered["rope.freqs"] = extend_along_z(freqs)
+    filtered = fit(filtered, model, _KERNEL)
+    if kernel is not None:
+        filtered[_KERNEL] = resample_kernel(filtered[_KERNEL], model.patch_embed.proj.kernel_size)
+    check_whole(filtered, model)
+    return filtered
+
+
+def _fit_embedding(embedding: Tensor, kernel: Tensor | None, model: RatVit) -> Tensor:
+    """Resamples a learned embedding ``[1, P + N, C]`` to the model's grid of patches, as timm's filter does."""
+    if model.pos_embed is None:
+        return embedding
+    prefix = model._embedded_prefix
+    plane = kernel if kernel is None or kernel.ndim == 4 else kernel[:, :, 0]
+    old = get_pretrained_grid_size(model, plane, embedding.shape[1] - prefix)
+    new = model.patch_embed.grid_size
+    if embedding.shape[1] == model.pos_embed.shape[1] and old in (None, new):
+        return embedding
+    return resample_abs_pos_embed(embedding, list(new), old, num_prefix_tokens=prefix)
 
 
 def _check_spacing(model: RatVit) -> None:
-    known = getattr(model, "pretrained_model_args", {}).get("spacing")
-    if known is not None:
-        trained = axis_values(known, "spacing", 2 if isinstance(known, (int, float)) else len(known))
+    stored = getattr(model, "pretrained_model_args", {}).get("spacing")
+    if stored is not None:
+        trained = axis_values(stored, "spacing", 2 if isinstance(stored, (int, float)) else len(stored))
         if trained[-2:] != model.reference_spacing[-2:]:
             raise ValueError(
-                f"spacing {model.reference_spacing} is not that of the weights, {known}, and these positions are in "
+                f"spacing {model.reference_spacing} is not that of the weights, {stored}, and these positions are in "
                 "fixed units: load the weights with their own, and tell forward the images' spacing"
             )

@@ -7,14 +7,16 @@ reference size at the reference spacing it is timm's, number for number.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
 from timm.layers.pos_embed_sincos import _apply_coord_augs
 from torch import Tensor
 
-FAMILIES = (RotaryEmbeddingCat, RotaryEmbeddingMixed, RotaryEmbeddingDinoV3)
+TimmRotary: TypeAlias = RotaryEmbeddingCat | RotaryEmbeddingMixed | RotaryEmbeddingDinoV3
+"""The rotary embeddings of timm's whose coordinates are evaluated here."""
+
 _GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 
 
@@ -40,14 +42,14 @@ class Frame(NamedTuple):
         return (2 * plane / self.extent.unsqueeze(1)).float()
 
 
-def frequencies(rope: Any, axes: int) -> Tensor:
+def frequencies(rope: TimmRotary, axes: int) -> Tensor:
     """Returns the frequency vectors of a timm embedding in array-axis order, radians per unit of its coordinate.
 
     Along z, which no weights know, a plane's frequency is as large as in the image's plane, times a cosine that differs
     from plane to plane: a step along z looks like no step in the plane.
 
     Args:
-        rope: One of `FAMILIES`.
+        rope: timm's embedding.
         axes: 2 or 3.
 
     Returns:
@@ -74,7 +76,7 @@ def _along_z(vectors: Tensor) -> Tensor:
     return vectors.norm(dim=-1, keepdim=True) * angle.cos().unsqueeze(-1)
 
 
-def coordinates(rope: Any, frame: Frame, places: Tensor) -> Tensor:
+def coordinates(rope: TimmRotary, frame: Frame, places: Tensor) -> Tensor:
     """Returns the rotary coordinates of physical ``places`` ``[1 or B, N, axes]``; float32, same shape."""
     count = frame.extent.new_tensor(frame.patches)
     offset = getattr(rope, "grid_offset", 0.0)
@@ -89,34 +91,33 @@ def coordinates(rope: Any, frame: Frame, places: Tensor) -> Tensor:
         step = (length / count)[:1]
         scale = torch.cat((step / frame.depth, scale), dim=-1)
         middle = torch.cat((torch.zeros_like(middle[:, :1]), middle), dim=-1)
-    found = (places - frame.center.unsqueeze(1)) * scale.unsqueeze(1) + middle.unsqueeze(1)
-    found = found.float()
+    coords = ((places - frame.center.unsqueeze(1)) * scale.unsqueeze(1) + middle.unsqueeze(1)).float()
     if rope.training and rope.aug_active:
-        found = _apply_coord_augs(found, rope.shift_coords, rope.jitter_coords, rope.rescale_coords)
-    return found
+        coords = _apply_coord_augs(coords, rope.shift_coords, rope.jitter_coords, rope.rescale_coords)
+    return coords
 
 
-def rotary_embedding(rope: Any, frame: Frame, places: Tensor) -> Tensor:
+def rotary_embedding(rope: TimmRotary, frame: Frame, places: Tensor) -> Tensor:
     """Returns sines and cosines in the layout of timm's attention.
 
     Args:
-        rope: One of `FAMILIES`.
+        rope: timm's embedding.
         frame: Where its coordinates lie.
         places: Physical positions, ``[1 or B, N, axes]``.
 
     Returns:
         ``[1 or B, 1, N, 2 * head_dim]``, or ``[depth, 1 or B, heads, N, 2 * head_dim]``; float32.
     """
-    found, vectors = coordinates(rope, frame, places), frequencies(rope, places.shape[-1])
+    coords, vectors = coordinates(rope, frame, places), frequencies(rope, places.shape[-1])
     if vectors.ndim == 4:
         vectors = vectors[:, None, :, None]  # [depth, 1, heads, 1, planes, axes]
     # no matrix product, whose precision autocast and TF32 lower
-    parts = zip(found[:, None].unsqueeze(-1).unbind(-2), vectors.unbind(-1), strict=True)
-    phase = sum((place * vector for place, vector in parts), start=torch.zeros((), device=found.device))
+    parts = zip(coords[:, None].unsqueeze(-1).unbind(-2), vectors.unbind(-1), strict=True)
+    phase = sum((place * vector for place, vector in parts), start=torch.zeros((), device=coords.device))
     return torch.cat([_layout(phase.sin(), rope), _layout(phase.cos(), rope)], dim=-1)
 
 
-def _layout(values: Tensor, rope: Any) -> Tensor:
+def _layout(values: Tensor, rope: TimmRotary) -> Tensor:
     if getattr(rope, "rotate_half", False):
         return torch.cat((values, values), dim=-1)
     return values.repeat_interleave(2, dim=-1)
