@@ -9,7 +9,18 @@
 `--help` lists what a config may hold. The folder has `train/<class>/*` and `validation/<class>/*`: OME-TIFF, OME-Zarr,
 NIfTI or DICOM, which say their pixel size, or PNG and JPEG, whose pixel size `--spacing` says. The same command goes on
 where it was interrupted, with the same losses as if it had not been. The folder `model` in the output is what
-`timm.create_model("local-dir:OUTPUT/model", pretrained=True)` takes.
+`timm.create_model("local-dir:OUTPUT/model", pretrained=True)` takes. A config is YAML:
+
+    output: runs/cells
+    model: rat_tiny
+    pretrained: false
+    data: cells
+    unit: um
+    size: [224, 224]
+    flip: true
+    epochs: 100
+    batch_size: 64
+    precision: bf16
 """
 
 import jsonargparse

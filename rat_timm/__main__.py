@@ -1,4 +1,23 @@
-"""The command line: ``python -m rat_timm list [FILTER]`` and ``python -m rat_timm run SCRIPT [ARGUMENTS]``."""
+r"""The command line: ``python -m rat_timm list [FILTER]`` and ``python -m rat_timm run SCRIPT [ARGUMENTS]``.
+
+``run`` registers the models and runs a script, also under torchrun (``torchrun -m rat_timm run ...``). timm's scripts,
+from a checkout of timm, fine-tune, test and export a model so (``train.py`` needs no ``run``):
+
+    python train.py --device-modules rat_timm --model test_rat --pretrained --num-classes 10 --data-dir DIGITS \
+        --train-split train --val-split validation --input-size 3 40 40 -b 32 --epochs 2 --warmup-epochs 0 \
+        --opt adamw --lr 5e-4 --weight-decay 0.05 --layer-decay 0.8 --model-ema --model-ema-decay 0.95 \
+        --amp --amp-dtype bfloat16 --hflip 0 --scale 0.7 1.0 --device cpu --output out --experiment first
+    python -m rat_timm run validate.py --model test_rat --num-classes 10 --data-dir DIGITS --split validation \
+        --input-size 3 40 40 --crop-pct 1.0 --checkpoint out/first/model_best.pth.tar --use-ema --device cpu
+    python -m rat_timm run inference.py --model test_rat --num-classes 10 --data-dir DIGITS/validation \
+        --input-size 3 40 40 --checkpoint out/first/model_best.pth.tar --topk 1 --device cpu
+    python -m rat_timm run benchmark.py --model test_rat --input-size 3 40 40 -b 8 --bench both --device cpu
+    python -m rat_timm run onnx_export.py model.onnx --model test_rat --num-classes 10 --img-size 40 \
+        --checkpoint out/first/model_best.pth.tar --dynamo --opset 18
+
+They know no spacing: every image has the reference spacing. ``train.py ... --resume out/first/last.pth.tar`` goes on.
+On CPUs timm's ``train.py`` cannot train in several processes, whatever the model.
+"""
 
 import argparse
 import fnmatch

@@ -1,4 +1,22 @@
-"""Other libraries' networks around a backbone of this package."""
+"""Other libraries' networks around a backbone of this package.
+
+Every library that takes timm backbones takes these, but hands on the image alone. Around any of its networks,
+
+    with rat_timm.geometry(spacing=0.5):
+        masks = unet(image)
+
+tells the backbone the rest; `WithGeometry` does so and also takes images whose sizes are no multiples of 32.
+segmentation_models_pytorch finds the models under "tu-" and their name; MONAI's ``FlexibleUNet`` after
+`register_monai_encoder`. torchvision's detectors, which resize and pad images, take `BackboneWithFpn` and are told by
+`DetectorWithGeometry`:
+
+    backbone = BackboneWithFpn(timm.create_model("rat_tiny", features_only=True))
+    detector = DetectorWithGeometry(FasterRCNN(backbone, num_classes=2))
+    boxes = detector.eval()([torch.rand(3, 300, 411)], spacing=0.5)
+
+lightly's methods without masks (DINO, BYOL) take any model with ``num_classes=0``; its ``MaskedVisionTransformerTIMM``
+takes timm's ``VisionTransformer`` alone, and so neither timm's rotary ViTs nor these models.
+"""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,19 +37,19 @@ from .optional import import_optional
 
 
 class WithGeometry(nn.Module):
-    """A network around a RAT that takes one image alone, made to take what is known of the image, and any size.
+    """Lets a network around a backbone of this package take spacing, mask and origin, and images of any size.
 
         unet = WithGeometry(smp.Unet("tu-rat_tiny", encoder_weights=None, classes=2))
         logits = unet(image, spacing=0.5, mask=mask)  # [B, 2, *size]
 
-    Images are filled up at the far ends to whole multiples, the fill is masked, and the result is cut off again. (Near
-    the fill, neighbourhood attention keeps to windows inside the filled image: results there differ a little from
-    those of an image that needs none.)
+    Images are padded at the far ends to sizes that are multiples of ``multiple``, the padding is masked, and the result
+    is cropped to the image's size. (Near the padding, neighbourhood attention keeps to windows inside the padded image,
+    so that results there differ a little from those of an image that needs no padding.)
 
     Args:
-        network: Gives ``[B, classes, *size]`` for an image ``[B, C, *size]``, such as one of
+        network: Returns ``[B, classes, *size]`` for an image ``[B, C, *size]``, such as one of
             segmentation_models_pytorch or MONAI's ``FlexibleUNet``.
-        multiple: Of which the sizes that it takes are multiples.
+        multiple: ``network`` takes images whose sizes are multiples of this number.
     """
 
     def __init__(self, network: nn.Module, multiple: int = 32) -> None:
@@ -51,7 +69,7 @@ class WithGeometry(nn.Module):
             origin: Physical position of the first pixel's centre, in the forms of ``spacing``.
 
         Raises:
-            ValueError: If what is known does not fit the image, or the network gives another size than it was given.
+            ValueError: If an argument does not fit the image, or the network returns a map of another size.
         """
         filled, told = fill_up(self.network, x, what_is_told(x, spacing, mask, origin), self.multiple)
         with geometry(**told._asdict()):
@@ -64,7 +82,7 @@ class WithGeometry(nn.Module):
 
 
 def fill_up(network: nn.Module, x: Tensor, told: Told, multiple: int) -> tuple[Tensor, Told]:
-    """Fills images ``[B, C, *size]`` up with masked zeros at the far ends, to whole multiples along each axis."""
+    """Pads images ``[B, C, *size]`` with masked zeros at the far ends, to multiples of ``multiple`` along each axis."""
     fill = [part for n in reversed(x.shape[2:]) for part in (0, -n % multiple)]
     check_mask(told.mask, (len(x), *x.shape[2:]))
     if not any(fill):
@@ -219,11 +237,11 @@ def register_monai_encoder(name: str, **kwargs: Any) -> None:
         register_monai_encoder("rat_tiny_3d")
         unet = WithGeometry(FlexibleUNet(1, 2, "rat_tiny_3d", spatial_dims=3))
 
-    By itself, ``FlexibleUNet`` returns maps of images that are filled up to whole multiples of 32.
+    Without `WithGeometry`, ``FlexibleUNet`` returns maps of the image padded to multiples of 32.
 
     Args:
         name: A registered name.
-        **kwargs: Of ``timm.create_model``.
+        **kwargs: Keywords of ``timm.create_model``.
 
     Raises:
         ValueError: If the model's maps have other strides than 4, 8, 16 and 32.

@@ -1,4 +1,4 @@
-"""What a model costs to run, counted without running it."""
+"""The cost of a forward pass, counted without computing it."""
 
 import copy
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def count_macs(model: nn.Module, x: Tensor | Sequence[Tensor]) -> int:
 
     Args:
         model: Any network, on any device.
-        x: Its input, a tensor or a list of tensors. Nothing is computed with it.
+        x: Its input, a tensor or a list of tensors, of which only the shapes are used.
     """
     shapes = copy.deepcopy(model).to("meta").requires_grad_(False)  # the counter asks for the gradients of views
     inputs = x.to("meta") if isinstance(x, Tensor) else [level.to("meta") for level in x]

@@ -29,23 +29,25 @@ def sliding_window(
 
         logits = sliding_window(model, batch.image, (96, 96, 96), spacing=batch.spacing, mask=batch.mask, overlap=0.5)
 
-    Handed to MONAI's function as keywords, spacing and mask would reach every call whole, while the windows of a call
-    may be of any samples: the model would see one sample's windows with another's spacing. Here each window has its own
-    sample's spacing and its own part of the mask.
+    MONAI's function hands its keywords to every call of the model as they are, while the windows of a call may be of
+    any samples: with spacing and mask among them, one sample's windows would be seen with another's spacing. Here each
+    window has the spacing of its own sample and its own part of the mask.
 
     Args:
         model: Is called with windows ``[N, C, *window]``, ``spacing`` ``[N, axes]`` and ``mask`` (None, or
             ``[N, *window]``); returns what MONAI takes, such as a map ``[N, classes, *window]``.
         image: ``[B, C, *grid]``.
-        roi_size: Pixels of a window along each axis, or along all; those of an axis that is shorter are the axis's own,
-            so that nothing is filled up.
+        roi_size: Size of a window in pixels, one number or one per axis. A shorter axis of the image is taken whole, so
+            that images are not padded.
         spacing: ``[axes]`` or ``[B, axes]``, physical, in array-axis order (z, y, x).
         mask: ``[B, *grid]``, bool, True = valid.
         sw_batch_size: Windows in a call of the model.
-        options: More of MONAI's, such as ``overlap``, ``mode`` ("constant" or "gaussian") and ``device``.
+        options: Further keywords of MONAI's function, such as ``overlap``, ``mode`` ("constant" or "gaussian") and
+            ``device``.
 
     Returns:
-        What the model returns, of the whole images: ``[B, classes, *grid]``. Where the mask is False, it means nothing.
+        What the model returns, of the whole images: ``[B, classes, *grid]``. Values where the mask is False are
+        meaningless.
 
     Raises:
         ValueError: If the arguments do not fit together.

@@ -74,7 +74,9 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     names = {}
     exec("\n".join(blocks), names)
     assert names["logits"].shape == (1, 10)
-    assert names["labels"].shape == (1, 224, 224)
+    assert names["segmentation"].shape == (2, 2, 192, 256)
+    assert names["shares"].shape == (1, 48, 64, 48)
+    assert names["labels"].shape == (1, 192, 256)
     assert names["scan"].spacing == (0.5, 0.25)
 
 

@@ -1,6 +1,22 @@
-"""Images and volumes with their pixel size: readers, transforms that keep the size right, batches.
+"""Images and volumes with their pixel size: readers, transforms that keep the size right, batches (extra ``data``).
 
 Spacing is physical, in array-axis order (z, y, x), as everywhere in this package; masks are True = valid.
+
+    scan = data.read("cells.ome.tif", unit="um")  # pixels [channels, z, y, x], spacing (z, y, x)
+    sample = data.Sample(scan.pixels / 255, torch.tensor(scan.spacing), target=1)
+    transform = data.training_transform((224, 224))  # three numbers for volumes
+    loader = DataLoader([transform(sample)], collate_fn=data.collate)  # spacings and sizes may differ
+    for batch in loader:
+        logits = model(batch.image, spacing=batch.spacing, mask=batch.mask)
+
+- `read` takes OME-TIFF, OME-Zarr, NIfTI and DICOM: paths, file objects (with ``format=".nii.gz"``), addresses of fsspec
+  and ``zarr.Group``; ``region`` reads a part, and `read_lazy` gives a Dask array.
+- A pixel size that is missing, has no unit or cannot be true is an error, and so is a file that is damaged or larger
+  than ``max_bytes``: `ReadError`, a ``ValueError`` that begins with the file's name. In a folder of DICOM slices,
+  hidden files, texts and files of other kinds are left out; every other file must be a readable slice.
+- Targets that are maps or boxes are transformed along. `Spacing` follows images through torchvision's transforms (v2)
+  as key points do; `metatensor_spacing` reads what MONAI's transforms did to a ``MetaTensor``.
+- Images too large for one call: `rat_timm.evaluation.sliding_window`.
 """
 
 from .errors import ReadError

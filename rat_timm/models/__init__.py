@@ -1,4 +1,27 @@
-"""The families of models; importing this package registers them with timm."""
+"""The families of models; importing this package registers them with timm.
+
+**Compiling.** ``torch.compile(fullgraph=True)`` and ``torch.export`` work. Each image size is a program of its own, and
+so is each spacing where the stem or the patches are physical, which must then be numbers: give
+``torch.compile(dynamic=False)``, and for more than eight sizes raise ``torch._dynamo.config.recompile_limit``. Inside a
+compiled model the values of a spacing tensor are not checked. ``torch.jit.trace`` works for one image size;
+``torch.jit.script`` does not.
+
+**ONNX** (extra ``export``) takes any batch size, and the spacing as an input unless the stem is physical:
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.onnx.export(
+        model.eval(),
+        (torch.randn(2, 3, 224, 224),),
+        kwargs={"spacing": torch.ones(2, 2)},
+        dynamic_shapes={"x": {0: batch}, "spacing": {0: batch}},
+        dynamo=True,
+    )  # a minute for test_rat, ten for rat_tiny
+    program.save("model.onnx")
+
+**Hooks.** A forward hook on ``model.stages[i]`` of a ``rat_tiny``, say, gets the map that ``features_only`` gives, so
+that timm's ``feature_cls="hook"``, torchvision's ``create_feature_extractor(model, {"stages.2": "map"})``, class
+activation maps and captum work on stages.
+"""
 
 from .apvit import AdaptiveVit
 from .rat import RatConfig, ResolutionAwareTransformer

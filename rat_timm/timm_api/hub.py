@@ -4,6 +4,18 @@ A saved folder holds ``model.safetensors``, a ``config.json`` that timm and tran
 config has one key more than timm's, "rat_timm", with this package's version and the SHA-256 of the weights' file, whose
 metadata hold a SHA-256 of the config. `checkpoints` compares both whenever a model of this package loads from
 ``hf-hub:``, ``local-dir:`` or an entry's ``hf_hub_id``.
+
+    hub.save(model, "digits")
+    again = timm.create_model("local-dir:digits", pretrained=True)
+
+    hub.push(model, "me/digits")  # private=True, token=..., label_names=[...], description="..."
+    again = timm.create_model("hf-hub:me/digits", pretrained=True)  # or hf-hub:me/digits@revision
+    overlay = {"hf_hub_id": "me/digits"}
+    finer = timm.create_model("test_rat", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
+
+Damaged files are errors that say which file to delete. What timm or transformers saved has no digest and loads with a
+warning. A config that was edited by hand is refused: give keywords to ``create_model`` and save again. Only safetensors
+are opened, never pickles. ``checkpoint_path=`` is timm's: it neither checks nor converts.
 """
 
 import copy
