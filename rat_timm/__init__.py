@@ -7,7 +7,7 @@ from .geometry.context import geometry
 from .geometry.grid import Grid
 from .geometry.resample import resample_limit, set_resample_limit
 from .models import AdaptiveVit, RatConfig, RatVit, ResolutionAwareTransformer
-from .ops.neighborhood.backend import attention_backend, set_attention_backend
+from .ops.neighborhood import attention_backend, set_attention_backend
 from .ops.windows import set_plan_limit
 from .timm_api import hub
 

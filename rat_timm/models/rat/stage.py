@@ -17,6 +17,7 @@ from ...layers.rose import RotarySpatialEmbedding
 from ...layers.tracing import traced_as_whole
 from ...ops.assignment import Assignment
 from ...ops.masking import join_masks, pool_mask
+from ...ops.windows import Tiles
 from .config import RatConfig, StageConfig
 
 TAKEN = 0.1
@@ -189,7 +190,8 @@ class Stage(nn.Module):
         levels = []
         for x, grid, mask in pyramid.levels:
             positions = grid.positions(field_center([grid]), self.unit)
-            levels.append(Tokens(self._run_blocks(x, positions, mask), grid, mask))
+            plan = self.blocks[0].attn.plan(x) if len(self.blocks) else None
+            levels.append(Tokens(self._run_blocks(x, positions, mask, plan), grid, mask))
         return pyramid._replace(levels=levels)
 
     def _attend_together(self, pyramid: Pyramid) -> Pyramid:
@@ -197,9 +199,9 @@ class Stage(nn.Module):
         x = self._run_blocks(x, positions, mask)
         return _from_sequence(x, pyramid)
 
-    def _run_blocks(self, x: Tensor, positions: Positions, mask: Tensor | None) -> Tensor:
+    def _run_blocks(self, x: Tensor, positions: Positions, mask: Tensor | None, plan: Tiles | None = None) -> Tensor:
         for block in self.blocks:
-            x = self._run(block, x, positions, mask)
+            x = self._run(block, x, positions, mask, plan)
         return x
 
     def _run(self, module: nn.Module, *inputs: Any) -> Any:
