@@ -86,10 +86,10 @@ def _attend_in_program(call: Call, tiles: windows.Tiles) -> Tensor:
         g.take_in_program(x) for g, x in ((tiles.queries, call.query), (tiles.keys, call.key), (tiles.keys, call.value))
     )
     if call.mask is None:
-        bias = _bias(tiles, q.dtype).expand(len(call.query), -1, -1, -1, -1).flatten(0, 1)
+        bias = _bias(tiles, q.dtype).expand(call.query.shape[0], -1, -1, -1, -1).flatten(0, 1)
         return tiles.untile_in_program(attention(q, k, v, bias, call.dropout_p))
     valid = tiles.keys.take_in_program(call.mask[..., None, None]).transpose(2, 3)  # [B * tiles, 1, 1, keys]
-    allowed = tiles.allowed().expand(len(call.query), -1, -1, -1).flatten(0, 1).unsqueeze(1) & valid
+    allowed = tiles.allowed().expand(call.query.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1) & valid
     return tiles.untile_in_program(masked_attention(q, k, v, allowed, call.dropout_p))
 
 
