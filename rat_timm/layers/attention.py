@@ -68,13 +68,10 @@ class Attention(nn.Module):
             mask: ``[B, *grid]`` or ``[B, N]``, bool, True = valid: others are not attended to.
             plan: See `plan`; None makes or finds it.
         """
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, ..., 3, heads, d]
-        rotation = self.rose.rotation(positions, qkv.dtype)
-        if rotation is None:
-            query, key, value = qkv.unbind(-3)
-        else:
-            both, value = qkv.split((2, 1), dim=-3)
-            (query, key), value = rotation.together(both).unbind(-3), value.squeeze(-3)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, ..., heads, d]
+        rotation = self.rose.rotation(positions, query.dtype)
+        if rotation is not None:
+            query, key = rotation(query), rotation(key)
         dropout_p = self.attn_drop if self.training else 0.0
         if self.attn_kernel_size is not None:
             out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p, plan)

@@ -35,10 +35,6 @@ class Rotation(NamedTuple):
             return torch.cat((self(x[..., :heads, :]), x[..., heads:, :]), dim=-2)
         return _turn(x.unflatten(-1, (-1, 2)), self.table).flatten(-2)
 
-    def together(self, x: Tensor) -> Tensor:
-        """Rotates what stands at the same places, such as queries and keys: ``x`` ``[B, ..., parts, heads, d]``."""
-        return Rotation(self.table.unsqueeze(-4))(x)
-
 
 def _complex_runs(x: Tensor) -> bool:
     """Tells whether planes ``[..., 2]`` can be turned as complex numbers: one pass over memory instead of several.
@@ -49,7 +45,7 @@ def _complex_runs(x: Tensor) -> bool:
         return False
     *steps, last = x.stride()
     all_even = functools.reduce(operator.or_, steps, x.storage_offset()) % 2 == 0
-    return last == 1 and all_even and x.device.type in ("cpu", "cuda")
+    return bool(last == 1 and all_even and x.device.type in ("cpu", "cuda"))
 
 
 class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):

@@ -20,7 +20,8 @@ def compiled_once(function: Callable[P, R]) -> Callable[P, R]:
     """
     mark = torch.compiler.nested_compile_region
     # by default a model with more levels and stages is an error
-    limit = {"max_reuse_entries": 1 << 10} if "max_reuse_entries" in inspect.signature(mark).parameters else {}
+    has_limit = "max_reuse_entries" in inspect.signature(mark).parameters
+    limit: dict[str, Any] = {"max_reuse_entries": 1 << 10} if has_limit else {}
     region = mark(function, **limit)
 
     @functools.wraps(function)

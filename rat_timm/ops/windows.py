@@ -106,7 +106,7 @@ class RowIndex(NamedTuple):
 
     def add(self, x: Tensor) -> Tensor:
         """``[entries, C]`` -> ``[rows, C]``, summing repetitions: `take` transposed."""
-        return _Add.apply(x, self) if has_gradient(x) else _Add.forward(x, self)
+        return _Add.apply(x, self)
 
 
 class _OfRows(torch.autograd.Function):

@@ -190,8 +190,7 @@ class Stage(nn.Module):
         levels = []
         for x, grid, mask in pyramid.levels:
             positions = grid.positions(field_center([grid]), self.unit)
-            plan = self.blocks[0].attn.plan(x) if len(self.blocks) else None
-            levels.append(Tokens(self._run_blocks(x, positions, mask, plan), grid, mask))
+            levels.append(Tokens(self._run_blocks(x, positions, mask, self._plan(x)), grid, mask))
         return pyramid._replace(levels=levels)
 
     def _attend_together(self, pyramid: Pyramid) -> Pyramid:
@@ -203,6 +202,10 @@ class Stage(nn.Module):
         for block in self.blocks:
             x = self._run(block, x, positions, mask, plan)
         return x
+
+    def _plan(self, x: Tensor) -> Tiles | None:
+        first: Any = next(iter(self.blocks), None)
+        return None if first is None else first.attn.plan(x)
 
     def _run(self, module: nn.Module, *inputs: Any) -> Any:
         return checkpoint(module, *inputs) if self.grad_checkpointing else module(*inputs)
