@@ -19,7 +19,7 @@ def compiled_once(function: Callable[P, R]) -> Callable[P, R]:
     given to it too.
     """
     mark = torch.compiler.nested_compile_region
-    # by default a model with more levels and stages is an error
+    # by default more than 8 sizes, as a pyramid in four stages has, are an error
     has_limit = "max_reuse_entries" in inspect.signature(mark).parameters
     limit: dict[str, Any] = {"max_reuse_entries": 1 << 10} if has_limit else {}
     region = mark(function, **limit)
