@@ -8,6 +8,7 @@ places its patches itself. The digits are those that scikit-learn ships; those t
 """
 
 import argparse
+import functools
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +22,16 @@ import timm
 import torch
 from joblib import Parallel, delayed
 from matplotlib.patches import Polygon
-from pretrain_test_weights import Digits, digits
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
 
 import rat_timm  # noqa: F401  (registers the models)
 from rat_timm.cost import count_macs
+from training.digits import Digits, digits
+from training.engines import TorchEngine
+from training.steps import Recipe, answers, fit, image_alone, one_cycle
 
 CANVAS = 64  # pixels per axis
 SIZES = (20, 44)  # of a digit, in pixels
@@ -40,12 +44,12 @@ class Canvases(NamedTuple):
     """Canvases with a digit each.
 
     Attributes:
-        x: ``[N, 1, CANVAS, CANVAS]``.
-        label: ``[N]``.
+        image: ``[N, 1, CANVAS, CANVAS]``.
+        target: Which digits they are, ``[N]``.
     """
 
-    x: Tensor
-    label: Tensor
+    image: Tensor
+    target: Tensor
 
 
 def place(x: Tensor, size: Tensor, center: Tensor) -> Tensor:
@@ -101,32 +105,27 @@ def adaptive(tokens: int) -> nn.Module:
 NETWORKS = {"regular": Regular, "adaptive": adaptive}
 
 
-def train(model: nn.Module, canvases: Canvases, steps: int, batch: int = 64) -> None:
-    """Trains a model."""
+def make_optimizer(model: nn.Module) -> Optimizer:
+    """Makes AdamW; places that move as fast as what is learned from them may run away from it."""
     placing = [p for name, p in model.named_parameters() if name.startswith("patching.")]
     others = [p for name, p in model.named_parameters() if not name.startswith("patching.")]
-    # places that move as fast as what is learned from them may run away from it
     groups = [{"params": others, "lr": 1e-3}, {"params": placing, "lr": 3e-4}]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in groups], steps, pct_start=0.1)
-    model.train()
-    for _ in range(steps):
-        chosen = torch.randint(len(canvases.x), (batch,))
-        loss = F.cross_entropy(model(canvases.x[chosen]), canvases.label[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
+    return AdamW([group for group in groups if group["params"]], weight_decay=0.05)
 
 
-@torch.inference_mode()
+def train(model: nn.Module, canvases: Canvases, steps: int, batch: int = 64) -> None:
+    """Trains a model."""
+    engine = TorchEngine(model, make_optimizer, Recipe(image_alone, label_smoothing=0.0))
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
+    chosen = (torch.randint(len(canvases.image), (batch,)) for _ in range(steps))
+    batches = (Canvases(canvases.image[each], canvases.target[each]) for each in chosen)
+    fit(engine, batches, one_cycle(engine.optimizer, rates, steps, warmup=0.1))
+
+
 def accuracy(model: nn.Module, canvases: Canvases) -> float:
     """Returns the percentage that is told right."""
-    right = [(model(x).argmax(-1) == y).float() for x, y in zip(*(part.split(256) for part in canvases), strict=True)]
-    return 100 * torch.cat(right).mean().item()
+    parts = itertools.starmap(Canvases, zip(*(part.split(256) for part in canvases), strict=True))
+    return 100 * answers(functools.partial(image_alone, model.eval()), parts).float().mean().item()
 
 
 class Result(NamedTuple):
@@ -169,8 +168,8 @@ def show(before: nn.Module, after: nn.Module, canvases: Canvases, file: Path, co
     """Draws the patches over canvases, before and after training."""
     figure, axes = plt.subplots(2, count, figsize=(2 * count, 4.4))
     for row, (name, model) in enumerate((("before training", before), ("after training", after))):
-        places = corners(model.eval(), canvases.x[:count])
-        for axis, x, boxes, label in zip(axes[row], canvases.x, places, canvases.label, strict=False):
+        places = corners(model.eval(), canvases.image[:count])
+        for axis, x, boxes, label in zip(axes[row], canvases.image, places, canvases.target, strict=False):
             axis.imshow(x[0], cmap="gray")
             for index, box in enumerate(boxes):
                 axis.add_patch(Polygon(box.numpy(), fill=False, edgecolor=f"C{index % 10}"))

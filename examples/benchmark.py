@@ -7,15 +7,21 @@
     python examples/benchmark.py --models rat_classic --size 256+128+64 --batch 1
     python examples/benchmark.py --models rat_tiny_3d --peers monai_swin_vit --features --size 96 --batch 1
     python examples/benchmark.py --operations
+    python examples/benchmark.py --models rat_tiny rat_tiny@flex --device cuda --dtype bfloat16 --batch 64 --memory
 
 Every model is a name of timm's registry, or NAME+conv, a hierarchical RAT with a strided convolution instead of spatial
 grouping attention; upstream_rat, the seed's network with its defaults; monai_swin_vit, the encoder of MONAI's SwinUNETR
-(feature size 24). A ratio is the median over the runs of a peer's time divided by the model's in the same run: above 1
-the model is faster. Memory is what one step needs beside the imported packages and the model, in a process of its own;
-share is that of the rate at which the device multiplies large matrices, measured in the same run.
+(feature size 24). NAME@BACKEND runs neighbourhood attention on a backend (`rat_timm.set_attention_backend`). A ratio is
+the median over the runs of a peer's time divided by the model's in the same run: above 1 the model is faster. Memory is
+what one step needs beside the model: on a GPU as PyTorch allocates it, on the CPU in a process of its own, beside the
+imported packages. Share is that of the rate at which the device multiplies large matrices, measured in the same run.
+
+What a model raises is printed and recorded, the others are measured, and the exit status is 1.
 """
 
 import argparse
+import contextlib
+import csv
 import dataclasses
 import functools
 import json
@@ -23,6 +29,7 @@ import math
 import multiprocessing
 import resource
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
@@ -39,14 +46,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
+import rat_timm
 from rat_timm.cost import count_macs
-from rat_timm.geometry.grid import Pyramid, Tokens, channels_first, channels_last
 from rat_timm.layers import grouping_attention, local_grouping_attention, neighborhood_attention
 from rat_timm.optional import import_optional
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STAGES = ((56, 2), (28, 4), (14, 8))  # length and heads of rat_tiny's first stages for an image of 224 x 224
-ROOF = 2048  # rows and columns of the matrices whose product sets the roof
+ROOF = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices whose product sets the roof
+STEPS = {"cpu": 1, "cuda": 10}  # in a row in each turn: a GPU works while the next are launched
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Setting:
     dtype: str = "float32"
     batch: int = 4
     mode: str = "infer"
-    compile: bool = False
+    compile: str | None = None
     features: bool = False
 
 
@@ -71,26 +80,7 @@ class Contender(NamedTuple):
     pixels: int
     parameters: int = 0
     macs: int = 0
-
-
-class StridedConv(nn.Module):
-    """The control for spatial grouping attention: its strided convolution and norm alone."""
-
-    def __init__(self, downsample: nn.Module) -> None:
-        super().__init__()
-        self.sga, self.proj, self.step = downsample.sga, downsample.proj, downsample.step
-        for name in ("kv", "q", "mlp", "rose", "norm2", "norm3"):
-            delattr(self.sga, name)
-        del self.sga.temp
-
-    def forward(self, pyramid: Pyramid, return_assignments: bool = False) -> tuple[Pyramid, None]:
-        """Takes the place of `rat_timm.models.rat.stage.Downsample`."""
-        return pyramid._replace(levels=[self._level(tokens) for tokens in pyramid.levels]), None
-
-    def _level(self, tokens: Tokens) -> Tokens:
-        x = channels_last(self.sga.strider(channels_first(tokens.x)))
-        x = self.sga.norm1(x)
-        return Tokens(x if self.proj is None else self.proj(x), tokens.grid.conv(*self.step))
+    memory: tuple[float, float] | None = None
 
 
 class Peer(NamedTuple):
@@ -117,22 +107,20 @@ PEERS = {"upstream_rat": Peer(upstream_rat, 3, 2), "monai_swin_vit": Peer(monai_
 
 def build(name: str, setting: Setting) -> nn.Module:
     """Builds a model by name on the setting's device, in training mode if that is measured."""
-    base, _, change = name.partition("+")
+    base, _, change = name.partition("@")[0].partition("+")
     if change not in ("", "conv"):
         raise ValueError(f"a model is NAME or NAME+conv, got {name!r}")
     if base in PEERS:
         model = PEERS[base].build()
     else:
-        model = timm.create_model(base, **({"features_only": True} if setting.features else {}))
-    if change:
-        for stage in (model.model if setting.features else model).stages:
-            stage.downsample = None if stage.downsample is None else StridedConv(stage.downsample)
+        kwargs = {"sga_attention_type": "none"} if change else {}
+        model = timm.create_model(base, **({"features_only": True} if setting.features else {}), **kwargs)
     return model.to(setting.device).train(setting.mode == "train")
 
 
 def images(name: str, size: str, setting: Setting) -> Any:
     """Makes a random image, 224 square or cubic, 64x96x96 not, or a pyramid, 256+128+64."""
-    base = name.partition("+")[0]
+    base = name.partition("@")[0].partition("+")[0]
     if base in PEERS:
         _, channels, axes = PEERS[base]
     else:
@@ -146,24 +134,36 @@ def images(name: str, size: str, setting: Setting) -> Any:
     return levels[0] if len(levels) == 1 else levels
 
 
-def make_step(model: nn.Module, x: Any, setting: Setting) -> Callable[[], None]:
-    """Returns what is timed: a forward pass, or forward and backward."""
-    run = torch.compile(model) if setting.compile else model
+def make_step(name: str, model: nn.Module, x: Any, setting: Setting) -> Callable[[], None]:
+    """Returns what is timed: a forward pass, or forward and backward, on the backend that the name asks for."""
+    run = torch.compile(model, mode=setting.compile) if setting.compile else model
+    chosen = functools.partial(on_backend, name.partition("@")[2])
     precision = functools.partial(
         torch.autocast, setting.device, DTYPES[setting.dtype], enabled=setting.dtype != "float32"
     )
 
     def infer() -> None:
-        with torch.inference_mode(), precision():
+        with chosen(), torch.inference_mode(), precision():
             run(x)
 
     def train() -> None:
         model.zero_grad()
-        with precision():
+        with chosen(), precision():
             loss = sum(out.float().square().mean() for out in tensors(run(x)))
         loss.backward()
 
     return train if setting.mode == "train" else infer
+
+
+@contextlib.contextmanager
+def on_backend(name: str) -> Iterator[None]:
+    """Chooses what neighbourhood attention runs on, for a while; nothing changes without a name."""
+    before = rat_timm.attention_backend()
+    rat_timm.set_attention_backend(name or before)
+    try:
+        yield
+    finally:
+        rat_timm.set_attention_backend(before)
 
 
 def tensors(out: Any) -> Iterator[Tensor]:
@@ -177,19 +177,61 @@ def tensors(out: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
-def contender(name: str, size: str, setting: Setting) -> Contender:
-    """Builds a model and its step, and counts what it has to do."""
+def contender(name: str, size: str, setting: Setting, with_memory: bool = False) -> Contender:
+    """Builds a model and its step, counts what it has to do, and makes a first step, which compiles it."""
+    used = None
+    if with_memory and setting.device == "cpu":
+        used = in_new_process(measure_memory, name, size, setting)
+    before = allocated(setting)
     model, x = build(name, setting), images(name, size, setting)
     levels = [x] if isinstance(x, Tensor) else x
+    macs = count_macs(model, x)
+    step = make_step(name, model, x, setting)
+    step()
+    if with_memory and setting.device == "cuda":
+        needed, peak = cuda_memory(step)
+        used = needed, peak - before
     return Contender(
         name=name,
         size=size,
-        step=make_step(model, x, setting),
+        step=step,
         images=setting.batch,
         pixels=sum(level[:, 0].numel() for level in levels),
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=count_macs(model, x),
+        macs=macs,
+        memory=used,
     )
+
+
+def allocated(setting: Setting) -> int:
+    """Returns the bytes that PyTorch holds for tensors on the GPU."""
+    return torch.cuda.memory_allocated() if setting.device == "cuda" else 0
+
+
+def cuda_memory(step: Callable[[], Any]) -> tuple[int, int]:
+    """Returns the bytes that one step needs on the GPU beside what is there (a training step keeps its gradients)."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    return peak - before, peak
+
+
+def contenders_of(
+    entries: Sequence[tuple[str, str]], setting: Setting, with_memory: bool
+) -> tuple[list[Contender], list[dict]]:
+    """Returns what can be timed, and a record of each model that cannot."""
+    found, failed = [], []
+    for name, size in track(entries, "building", transient=True):
+        try:
+            found.append(contender(name, size, setting, with_memory))
+        except Exception as error:
+            traceback.print_exc()
+            failed.append({"model": name, "size": size, "error": f"{type(error).__name__}: {error}"[:500]})
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
+    return found, failed
 
 
 def operations(setting: Setting) -> list[Contender]:
@@ -201,6 +243,7 @@ def operations(setting: Setting) -> list[Contender]:
         groups = torch.randn(setting.batch, length // 2, length // 2, heads, 32, device=q.device, dtype=q.dtype)
         calls: dict[str, functools.partial] = {
             "neighbourhood 7x7": functools.partial(neighborhood_attention, q, k, v, 7),
+            **({"neighbourhood 7x7, flex": functools.partial(flex, q, k, v, 7)} if setting.device == "cuda" else {}),
             "windows 7x7": functools.partial(windows, q, k, v, 7),
             "global": functools.partial(over_all, q, k, v),
             **({"NATTEN 7x7": functools.partial(natten, q, k, v, 7)} if find_spec("natten") else {}),
@@ -240,6 +283,12 @@ def windows(query: Tensor, key: Tensor, value: Tensor, size: int) -> Tensor:
     return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(query.shape)
 
 
+def flex(query: Tensor, key: Tensor, value: Tensor, kernel_size: int) -> Tensor:
+    """Runs neighbourhood attention on FlexAttention."""
+    with on_backend("flex"):
+        return neighborhood_attention(query, key, value, kernel_size)
+
+
 def over_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attends from every place to every place."""
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
@@ -267,30 +316,28 @@ def explicit(groups: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def roof(setting: Setting) -> Contender:
     """Returns the product of large matrices, whose rate is the device's roof."""
-    a, b = (torch.randn(ROOF, ROOF, device=setting.device, dtype=DTYPES[setting.dtype]) for _ in range(2))
-    return Contender("matrix product", str(ROOF), functools.partial(torch.matmul, a, b), 1, 1, macs=ROOF**3)
+    size = ROOF[setting.device]
+    a, b = (torch.randn(size, size, device=setting.device, dtype=DTYPES[setting.dtype]) for _ in range(2))
+    return Contender("matrix product", str(size), functools.partial(torch.matmul, a, b), 1, 1, macs=size**3)
 
 
-def alternate(contenders: Sequence[Contender], runs: int) -> list[list[float]]:
-    """Times the contenders in turns, ``runs`` times, in seconds; PyTorch's timer warms each up before every turn."""
+def alternate(contenders: Sequence[Contender], runs: int, steps: int) -> list[list[float]]:
+    """Times the contenders in turns, ``runs`` times, in seconds per step.
+
+    PyTorch's timer warms each up before every turn and waits for the GPU before it reads the clock.
+    """
     threads = torch.get_num_threads()
     timers = [Timer("step()", globals={"step": c.step}, num_threads=threads) for c in contenders]
-    turns = [[timer.timeit(1).median for timer in timers] for _ in track(range(runs), "timing", transient=True)]
+    turns = [[timer.timeit(steps).median for timer in timers] for _ in track(range(runs), "timing", transient=True)]
     return [list(times) for times in zip(*turns, strict=True)]
 
 
 def measure_memory(name: str, size: str, setting: Setting) -> tuple[float, float]:
     """Returns the bytes that one step needs beside packages and model, and the peak of all; to run in a new process."""
-    step = make_step(build(name, setting), images(name, size, setting), setting)
-    if setting.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        before = resident()
-        step()
-        peak = resident()
+    step = make_step(name, build(name, setting), images(name, size, setting), setting)
+    before = resident()
+    step()
+    peak = resident()
     return peak - before, peak
 
 
@@ -327,6 +374,7 @@ def rows(contenders: Sequence[Contender], times: Sequence[Sequence[float]], peer
                 "nanoseconds_per_pixel": median(seconds) / entry.pixels * 1e9,
                 "share": entry.macs / median(seconds) / rate,
                 "speed_over": ratios,
+                **(dict(zip(("step_bytes", "peak_bytes"), entry.memory, strict=True)) if entry.memory else {}),
             }
         )
     return found
@@ -339,7 +387,7 @@ def show(results: Sequence[dict], peers: Sequence[str], title: str) -> None:
         table.add_column(column, justify="left" if column == "model" else "right")
     for peer in peers:
         table.add_column(f"speed over {peer}", justify="right")
-    remembered = "step_bytes" in results[0]
+    remembered = any("step_bytes" in r for r in results)
     if remembered:
         table.add_column("step GB", justify="right")
         table.add_column("peak GB", justify="right")
@@ -368,6 +416,21 @@ def plot(results: Sequence[dict], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+COLUMNS = ("model", "size", "parameters", "macs", "seconds", "images_per_second", "share", "step_bytes", "peak_bytes")
+
+
+def append_csv(results: Sequence[dict], about: dict, file: Path) -> None:
+    """Appends a row per result to a table, which is begun if it is not there."""
+    begun = file.exists()
+    with file.open("a", newline="") as stream:
+        table = csv.DictWriter(stream, (*about, *COLUMNS, "speed_over", "error"), extrasaction="ignore")
+        if not begun:
+            table.writeheader()
+        for result in results:
+            ratios = " ".join(f"{peer}={ratio:.3f}" for peer, ratio in result.get("speed_over", {}).items())
+            table.writerow({**about, **result, "speed_over": ratios})
+
+
 def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -379,11 +442,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mode", choices=("infer", "train"), default="infer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="torch.compile, and its mode"
+    )
     parser.add_argument("--features", action="store_true", help="timm's features_only models")
-    parser.add_argument("--memory", action="store_true", help="measure memory too, in a new process per model and size")
+    parser.add_argument("--memory", action="store_true", help="measure memory too; on the CPU in new processes")
     parser.add_argument("--runs", type=int, default=9, help="how often all are timed in turns")
+    parser.add_argument("--steps", type=int, help="steps in a row in a turn: 1 on the CPU, 10 on a GPU by default")
     parser.add_argument("--json", type=Path, help="file for what was measured")
+    parser.add_argument("--csv", type=Path, help="table that what was measured is appended to")
     parser.add_argument("--plot", type=Path, help="file for a picture")
     arguments = parser.parse_args()
     if not arguments.operations and not arguments.models:
@@ -391,33 +458,42 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    """Measures what the command line asks for."""
+def main() -> int:
+    """Measures what the command line asks for; returns 1 if a model could not be measured."""
     arguments = parse()
     setting = Setting(
         arguments.device, arguments.dtype, arguments.batch, arguments.mode, arguments.compile, arguments.features
     )
     names, peers = [*arguments.models, *arguments.peers], arguments.peers
-    entries = [(name, size) for size in arguments.size for name in names]
-    # first, since a new process's peak starts from the size of the one that starts it
-    used = [in_new_process(measure_memory, *e, setting) for e in track(entries, "memory")] if arguments.memory else []
     if arguments.operations:
-        contenders, peers = operations(setting), ["windows 7x7", "NATTEN 7x7", "grouping, explicit matrices"]
+        contenders, failed, peers = (
+            operations(setting),
+            [],
+            ["windows 7x7", "NATTEN 7x7", "grouping, explicit matrices"],
+        )
     else:
-        contenders = [contender(name, size, setting) for name, size in entries]
-    contenders.append(roof(setting))
-    results = rows(contenders, alternate(contenders, arguments.runs), peers)
-    for result, (step, peak) in zip(results, used, strict=False):
-        result["step_bytes"], result["peak_bytes"] = step, peak
+        entries = [(name, size) for size in arguments.size for name in names]
+        contenders, failed = contenders_of(entries, setting, arguments.memory)
+    steps = arguments.steps or STEPS[setting.device]
+    results = []
+    if contenders:
+        timed = [*contenders, roof(setting)]
+        results = rows(timed, alternate(timed, arguments.runs, steps), peers)
     device = torch.cuda.get_device_name() if setting.device == "cuda" else f"{torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, timm {timm.__version__}"
-    show(results, peers, f"{setting.mode}, {setting.dtype}, batch {setting.batch}, {device}, {versions}")
+    if results:
+        show(results, peers, f"{setting.mode}, {setting.dtype}, batch {setting.batch}, {device}, {versions}")
+    results += failed
+    about = {**dataclasses.asdict(setting), "hardware": device, "versions": versions}
     if arguments.json:
         record = {"setting": dataclasses.asdict(setting), "device": device, "versions": versions, "results": results}
         arguments.json.write_text(json.dumps(record, indent=2))
+    if arguments.csv:
+        append_csv(results, about, arguments.csv)
     if arguments.plot:
         plot(results, arguments.plot)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,8 +10,9 @@ model and without.
 """
 
 import argparse
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -22,20 +23,20 @@ from huggingface_hub import EvalResult, ModelCardData
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import rat_timm  # noqa: F401  (registers the models)
 from rat_timm import hub
+from rat_timm.data import Batch
+from training.digits import FIELD, THICKNESS, Digits, Pose, digits, draw, poses, spacing_of
+from training.engines import TorchEngine
+from training.steps import Recipe, answers, fit, image_alone, with_geometry
 
-FIELD = 32.0  # units, along every axis
-THICKNESS = 12.0  # of the plate, in volumes
 SHIFT = 1.0  # units, at most, in training
-WEIGHTS = Path(__file__).parents[1] / "rat_timm" / "models" / "weights"
+BATCH = 32
+WEIGHTS = Path(__file__).parents[1] / "rat_timm" / "models" / "rat" / "weights"
 
 
 class Task(NamedTuple):
@@ -74,94 +75,44 @@ TASKS = {
 }
 
 
-class Digits(NamedTuple):
-    """Digits ``[N, 8, 8]`` between 0 and 1, and which they are ``[N]``."""
-
-    images: Tensor
-    labels: Tensor
-
-
-def digits() -> tuple[Digits, Digits]:
-    """Returns the digits to train on and the held-out ones."""
-    bunch = load_digits()
-    parts = train_test_split(bunch.images / 16, bunch.target, test_size=0.2, random_state=0, stratify=bunch.target)
-    train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in parts)
-    return Digits(train_x.float(), train_y), Digits(test_x.float(), test_y)
-
-
-def spacing_of(size: Sequence[int]) -> tuple[float, ...]:
-    """Returns the pixel size of the field of view in ``size`` pixels."""
-    return tuple(FIELD / n for n in size)
-
-
-class Pose(NamedTuple):
-    """How digits lie: rotations ``[N, axes, axes]``, and shifts ``[N, axes]`` in units."""
-
-    rotation: Tensor
-    shift: Tensor
-
-
-def poses(count: int, axes: int, degrees: float, shift: float, generator: torch.Generator) -> Pose:
-    """Returns random poses: turned in the plane, or volumes about both axes of the plane, and shifted in the plane."""
-    planes = [(0, 1)] if axes == 2 else [(0, 1), (0, 2)]
-    rotation = torch.eye(axes).expand(count, -1, -1)
-    for a, b in planes:
-        angle = torch.deg2rad((2 * torch.rand(count, generator=generator) - 1) * degrees)
-        turn = torch.eye(axes).repeat(count, 1, 1)
-        turn[:, a, a] = turn[:, b, b] = angle.cos()
-        turn[:, a, b], turn[:, b, a] = -angle.sin(), angle.sin()
-        rotation = rotation @ turn
-    return Pose(rotation, (2 * torch.rand(count, axes, generator=generator) - 1) * shift)
-
-
-def draw(images: Tensor, size: Sequence[int], pose: Pose) -> Tensor:
-    """Draws digits ``[N, 8, 8]`` in a field of view of ``size`` pixels, ``[N, 1, *size]``."""
-    axes = [(torch.arange(n) + 0.5) * step - FIELD / 2 for n, step in zip(size, spacing_of(size), strict=True)]
-    position = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)  # [pixels, axes]
-    position = (position + pose.shift.unsqueeze(1)) @ pose.rotation  # [N, pixels, axes]
-    plane = position[..., [-1, -2]].unsqueeze(1) * (2 / FIELD)  # grid_sample wants x, y between -1 and 1
-    drawn = F.grid_sample(images.unsqueeze(1), plane, align_corners=False)[:, :, 0]  # [N, 1, pixels]
-    if len(size) == 3:
-        drawn = drawn * torch.sigmoid(THICKNESS / 2 - position[..., 0].abs()).unsqueeze(1)
-    return drawn.unflatten(-1, tuple(size))
-
-
-def prepare(images: Tensor, size: Sequence[int], pose: Pose, model: nn.Module) -> Tensor:
-    """Draws digits and normalises them as the model's cfg says, ``[N, channels, *size]``."""
-    drawn = draw(images, size, pose).expand(-1, model.in_chans, *size)
+def prepare(data: Digits, size: Sequence[int], pose: Pose, model: nn.Module) -> Batch:
+    """Draws digits in so many pixels and normalises them as the model's cfg says."""
+    drawn = draw(data.images, size, pose).expand(-1, model.in_chans, *size)
     shape = (-1, *[1] * len(size))
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(shape) for name in ("mean", "std"))
-    return (drawn - mean) / std
+    spacing = torch.tensor([spacing_of(size)], dtype=torch.float64)  # one row for all, as exact as numbers
+    return Batch((drawn - mean) / std, spacing, None, data.labels)
 
 
-def train(model: nn.Module, task: Task, data: Digits, epochs: int, batch: int = 32) -> None:
+def train(model: nn.Module, task: Task, data: Digits, epochs: int) -> None:
     """Trains, on another grid in each step."""
+    engine = TorchEngine(model, lambda model: create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05), Recipe())
+    scheduler = CosineLRScheduler(engine.optimizer, t_initial=epochs, warmup_t=2, warmup_lr_init=1e-4)
+    steps = -(-len(data.labels) // BATCH)  # per epoch
+    batches = track(
+        draw_batches(model, task, data, epochs), description=model.pretrained_cfg["architecture"], total=epochs * steps
+    )
+    fit(engine, batches, lambda step: scheduler.step(step // steps))
+
+
+def draw_batches(model: nn.Module, task: Task, data: Digits, epochs: int) -> Iterator[Batch]:
+    """Yields the batches to train on."""
     generator = torch.Generator().manual_seed(0)
-    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
-    scheduler = CosineLRScheduler(optimizer, t_initial=epochs, warmup_t=2, warmup_lr_init=1e-4)
-    model.train()
-    for epoch in track(range(epochs), description=model.pretrained_cfg["architecture"]):
-        scheduler.step(epoch)
-        for chosen in torch.randperm(len(data.labels), generator=generator).split(batch):
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(data.labels), generator=generator).split(BATCH):
             size = [axis[int(torch.randint(len(axis), (), generator=generator))] for axis in task.train]
             pose = poses(len(chosen), len(size), task.degrees, SHIFT, generator)
-            logits = model(prepare(data.images[chosen], size, pose, model), spacing=spacing_of(size))
-            loss = F.cross_entropy(logits, data.labels[chosen], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            yield prepare(Digits(data.images[chosen], data.labels[chosen]), size, pose, model)
 
 
-@torch.inference_mode()
 def accuracy(model: nn.Module, data: Digits, size: Sequence[int], given: bool = True) -> float:
     """Returns the share of digits that are recognised at a grid: in 2D as they are, in 3D turned in depth."""
-    model.eval()
     generator = torch.Generator().manual_seed(1)
     pose = poses(len(data.labels), len(size), 0 if len(size) == 2 else TASKS["test_rat_3d"].degrees, 0, generator)
-    images = prepare(data.images, size, pose, model)
-    logits = torch.cat([model(x, spacing=spacing_of(size) if given else None) for x in images.split(64)])
-    return (logits.argmax(-1) == data.labels).float().mean().item()
+    image, spacing, _, target = prepare(data, size, pose, model)
+    parts = zip(image.split(64), target.split(64), strict=True)
+    predict = functools.partial(with_geometry if given else image_alone, model.eval())
+    return answers(predict, (Batch(x, spacing, None, y) for x, y in parts)).float().mean().item()
 
 
 def evaluate(model: nn.Module, task: Task, data: Digits) -> dict[tuple[int, ...], tuple[float, float]]:

@@ -80,8 +80,9 @@ def tabulate(levels: list[Level], grids: list[list[Grid]]) -> Table:
     table = Table("level", "stage", "grid", "spacing", "first centre", title="One coordinate system")
     for i, level in enumerate(levels):
         for stage, per_level in enumerate(grids, start=1):
-            shape, spacing, origin = per_level[i]
-            numbers = (" x ".join(f"{v:g}" for v in row) for row in (shape, spacing[0].tolist(), origin[0].tolist()))
+            grid = per_level[i]
+            rows = (grid.shape, grid.spacing[0].tolist(), grid.origin[0].tolist())
+            numbers = (" x ".join(f"{v:g}" for v in row) for row in rows)
             table.add_row(level.title, str(stage), *numbers)
     return table
 

@@ -3,12 +3,12 @@
 Spacing is physical, in array-axis order (z, y, x). Masks are True where valid.
 """
 
-from .geometry.context import geometry
 from .geometry.grid import Grid
+from .geometry.plans import set_plan_limit
+from .geometry.read import geometry
 from .geometry.resample import resample_limit, set_resample_limit
 from .models import AdaptiveVit, RatConfig, RatVit, ResolutionAwareTransformer
 from .ops.neighborhood import attention_backend, set_attention_backend
-from .ops.windows import set_plan_limit
 from .timm_api import hub
 
 __version__ = "0.1.0"

@@ -1,13 +1,18 @@
 """Other libraries' networks around a backbone of this package."""
 
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
-from .geometry.context import Told, geometry, what_is_told
+from .geometry.read import Told, geometry, what_is_told
+from .geometry.types import OriginLike, SpacingLike
 from .layers.stem import Stem
 from .ops.masking import check_mask
 from .optional import import_optional
@@ -34,7 +39,9 @@ class WithGeometry(nn.Module):
         self.network = network
         self.multiple = multiple
 
-    def forward(self, x: Tensor, spacing: Any = None, mask: Tensor | None = None, origin: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, spacing: SpacingLike = None, mask: Tensor | None = None, origin: OriginLike = None
+    ) -> Tensor:
         """Runs the network.
 
         Args:
@@ -67,8 +74,143 @@ def fill_up(network: nn.Module, x: Tensor, told: Told, multiple: int) -> tuple[T
             f"x must have sizes that are multiples of {multiple} where masked places have a token (mask_token), which "
             f"the fill would have too, got {list(x.shape[2:])}"
         )
-    valid = x.new_ones(len(x), *x.shape[2:], dtype=torch.bool) if told.mask is None else told.mask
+    valid = told.mask if isinstance(told.mask, Tensor) else x.new_ones(len(x), *x.shape[2:], dtype=torch.bool)
     return F.pad(x, fill), told._replace(mask=F.pad(valid, fill))
+
+
+class BackboneWithFpn(nn.Module):
+    """The maps of a RAT and a pyramid network on them, which torchvision's detectors take as their backbone.
+
+        backbone = BackboneWithFpn(timm.create_model("rat_tiny", features_only=True))
+        detector = DetectorWithGeometry(FasterRCNN(backbone, num_classes=2, image_mean=mean, image_std=std))
+
+    It stands in for torchvision's own ``BackboneWithFPN``, which runs a model's children one after the other. Detectors
+    find places of boxes on a map by its stride: where a physical stem has brought the image to another spacing, maps
+    are interpolated back to the strides of ``feature_info``.
+
+    Args:
+        body: From ``timm.create_model(features_only=True)``, whose strides are powers of two.
+        out_channels: Channels of all its maps.
+        extra_blocks: What adds maps. Default: torchvision's ``LastLevelMaxPool``, which adds "pool".
+        norm_layer: See torchvision's ``FeaturePyramidNetwork``.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        out_channels: int = 256,
+        extra_blocks: ExtraFPNBlock | None = None,
+        norm_layer: type[nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        info: Any = body.feature_info
+        self.body = body
+        self.strides = info.reduction()
+        self.out_channels = out_channels
+        self.fpn = FeaturePyramidNetwork(info.channels(), out_channels, extra_blocks or LastLevelMaxPool(), norm_layer)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Returns maps ``[B, out_channels, *grid]``, the finest first, named "0", "1" and so on, then extra ones.
+
+        Args:
+            x: Images ``[B, C, H, W]``. Their geometry is told by `rat_timm.geometry`.
+        """
+        told = what_is_told(x)
+        parts = [self._maps(x[rows], _select(told, rows)) for rows in _rows_of_one_spacing(told, len(x))]
+        maps = OrderedDict((str(i), torch.cat(m)) for i, m in enumerate(zip(*parts, strict=True)))
+        return self.fpn(maps)
+
+    def _maps(self, x: Tensor, told: Told) -> list[Tensor]:
+        sizes = [[-(-n // stride) for n in x.shape[2:]] for stride in self.strides]
+        return [
+            m if list(m.shape[2:]) == size else F.interpolate(m, size, mode="bilinear", align_corners=False)
+            for m, size in zip(self.body(x, **told._asdict()), sizes, strict=True)
+        ]
+
+
+def _rows_of_one_spacing(told: Told, batch: int) -> list[slice]:
+    """Returns the batch, or its samples one by one if their spacings differ: maps of a batch have one size."""
+    spacing = torch.as_tensor(1.0 if told.spacing is None else told.spacing)
+    if spacing.ndim < 2 or bool((spacing == spacing[:1]).all()):
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(batch)]
+
+
+def _select(told: Told, rows: slice) -> Told:
+    """Returns what is told of some samples: values have a row for each, or go for all of them."""
+
+    def select(value: Any) -> Any:
+        value = None if value is None else torch.as_tensor(value)
+        return value if value is None or value.ndim < 2 or len(value) == 1 else value[rows]
+
+    return Told(*(select(value) for value in told))
+
+
+class DetectorWithGeometry(nn.Module):
+    """A detector of torchvision's around a `BackboneWithFpn`, told of pixel sizes.
+
+    Detectors resize images and put them side by side, filled up. Here their backbone is told the spacing of what it is
+    given, after the resizing, and which of it is fill.
+
+    Args:
+        detector: Such as torchvision's ``FasterRCNN``.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Tensor]] | None = None,
+        spacing: SpacingLike = None,
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Detects.
+
+        Args:
+            images: Each ``[C, H, W]``.
+            targets: Boxes and so on of each image, in its own pixels; see torchvision.
+            spacing: Physical pixel size of the images as they are, in array-axis order (y, x): a number, one per axis,
+                or ``[B, axes]``. None: nothing is said but which places are fill.
+
+        Returns:
+            What the detector gives: losses in training, else boxes, in the images' own pixels.
+
+        Raises:
+            ValueError: If the spacing does not fit.
+        """
+        before = torch.tensor([image.shape[-2:] for image in images])
+        rows = None if spacing is None else _rows(spacing, len(images))
+
+        def tell(module: nn.Module, args: tuple, output: tuple) -> None:
+            batch = output[0]
+            after = torch.tensor(batch.image_sizes)
+            mask = torch.stack([_valid(size, batch.tensors.shape[-2:]) for size in batch.image_sizes])
+            stack.enter_context(
+                geometry(
+                    spacing=None if rows is None else rows * before / after,
+                    mask=None if mask.all() else mask.to(batch.tensors.device),
+                )
+            )
+
+        transform: Any = self.detector.transform
+        with ExitStack() as stack:
+            stack.callback(transform.register_forward_hook(tell).remove)
+            return self.detector(list(images), None if targets is None else list(targets))
+
+
+def _rows(spacing: Any, batch: int) -> Tensor:
+    rows = torch.as_tensor(spacing, dtype=torch.float32).cpu()
+    if rows.shape not in ((), (2,), (1, 2), (batch, 2)):
+        raise ValueError(f"spacing must be a number, 2 or [{batch}, 2], got {list(rows.shape)}")
+    return rows.expand(batch, 2)
+
+
+def _valid(size: Sequence[int], whole: Sequence[int]) -> Tensor:
+    mask = torch.zeros(*whole, dtype=torch.bool)
+    mask[tuple(slice(n) for n in size)] = True
+    return mask
 
 
 def register_monai_encoder(name: str, **kwargs: Any) -> None:

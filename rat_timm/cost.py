@@ -1,7 +1,7 @@
 """What a model costs to run, counted without running it."""
 
 import copy
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count_macs(model: nn.Module, x: Any) -> int:
+def count_macs(model: nn.Module, x: Tensor | Sequence[Tensor]) -> int:
     """Counts the multiplications of matrix products and convolutions in a forward pass.
 
     Args:

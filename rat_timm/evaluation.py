@@ -1,7 +1,7 @@
 """Evaluation of images that are larger than what a model takes at once."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from .optional import import_optional
 
 if TYPE_CHECKING:
     from monai.data import MetaTensor
+
+Output: TypeAlias = Tensor | tuple[Tensor, ...] | dict[Hashable, Tensor]
+"""What MONAI's ``sliding_window_inference`` gives: a map, or several as the model returns them."""
 
 
 def sliding_window(
@@ -21,7 +24,7 @@ def sliding_window(
     mask: Tensor | None = None,
     sw_batch_size: int = 4,
     **options: Any,
-) -> Any:
+) -> Output:
     """Runs a dense model over windows of images by MONAI's ``sliding_window_inference``, with spacing and mask.
 
         logits = sliding_window(model, batch.image, (96, 96, 96), spacing=batch.spacing, mask=batch.mask, overlap=0.5)

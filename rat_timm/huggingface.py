@@ -1,23 +1,43 @@
-"""Classes for transformers: a classifier whose ``Trainer`` keeps the geometry, a backbone whose config keeps keywords.
+"""Classes for transformers: a classifier whose ``Trainer`` keeps the geometry, a processor of volumes, a backbone.
 
-transformers' own ``AutoModelForImageClassification`` opens models of this package too, and hands ``spacing``, ``mask``
-and ``origin`` on when it is called with them. Its ``Trainer``, however, drops columns of a data set that the model's
-``forward`` does not name (unless ``remove_unused_columns=False``), and its timm backbone forgets keywords when it is
-saved.
+What is saved with `rat_timm.hub` is opened by transformers' own classes too:
+``AutoModelForImageClassification``, which hands ``spacing``, ``mask`` and ``origin`` on when it is called with them,
+and ``TimmBackbone.from_pretrained("local-dir:FOLDER")``. Three things they do not do:
+
+- ``Trainer`` drops the columns of a data set that the model's ``forward`` does not name, before a callback could
+  see them. `RatForImageClassification` names them; with transformers' own class,
+  ``TrainingArguments(remove_unused_columns=False)`` keeps all columns.
+- Their image processor knows images alone, and resizes them. `RatImageProcessor` takes volumes, and keeps pixels.
+- Their config of a backbone has no room for the model's keywords, and ``AutoBackbone.from_pretrained`` takes no
+  folders. `RatBackboneConfig` keeps them, and `RatBackbone` opens folders.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
+from .data.samples import Sample, collate
+from .geometry.types import MaskLike, OriginLike, SpacingLike
 from .optional import import_optional
 
-_timm_wrapper = import_optional("transformers.models.timm_wrapper.modeling_timm_wrapper", "transformers")
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+    from transformers.modeling_outputs import ImageClassifierOutput
+
+_timm_wrapper = import_optional("transformers.models.timm_wrapper", "transformers")
 _timm_backbone = import_optional("transformers.models.timm_backbone", "transformers")
-_auto: Any = import_optional("transformers", "transformers")
+_transformers: Any = import_optional("transformers", "transformers")
 _Classifier: Any = _timm_wrapper.TimmWrapperForImageClassification
+_Processor: Any = _timm_wrapper.TimmWrapperImageProcessor
 _Backbone: Any = _timm_backbone.TimmBackbone
 _BackboneConfig: Any = _timm_backbone.TimmBackboneConfig
+
+Picture: TypeAlias = Tensor | np.ndarray | Image.Image
 
 
 class RatForImageClassification(_Classifier):
@@ -27,13 +47,13 @@ class RatForImageClassification(_Classifier):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
-        spacing: Any = None,
-        mask: Any = None,
-        origin: Any = None,
+        spacing: SpacingLike = None,
+        mask: MaskLike = None,
+        origin: OriginLike = None,
         output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> "ImageClassifierOutput | tuple[Tensor, ...]":
         """Classifies.
 
         Args:
@@ -58,6 +78,95 @@ class RatForImageClassification(_Classifier):
         )
 
 
+class RatImageProcessor(_Processor):
+    """Normalises images or volumes, puts them side by side and says what is known of their geometry.
+
+        processor = RatImageProcessor.from_pretrained(folder)
+        logits = model(**processor(volume, spacing=(2.0, 0.5, 0.5))).logits
+
+    No pixel is resized: images of different sizes and spacings go together. Smaller images are filled up at the far
+    ends, and a mask says so. ``transformers.pipeline`` hands no spacing on: say that of all images once,
+    ``RatImageProcessor(processor.pretrained_cfg, spacing=0.5)``. (It casts spacings to the model's dtype.)
+
+    Args:
+        pretrained_cfg: Of a model: ``mean``, ``std`` and ``input_size``, whose length tells how many axes there are.
+        spacing: Physical pixel size in array-axis order (z, y, x) of images whose spacing is not said.
+        **kwargs: Other entries of a config.json, which are not used.
+
+    Raises:
+        ValueError: If ``pretrained_cfg`` is missing.
+    """
+
+    model_input_names = ("pixel_values", "spacing", "mask")
+
+    def __init__(
+        self, pretrained_cfg: Mapping[str, Any] | None = None, spacing: SpacingLike = None, **kwargs: Any
+    ) -> None:
+        if not pretrained_cfg:
+            raise ValueError(
+                "pretrained_cfg must have mean, std and input_size, got none: give "
+                "timm.get_pretrained_cfg(name).to_dict(), or a folder of rat_timm.hub.save"
+            )
+        super(_Processor, self).__init__()
+        self.pretrained_cfg = dict(pretrained_cfg)
+        self.spacing = spacing
+
+    def preprocess(
+        self,
+        images: Picture | Sequence[Picture],
+        spacing: SpacingLike = None,
+        return_tensors: str = "pt",
+    ) -> "BatchFeature":
+        """Makes a batch.
+
+        Args:
+            images: One ``[C, *size]``, or many: a list, or ``[B, C, *size]``. The axis of a single channel may be left
+                out. uint8 is divided by 255, as timm does; other numbers are taken as they are.
+            spacing: Physical pixel size in array-axis order (z, y, x): a number, one per axis, or ``[B, axes]``.
+            return_tensors: "pt".
+
+        Returns:
+            transformers' ``BatchFeature`` with pixel_values ``[B, C, *size]``; spacing ``[B, axes]``, if it is known;
+            mask ``[B, *size]``, True = valid, if images have different sizes.
+
+        Raises:
+            ValueError: If images have other axes or channels than the model, or the spacing does not fit.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        axes = len(self.pretrained_cfg["input_size"]) - 1
+        many = not isinstance(images, Image.Image) and (isinstance(images, Sequence) or images.ndim == axes + 2)
+        pictures = [self._normalize(image) for image in cast(Sequence[Picture], images if many else [images])]
+        known = self.spacing if spacing is None else spacing
+        rows = _rows(1.0 if known is None else known, len(pictures), axes)
+        batch = collate([Sample(*pair) for pair in zip(pictures, rows, strict=True)])
+        features = {"pixel_values": batch.image}
+        if known is not None:
+            features["spacing"] = batch.spacing
+        if batch.mask is not None:
+            features["mask"] = batch.mask
+        return _transformers.BatchFeature(features)
+
+    def _normalize(self, image: Picture) -> Tensor:
+        channels, *size = self.pretrained_cfg["input_size"]
+        x = pil_to_tensor(image) if isinstance(image, Image.Image) else torch.as_tensor(image)
+        x = x[None] if x.ndim == len(size) else x
+        if x.ndim != len(size) + 1 or len(x) != channels:
+            raise ValueError(f"images must be [{channels}, *size] with {len(size)} axes, got {list(x.shape)}")
+        mean, std = (
+            x.new_tensor(self.pretrained_cfg[name], dtype=torch.float32).reshape(-1, *[1] * len(size))
+            for name in ("mean", "std")
+        )
+        return ((x / 255 if x.dtype == torch.uint8 else x.float()) - mean) / std
+
+
+def _rows(spacing: Any, batch: int, axes: int) -> Tensor:
+    rows = torch.as_tensor(spacing, dtype=torch.float32)
+    if rows.shape not in ((), (axes,), (1, axes), (batch, axes)):
+        raise ValueError(f"spacing must be a number, {axes} or [{batch}, {axes}], got {list(rows.shape)}")
+    return rows.expand(batch, axes)
+
+
 class RatBackboneConfig(_BackboneConfig):
     """transformers' config of a timm backbone, and the model's keywords in ``model_args``."""
 
@@ -68,7 +177,7 @@ class RatBackboneConfig(_BackboneConfig):
 class RatBackbone(_Backbone):
     """transformers' timm backbone, which is made with ``config.model_args``; its call takes the geometry of images.
 
-    What it saves is opened by ``RatBackbone.from_pretrained``: transformers' ``AutoBackbone`` looks on the Hub alone.
+    What it saves is opened by ``RatBackbone.from_pretrained``; ``AutoBackbone.from_pretrained`` looks on the Hub alone.
     """
 
     config_class = RatBackboneConfig
@@ -77,10 +186,14 @@ class RatBackbone(_Backbone):
         super().__init__(config, **{**(config.model_args or {}), **kwargs})
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "RatBackbone":
         """Opens a folder or repository that ``save_pretrained`` wrote; transformers' own takes names of timm here."""
         return super(_Backbone, cls).from_pretrained(*args, **kwargs)
 
 
-_auto.AutoConfig.register(RatBackboneConfig.model_type, RatBackboneConfig, exist_ok=True)
-_auto.AutoBackbone.register(RatBackboneConfig, RatBackbone, exist_ok=True)
+_transformers.AutoConfig.register(RatBackboneConfig.model_type, RatBackboneConfig, exist_ok=True)
+_transformers.AutoBackbone.register(RatBackboneConfig, RatBackbone, exist_ok=True)
+# AutoImageProcessor finds by name what is registered for any config: configs of volumes name it (see `hub.save`)
+_transformers.AutoImageProcessor.register(
+    RatBackboneConfig, image_processor_classes={"torchvision": RatImageProcessor}, exist_ok=True
+)

@@ -55,6 +55,7 @@ class Handler(BaseHTTPRequestHandler):
     """The endpoints that huggingface_hub uses to create, push and download."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits for the client to acknowledge its head
     hub: Hub
 
     def log_message(self, *_: object) -> None:

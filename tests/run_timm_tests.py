@@ -5,9 +5,11 @@
 Left out are TorchScript, which is deprecated and no target of ours; tests that download weights or expected outputs;
 the test of cfgs for plain ViTs, as timm leaves out its own, and for volumes, where it asserts that maps have four
 dimensions; and that of the maps' sizes for a volume that is no cube (`test_timm_contract.py` checks the same for five)
-and for adaptive patches, which form no map.
+and for adaptive patches, which form no map. The variable TIMM_SDIST names an archive that is there already; timm's own
+TORCH_DEVICE the device.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -27,12 +29,18 @@ LEFT_OUT = re.compile(
 )
 
 
-def fetch_tests(folder: Path) -> Path:
-    """Downloads and unpacks timm's source distribution; returns the test file, with RAT among those it looks at."""
+def download(folder: Path) -> Path:
+    """Downloads the source distribution of the installed timm."""
     requirement = f"timm=={timm.__version__}"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "timm"]
     subprocess.run([*pip, "--dest", folder, requirement], check=True)
     (archive,) = folder.glob("timm-*.tar.gz")
+    return archive
+
+
+def fetch_tests(folder: Path) -> Path:
+    """Unpacks timm's source distribution; returns the test file, with RAT among those it looks at."""
+    archive = Path(os.environ["TIMM_SDIST"]) if "TIMM_SDIST" in os.environ else download(folder)
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     (source,) = folder.glob("timm-*/tests/test_models.py")

@@ -1,10 +1,14 @@
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 from monai.networks.nets import FlexibleUNet
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.ops import MultiScaleRoIAlign
 
 import rat_timm
-from rat_timm.adapters import WithGeometry, register_monai_encoder
+from rat_timm.adapters import BackboneWithFpn, DetectorWithGeometry, WithGeometry, register_monai_encoder
+from recording import record_images
 
 
 def networks():
@@ -12,7 +16,7 @@ def networks():
     register_monai_encoder("test_rat")
     return {
         "smp": (smp.Unet("tu-test_rat", encoder_weights=None, classes=2), (3, 45, 70)),
-        "monai": (FlexibleUNet(1, 2, "test_rat_3d", spatial_dims=3), (1, 33, 40, 37)),
+        "monai": (FlexibleUNet(1, 2, "test_rat_3d", spatial_dims=3), (1, 33, 20, 31)),
         "monai, images": (FlexibleUNet(3, 2, "test_rat", spatial_dims=2), (3, 45, 70)),
     }
 
@@ -32,16 +36,14 @@ def test_any_size_goes_in_and_comes_out(case):
     assert sum(p.grad is not None for p in network.parameters()) > 20
 
 
-def test_what_is_known_reaches_the_backbone(case):
+def test_what_is_known_reaches_the_backbone(case, monkeypatch):
     network, x = case
     mask = torch.ones(2, *x.shape[2:], dtype=torch.bool)
     mask[:, 30:] = False
     wrapped = WithGeometry(network)
-    seen = []
-    backbone = next(m for m in network.modules() if isinstance(m, rat_timm.ResolutionAwareTransformer))
-    backbone.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0].levels[0]))
+    seen = record_images(monkeypatch)
     wrapped(x, spacing=0.25, mask=mask, origin=[3.0] * (x.ndim - 2))
-    (image,) = seen
+    (image,) = seen[0].levels
     assert set(image.grid.spacing.flatten().tolist()) == {0.25}
     assert set(image.grid.origin.flatten().tolist()) == {3.0}
     inside = (slice(None), *(slice(n) for n in x.shape[2:]))
@@ -58,7 +60,7 @@ def test_whole_multiples_need_no_fill(case):
 
 def test_monais_network_by_itself_takes_any_size():
     network, size = networks()["monai"]
-    assert network(torch.randn(1, *size)).shape == (1, 2, 64, 64, 64)
+    assert network(torch.randn(1, *size)).shape == (1, 2, 64, 32, 32)
 
 
 def test_tokens_at_masked_places_take_no_fill():
@@ -82,3 +84,93 @@ def test_masks_that_do_not_fit_are_an_error(case):
     network, x = case
     with pytest.raises(ValueError, match="mask must be"):
         WithGeometry(network)(x, mask=torch.ones(1, *x.shape[2:], dtype=torch.bool))
+
+
+def backbone_with_fpn(**kwargs):
+    return BackboneWithFpn(timm.create_model("test_rat", features_only=True, **kwargs), out_channels=8)
+
+
+def faster_rcnn(**kwargs):
+    from torchvision.models.detection.rpn import AnchorGenerator
+
+    return FasterRCNN(
+        backbone_with_fpn(),
+        num_classes=2,
+        rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5),
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=3, sampling_ratio=1),
+        rpn_post_nms_top_n_train=20,
+        rpn_post_nms_top_n_test=20,
+        **{"min_size": 64, "max_size": 96, **kwargs},
+    )
+
+
+def boxes(*rows):
+    return {"boxes": torch.tensor(rows, dtype=torch.float32), "labels": torch.ones(len(rows), dtype=torch.int64)}
+
+
+@pytest.mark.parametrize("detector", [faster_rcnn, lambda: RetinaNet(backbone_with_fpn(), 2, min_size=64, max_size=96)])
+def test_torchvisions_detectors_train_and_detect(detector):
+    detector = detector()
+    images = [torch.rand(3, 32, 40), torch.rand(3, 32, 32)]
+    losses = detector.train()(images, [boxes([2, 2, 20, 20]), boxes([4, 8, 30, 30])])
+    sum(losses.values()).backward()
+    parameters = dict(detector.backbone.body.named_parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters.values())
+    assert any(p.grad.abs().sum() > 0 for name, p in parameters.items() if "stages.0" in name)
+    for image, found in zip(images, detector.eval()(images), strict=True):
+        assert set(found) == {"boxes", "labels", "scores"}
+        limits = torch.tensor([*image.shape[:0:-1]] * 2)
+        assert ((found["boxes"] >= 0) & (found["boxes"] <= limits)).all()
+
+
+def test_maps_are_those_of_the_model_then_the_pyramid_network():
+    backbone, x = backbone_with_fpn().eval(), torch.randn(2, 3, 64, 96)
+    found = backbone(x)
+    assert list(found) == ["0", "1", "2", "3", "pool"]
+    maps = {str(i): m for i, m in enumerate(backbone.body(x))}
+    for name, expected in backbone.fpn(maps).items():
+        torch.testing.assert_close(found[name], expected)
+
+
+def test_maps_keep_their_strides_at_any_spacing():
+    backbone = backbone_with_fpn(physical_stem=True).eval()
+    x = torch.randn(1, 3, 96, 128)
+    for spacing in (None, 1.0, 0.7, 2.0):
+        with rat_timm.geometry(spacing=spacing):
+            maps = backbone(x)
+        assert [tuple(m.shape[2:]) for m in maps.values()] == [(24, 32), (12, 16), (6, 8), (3, 4), (2, 2)]
+    with rat_timm.geometry(spacing=0.7):
+        assert backbone.body(x)[0].shape[2:] != (24, 32)  # the image was resampled
+
+
+def test_samples_of_different_spacing_have_the_maps_they_have_alone():
+    backbone, x = backbone_with_fpn(physical_stem=True).eval(), torch.randn(3, 3, 64, 96)
+    mask, spacing = torch.rand(3, 64, 96) < 0.9, torch.tensor([[1.0, 1.0], [0.5, 0.7], [2.0, 1.0]])
+    with rat_timm.geometry(spacing=spacing, mask=mask, origin=spacing):
+        found = backbone(x)
+    for i in range(3):
+        with rat_timm.geometry(spacing=spacing[i], mask=mask[i : i + 1], origin=spacing[i]):
+            for name, expected in backbone(x[i : i + 1]).items():
+                torch.testing.assert_close(found[name][i : i + 1], expected)
+
+
+def test_a_detector_knows_what_it_has_resized_and_filled(monkeypatch):
+    detector = DetectorWithGeometry(faster_rcnn(min_size=64, max_size=80)).eval()
+    seen = record_images(monkeypatch)
+    images = [torch.rand(3, 32, 80), torch.rand(3, 32, 32)]
+    detector(images, spacing=[[0.5, 1.0], [0.25, 0.25]])
+    sizes = [(32, 80), (64, 64)]  # after resizing: 32 x 80 is as it was
+    read = [pyramid.levels[0] for pyramid in seen]
+    assert [image.grid.shape for image in read] == [(64, 96)] * 2
+    assert [image.grid.spacing.tolist() for image in read] == [[[0.5, 1.0]], [[0.125, 0.125]]]
+    for image, (rows, columns) in zip(read, sizes, strict=True):
+        assert image.mask[:, :rows, :columns].all()
+        assert int(image.mask.sum()) == rows * columns
+    assert not detector.detector.transform._forward_hooks
+    detector([torch.rand(3, 64, 64)])
+    assert seen[2].levels[0].mask is None
+    assert seen[2].levels[0].grid.spacing.unique().tolist() == [1.0]
+    losses = detector.train()(images, [boxes([2, 2, 20, 20]), boxes([4, 8, 30, 30])], spacing=0.5)
+    assert all(loss.isfinite() for loss in losses.values())
+    with pytest.raises(ValueError, match="spacing must be"):
+        detector(images, spacing=[1.0, 1.0, 1.0])

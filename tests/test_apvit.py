@@ -5,9 +5,9 @@ import math
 import pytest
 import timm
 import torch
-from test_rat import lively
 from timm.models._features_fx import create_feature_extractor
 
+from helpers import lively
 from rat_timm import hub
 from rat_timm.geometry.grid import Grid, Tokens
 

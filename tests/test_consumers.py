@@ -1,5 +1,7 @@
 """What other libraries do with a backbone: hooks, symbolic tracing, class activation maps, summaries, counters."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -244,3 +246,22 @@ def test_fvcores_counter(name):
     model, x = build(name), torch.randn(1, *IMAGE[name])
     counted = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     assert 0.5 * count_macs(model, x) < counted.total() < 1.5 * count_macs(model, x)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "rat_vit_small_patch16_rope_mixed_224"])
+def test_self_distillation_with_a_moving_average(name):
+    """What lightly's DINO does with a backbone: a copy without gradients follows it, views have two sizes."""
+    student = timm.create_model(name, num_classes=0, **({"depth": 1} if "vit" in name else {})).train()
+    teacher = copy.deepcopy(student)
+    for parameter in teacher.parameters():
+        parameter.requires_grad = False
+    channels, *size = IMAGE.get(name, (3, 32, 48))
+    views = [torch.randn(2, channels, *size), torch.randn(2, channels, *(n // 2 for n in size))]
+    for ours, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
+        theirs.data = theirs.data * 0.9 + ours.data * 0.1
+    assert_same([teacher(views[0])], [student(views[0])])
+    heads = [student(view).flatten(1) for view in views]
+    assert [head.shape for head in heads] == [(2, student.num_features)] * 2
+    sum((teacher(views[0]) * head).sum() for head in heads).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())

@@ -1,10 +1,10 @@
-"""Every example runs, in a process of its own."""
+"""Every example runs."""
 
+import ast
+import functools
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +12,35 @@ import pytest
 import timm
 from huggingface_hub import ModelCard
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from helpers import EXAMPLES, call, finish, start
 
 
-def run(name, *arguments):
-    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+@pytest.fixture
+def run(monkeypatch, capfd):
+    return functools.partial(call, patch=monkeypatch, capture=capfd)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("quickstart.py", "70.4 x 64 x 64 mm"),
-        ("pyramid.py", "130.5 x 250.5"),
-        ("pretrained_features.py", "8.8 x 8 x 8"),
-    ],
-)
-def test_table_and_picture(name, expected, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    image = pytest.importorskip("matplotlib.image")
-    assert expected in run(name, tmp_path / "picture.png")
-    picture = image.imread(tmp_path / "picture.png")
+def check_picture(file):
+    picture = pytest.importorskip("matplotlib.image").imread(file)
     assert min(picture.shape[:2]) > 500
     assert picture.std() > 0.1
 
 
-def test_the_test_weights_are_trained(tmp_path):
+def test_quickstart(tmp_path):
+    assert "70.4 x 64 x 64 mm" in finish(start("quickstart.py", tmp_path / "picture.png"))
+    check_picture(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("pyramid.py", "130.5 x 250.5"), ("pretrained_features.py", "8.8 x 8 x 8")]
+)
+def test_table_and_picture(name, expected, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert expected in run(name, tmp_path / "picture.png")
+    check_picture(tmp_path / "picture.png")
+
+
+def test_the_test_weights_are_trained(run, tmp_path):
     pytest.importorskip("sklearn")
     run("pretrain_test_weights.py", "--quick", "--models", "test_rat", "--folder", tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["test_rat.digits.md", "test_rat.digits.safetensors"]
@@ -46,9 +49,7 @@ def test_the_test_weights_are_trained(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["test_rat", "test_rat_3d"])
-def test_shipped_weights_are_as_good_as_their_card_says(name, monkeypatch):
-    pytest.importorskip("sklearn")
-    monkeypatch.syspath_prepend(EXAMPLES)
+def test_shipped_weights_are_as_good_as_their_card_says(name):
     example = importlib.import_module("pretrain_test_weights")
     file = Path(timm.create_model(name).pretrained_cfg["file"])
     assert file.stat().st_size < 1.5e6
@@ -77,7 +78,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["scan"].spacing == (0.5, 0.25)
 
 
-def test_the_benchmark_of_models(tmp_path):
+def test_the_benchmark_of_models(run, tmp_path):
     image = pytest.importorskip("matplotlib.image")
     sizes = ["--size", "64+32", "--batch", "1", "--runs", "2"]
     record, picture = tmp_path / "record.json", tmp_path / "picture.png"
@@ -93,7 +94,7 @@ def test_the_benchmark_of_models(tmp_path):
         "--plot",
         picture,
     ]
-    assert "speed over" in run("benchmark.py", *command)
+    assert "speed over" in finish(start("benchmark.py", *command))
     results = json.loads(record.read_text())["results"]
     assert [(r["model"], r["size"]) for r in results] == [("test_rat", "64+32"), ("test_rat+conv", "64+32")]
     assert all(r["seconds"] > 0 and r["macs"] > 1e6 and r["peak_bytes"] > r["step_bytes"] >= 0 for r in results)
@@ -105,12 +106,12 @@ def test_the_benchmark_of_models(tmp_path):
     )
 
 
-def test_the_benchmark_of_operations():
+def test_the_benchmark_of_operations(run):
     printed = run("benchmark.py", "--operations", "--batch", "1", "--runs", "1")
     assert len(re.findall("local grouping.*1x56x56x2x32", printed)) == 1
 
 
-def test_adaptive_patches_learn_where_digits_are(tmp_path):
+def test_adaptive_patches_learn_where_digits_are(run, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("pandas")
     file = tmp_path / "picture.png"
@@ -121,8 +122,26 @@ def test_adaptive_patches_learn_where_digits_are(tmp_path):
     assert pytest.importorskip("matplotlib.image").imread(file).shape[:2] == (352, 1280)
 
 
+PROGRAMS = {path.stem for path in EXAMPLES.glob("*.py")}
+
+
 def test_every_example_is_run_here():
     tested = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    tested += (EXAMPLES / "finetune.py").read_text()  # which imports others
-    names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert {name for name in names if f'"{name}.py"' not in tested and f"from {name} import" not in tested} == set()
+    assert {name for name in PROGRAMS if f'"{name}.py"' not in tested} == set()
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.py")), ids=lambda file: str(file.relative_to(EXAMPLES)))
+def test_what_programs_share_is_in_packages(file):
+    """No example imports a program, and `training` no study."""
+    imported = {name.partition(".")[0] for name in imports(file)}
+    assert not imported & PROGRAMS
+    assert file.parent.name != "training" or "resolution_study" not in imported
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level
+            yield node.module

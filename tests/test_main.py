@@ -5,6 +5,7 @@ import pytest
 import timm
 
 from rat_timm.__main__ import describe, names, parse
+from rat_timm.timm_api.families import FAMILIES
 
 
 def run(*arguments):
@@ -15,7 +16,7 @@ def test_every_name_is_listed():
     found = names("*")
     assert set(timm.list_models("test_rat*")) | {"rat_tiny", "rat_huge_3d", "rat_classic"} <= set(found)
     assert "rat_vit_base_patch16_dinov3" in found
-    assert all("rat_" in name or name == "test_rat" for name in found)
+    assert all("rat_" in name or name in ("test_rat", *FAMILIES["apvit"].variants) for name in found)
     assert names("rat_*_3d") == timm.list_models("rat_*_3d", module="rat")
 
 

@@ -9,6 +9,7 @@ import timm
 import torch
 
 import rat_timm
+from helpers import lively
 from rat_timm import RatConfig, ResolutionAwareTransformer
 from rat_timm.models.rat import checkpoint_filter_fn
 
@@ -19,16 +20,6 @@ IMAGE = {"test_rat": (3, 45, 70), "test_rat_3d": (1, 20, 33, 17)}
 @pytest.fixture(params=NAMES)
 def model(request):
     return lively(timm.create_model(request.param, num_classes=7).eval())
-
-
-def lively(model):
-    """Random weights large enough that attention is far from uniform and every influence shows."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "fc" not in name:
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        elif "gamma" in name or name.endswith(("sga.norm2.weight", "sga.norm3.weight")):
-            torch.nn.init.ones_(parameter)
-    return model
 
 
 def image(model, batch=2):
@@ -524,7 +515,7 @@ def test_samples_of_one_size_are_one_part():
     model = lively(timm.create_model("test_rat", num_classes=7, physical_stem=True).eval())
     x, spacing = torch.randn(4, 3, 40, 56), torch.tensor([0.7, 0.7 + 1e-7, 1.4, 0.7]).double()[:, None].expand(4, 2)
     calls = []
-    model.stem.register_forward_pre_hook(lambda module, args: calls.append(len(args[0].levels[0].x)))
+    model.stem.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     together = model(x, spacing=spacing)
     assert sorted(calls) == [1, 3]
     for i in range(4):

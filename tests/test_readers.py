@@ -1,9 +1,11 @@
 import contextlib
+import gzip
 import io
 import os
 import re
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -16,6 +18,9 @@ from test_dicom import make
 from torch.utils.data import DataLoader
 
 from rat_timm.data import ReadError, read, read_lazy, read_spacing
+from rat_timm.data.readers import formats
+from rat_timm.data.readers.source import Format, StoredImage
+from rat_timm.data.units import Length
 
 MICROMETRES = {"nm": 1e-3, "um": 1.0, "mm": 1e3}
 LONG = {"nm": "nanometer", "um": "micrometer", "mm": "millimeter"}
@@ -346,6 +351,21 @@ def write_levels(path, arrays, axes, sizes=SIZES, version="0.5", **options):
     return path
 
 
+def test_a_new_format_is_a_reader_and_a_row_of_the_table(tmp_path, monkeypatch):
+    def open_numpy(source, level, image, max_bytes):
+        array, sizes = np.load(source.place), {axis: Length(2.0, "um") for axis in "zyx"}
+        return StoredImage("zyx", array.shape, array.dtype, array.shape, array.shape, sizes, lambda part: array[part])
+
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Format("NumPy", (".npy",), open_numpy)))
+    np.save(tmp_path / "a.npy", VOLUME)
+    scan = read(tmp_path / "a.npy", "nm", region=[slice(1, 3)] * 3)
+    assert scan.spacing == pytest.approx((2000,) * 3)
+    assert np.array_equal(scan.pixels[0], VOLUME[1:3, 1:3, 1:3])
+    assert np.array_equal(read_lazy(tmp_path / "a.npy").pixels[0].compute(), VOLUME)
+    with pytest.raises(ReadError, match="level must be 0 in a format without pyramids"):
+        read(tmp_path / "a.npy", level=1)
+
+
 ENDINGS = [".ome.tif", ".ome.zarr", ".nii", ".nii.gz"]
 
 
@@ -496,6 +516,147 @@ def test_memory_is_limited_before_it_is_taken(tmp_path):
                 reader(endless)
     small = [slice(0, 1), slice(0, 6), slice(0, 8)]
     assert np.array_equal(read(shape, region=small).pixels[0], VOLUME[:1])
+
+
+def codecs_of(version):
+    """The codecs of zarr's users, by name."""
+    if version == "0.4":
+        numcodecs = pytest.importorskip("numcodecs")
+        kinds = {"gzip": "GZip", "zlib": "Zlib", "bz2": "BZ2", "lzma": "LZMA", "zstd": "Zstd", "blosc": "Blosc"}
+        return {name: getattr(numcodecs, kind)() for name, kind in {**kinds, "lz4": "LZ4"}.items()}
+    codecs = pytest.importorskip("zarr.codecs")
+    numcodecs = pytest.importorskip("zarr.codecs.numcodecs")
+    own = {"gzip": codecs.GzipCodec(), "zstd": codecs.ZstdCodec(), "blosc": codecs.BloscCodec(cname="lz4")}
+    return own | {"zlib": numcodecs.Zlib(), "bz2": numcodecs.BZ2(), "lzma": numcodecs.LZMA(), "lz4": numcodecs.LZ4()}
+
+
+CODECS = ("gzip", "zlib", "bz2", "lzma", "zstd", "blosc", "lz4")
+KINDS_OF_ZARR = pytest.mark.parametrize(
+    ("version", "sharded"), [("0.4", False), ("0.5", False), ("0.5", True)], ids=["v2", "v3", "shards"]
+)
+
+
+def write_bomb(path, planes, version, sharded, **options):
+    """Writes an image of one chunk of so many planes, then metadata that promise 4."""
+    volume, chunks = np.ones((planes, 64, 64), np.uint8), (planes, 64, 64)
+    shards = {"shards": chunks} if sharded else {}
+    write_levels(path, [volume], "zyx", version=version, chunks=chunks, **shards, **options)
+    for file in path.rglob("*"):
+        if file.name in ("zarr.json", ".zarray", ".zmetadata"):
+            file.write_text(re.sub(rf"\b{planes}\b", "4", file.read_text()))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+@pytest.mark.parametrize("codec", [*CODECS, "two"])
+@KINDS_OF_ZARR
+def test_chunks_of_ome_zarr_decode_to_no_more_than_they_promise(tmp_path, version, sharded, codec):
+    codecs = codecs_of(version)
+    filters = {"filters": [codecs["gzip"]]} if (version, codec) == ("0.4", "two") else {}
+    compressors = [codecs[name] for name in (("gzip", "zstd")[bool(filters) :] if codec == "two" else (codec,))]
+    good = write_bomb(tmp_path / "good.zarr", 4, version, sharded, compressors=compressors, **filters)
+    assert np.array_equal(read(good).pixels, np.ones((1, 4, 64, 64)))
+    assert np.array_equal(read_lazy(good).pixels.compute(scheduler="synchronous"), np.ones((1, 4, 64, 64)))
+    path = write_bomb(tmp_path / "a.zarr", 2**10 + 1, version, sharded, compressors=compressors, **filters)
+    tracemalloc.start()
+    with pytest.raises(ReadError, match=rf"^{path}: cannot be read: ValueError: a chunk does not decode to at most"):
+        read(path)
+    with pytest.raises(ReadError, match=rf"^{path}: cannot be read: ValueError: a chunk does not decode to at most"):
+        read_lazy(path).pixels.compute(scheduler="synchronous")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21  # the chunk decodes to 2**22 bytes
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+def test_codecs_that_only_change_pixels(tmp_path):
+    numcodecs, codecs = pytest.importorskip("numcodecs"), pytest.importorskip("zarr.codecs")
+    numbers = pytest.importorskip("zarr.codecs.numcodecs")
+    old = {"version": "0.4", "chunks": (2, 3, 4)}
+    new = {"chunks": (2, 3, 4)}
+    backwards = codecs.TransposeCodec(order=(2, 1, 0))
+    inner = codecs.ShardingCodec(chunk_shape=(2, 3, 4), codecs=[codecs.BytesCodec(), codecs.GzipCodec()])
+    for index, options in enumerate(
+        [
+            old | {"compressors": None},
+            old | {"filters": [numcodecs.Delta("<u2")], "compressors": numcodecs.Zstd()},
+            old | {"filters": [numcodecs.Shuffle(2), numcodecs.CRC32()], "compressors": numcodecs.LZ4()},
+            new | {"filters": [backwards, numbers.Delta(dtype="<u2")]},
+            new | {"filters": [numbers.AsType(encode_dtype="<f4", decode_dtype="<u2")]},
+            new | {"compressors": [codecs.ZstdCodec(), codecs.Crc32cCodec()]},
+            new | {"shards": (4, 6, 8), "filters": [backwards]},
+            {"chunks": (4, 6, 8), "serializer": inner, "compressors": [codecs.GzipCodec()]},
+        ]
+    ):
+        assert only_volume(read(write_levels(tmp_path / f"{index}.zarr", [VOLUME], "zyx", **options)))
+
+
+@pytest.mark.parametrize(
+    "config", ['{"id": "base64"}', '{"id": "astype", "encode_dtype": "<u2", "decode_dtype": "<U999"}']
+)
+def test_codecs_that_may_decode_to_anything(tmp_path, config):
+    path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx", version="0.4", compressors=None)
+    edit_json(path / "0" / ".zarray", '"filters": null', f'"filters": [{config}]')
+    with (
+        guarded(path),
+        pytest.raises(ReadError, match=rf"^{path}: cannot be read: ValueError: codec .*(one of|numbers)"),
+    ):
+        read(path)
+
+
+def test_other_codecs_are_read_without_a_limit(tmp_path):
+    numcodecs = pytest.importorskip("numcodecs")
+    path = write_levels(tmp_path / "a.zarr", [VOLUME > 9], "zyx", version="0.4", filters=[numcodecs.PackBits()])
+    with pytest.raises(ReadError, match=r"codec must be one of .*, or max_bytes None for any, got 'packbits'"):
+        read(path)
+    assert np.array_equal(read(path, max_bytes=None).pixels[0], VOLUME > 9)
+    assert read_spacing(path) == pytest.approx(SIZES)
+
+
+def test_inner_chunks_are_counted(tmp_path):
+    path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx", chunks=(2, 3, 4), shards=(4, 6, 8))
+    text = re.sub(r"\s+", "", (path / "0" / "zarr.json").read_text())
+    text = text.replace("[4,6,8]", "[4000000,6,8]").replace("[2,3,4]", "[1,1,1]")
+    (path / "0" / "zarr.json").write_text(text)
+    for reader in (read, read_lazy):
+        with guarded(tmp_path), pytest.raises(ReadError, match=rf"^{path}: takes 183\.1 GiB to read pixels"):
+            reader(path)
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd", "lzw", "lzma", "packbits", "jpeg", "jpeg2000", "png"])
+def test_tiles_of_ome_tiff_decode_to_no_more_than_they_promise(tmp_path, compression):
+    pytest.importorskip("zarr")  # with which parts of TIFF's planes are read
+    path, size = tmp_path / "a.ome.tif", 2048
+    image = np.ones((size, size), np.uint8)
+    tile = {"tile": (size, size), "photometric": "minisblack"}
+    write_tiff(path, image, "YX", SIZES[1:], compression=compression, **tile)
+    read(path)  # whatever is imported once
+    for axis in "XY":
+        edit_xml(path, f'Size{axis}="{size}"', f'Size{axis}="32"')
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        for tag in ("ImageLength", "TileLength", "ImageWidth", "TileWidth"):
+            tiff.pages[0].tags[tag].overwrite(32)
+    for region in (None, [slice(3, 9)] * 2):
+        peak = peak_of(lambda region=region: read(path, region=region), path, compression in ("lzw", "lzma"))
+        assert peak < 2**20  # the tile decodes to 2**22 bytes
+
+
+def peak_of(reader, path, may_read):
+    """Returns the bytes that a refusal takes; some decoders read no further than they need."""
+    tracemalloc.start()
+    with contextlib.nullcontext() if may_read else pytest.raises(ReadError, match=rf"^{path}: "):
+        reader()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_gzipped_nifti_is_inflated_no_further_than_its_pixels(tmp_path):
+    path = write_any(tmp_path / "a.nii.gz")
+    read(path)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**24)))
+    for region in (None, [slice(1, 2)] * 3):
+        assert peak_of(lambda region=region: read(path, region=region), path, False) < 2**20
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -739,15 +900,17 @@ def test_no_pickles_in_ome_zarr(tmp_path):
             read(other)
 
 
-def test_ome_zarr_without_zarr_says_which_python_it_wants(tmp_path, monkeypatch):
-    path = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx")
+def test_ome_zarr_without_zarr(tmp_path, monkeypatch):
+    path, tiff = write_levels(tmp_path / "a.zarr", [VOLUME], "zyx"), write_any(tmp_path / "a.ome.tif")
     monkeypatch.setitem(sys.modules, "zarr", None)
-    with pytest.raises(ImportError, match=r"zarr.*OME-Zarr and regions of OME-TIFF want Python 3\.11 or later"):
-        read(path)
-    tiff = write_any(tmp_path / "a.ome.tif")
     assert only_volume(read(tiff, region=[slice(1, 3), slice(None), slice(None)]), [slice(1, 3)])
-    with pytest.raises(ImportError, match=r"regions of OME-TIFF want Python 3\.11 or later"):
-        read(tiff, region=[slice(1, 3)] * 3)
+    message = r"^zarr is not installed: pip install 'rat-timm\[data\]'$"
+    for version in ((3, 11, 0), (3, 10, 13)):  # there the extra leaves zarr out
+        monkeypatch.setattr(sys, "version_info", version)
+        for image, region in ((path, None), (tiff, [slice(1, 3)] * 3)):
+            with pytest.raises(ImportError, match=message):
+                read(image, region=region)
+        message = r"^OME-Zarr and regions of OME-TIFF need Python 3\.11 or later, for zarr does; this is 3\.10$"
 
 
 @pytest.mark.parametrize(
@@ -834,5 +997,5 @@ def test_dicom_from_file_objects_and_addresses(tmp_path):
     files.rm("/rat", recursive=True)
     with pytest.raises(ReadError, match=r"^0001\.dcm: "):
         read(io.BytesIO(content[:200]), format="0001.dcm")
-    with pytest.raises(ValueError, match=r"a\.dcm: read_lazy reads paths of OME-TIFF, OME-Zarr and NIfTI"):
+    with pytest.raises(ValueError, match=r"a\.dcm: read_lazy reads paths of OME-TIFF, OME-Zarr, NIfTI"):
         read_lazy(path)

@@ -1,12 +1,10 @@
 """`examples/resolution_study`: its images are what they are said to be, its networks have one budget, it runs."""
 
 import dataclasses
-import importlib
 import itertools
+import re
+import shutil
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 pd = pytest.importorskip("pandas")
 pytest.importorskip("joblib")
 
-STUDY = Path(__file__).parents[1] / "examples" / "resolution_study"
+import run_resolution_study
 
+from helpers import EXAMPLES, call, finish, start
+from resolution_study import experiments, networks, photographs, report, scenes, tasks
 
-@pytest.fixture
-def study(monkeypatch):
-    monkeypatch.syspath_prepend(STUDY)
-    return importlib.import_module
+STUDY = EXAMPLES / "resolution_study"
 
 
 def averaged(image, factor):
@@ -32,8 +29,7 @@ def averaged(image, factor):
 
 
 @pytest.mark.parametrize("axes", [2, 3])
-def test_a_scene_is_the_same_at_any_pixel_size_and_in_any_field(study, monkeypatch, axes):
-    scenes = study("scenes")
+def test_a_scene_is_the_same_at_any_pixel_size_and_in_any_field(monkeypatch, axes):
     monkeypatch.setattr(scenes, "NOISE", 0.0)
     scene, size = scenes.Scene(1, 5), (48, 48) if axes == 2 else (16, 24, 24)
     coarse = scenes.render(scene, size, (2.0,) * axes)
@@ -45,9 +41,8 @@ def test_a_scene_is_the_same_at_any_pixel_size_and_in_any_field(study, monkeypat
     assert np.allclose(part[inside], coarse[middle][inside], atol=1e-4)
 
 
-def test_a_class_at_another_pixel_size_looks_like_another_class(study, monkeypatch):
+def test_a_class_at_another_pixel_size_looks_like_another_class(monkeypatch):
     """Cells of class 0 at 2/3 of the spacing are as many pixels wide as those of class 1."""
-    scenes = study("scenes")
     monkeypatch.setattr(scenes, "NOISE", 0.0)
 
     def coarseness(label, spacing):
@@ -58,8 +53,7 @@ def test_a_class_at_another_pixel_size_looks_like_another_class(study, monkeypat
     assert coarseness(0, 1.0) > 1.25 * coarseness(1, 1.0)
 
 
-def test_images_to_train_on_are_no_test_images(study, tmp_path):
-    tasks = study("tasks")
+def test_images_to_train_on_are_no_test_images(tmp_path):
     for name in ("cells", "photographs"):
         (training,) = tasks.training_images(name, "one", 8, tmp_path)
         test = tasks.test_images(name, 1.0, "size", 8, tmp_path)
@@ -67,19 +61,17 @@ def test_images_to_train_on_are_no_test_images(study, tmp_path):
             assert np.corrcoef(one.ravel(), other.ravel())[0, 1] < 0.9
         again = tasks.test_images(name, 1.0, "size", 8, tmp_path / "anew")
         assert torch.equal(test.pixels, again.pixels)
-    photographs = study("photographs")
     whole = photographs._photograph("brick").shape[1]
     parts = [photographs._part("brick", train, 0.0).shape[1] for train in (True, False)]
     assert sum(parts) == whole
 
 
 @pytest.mark.parametrize(("regime", "counts"), [("one", [27]), ("two", [13, 13]), ("mixed", [3] * 9)])
-def test_regimes(study, tmp_path, regime, counts):
+def test_regimes(tmp_path, regime, counts):
     """All factors have as many images, of one field of view; none is drawn twice."""
-    tasks = study("tasks")
     groups = tasks.training_images("photographs", regime, 27, tmp_path)
     assert [group.ratio for group in groups] == [(factor, factor) for factor in tasks.REGIMES[regime]]
-    assert [len(group.label) for group in groups] == counts
+    assert [len(group.target) for group in groups] == counts
     for group in groups:
         assert group.pixels.shape[2:] == (round(48 / group.ratio[0]),) * 2
     if regime == "two":
@@ -87,9 +79,9 @@ def test_regimes(study, tmp_path, regime, counts):
         assert abs(one.std() - other.std()) > 1e-4
 
 
-def test_photographs_are_centred(study, tmp_path):
+def test_photographs_are_centred(tmp_path):
     """Networks see textures and not one offset that all have in common, with which they did not learn."""
-    (training,) = study("tasks").training_images("photographs", "one", 80, tmp_path)
+    (training,) = tasks.training_images("photographs", "one", 80, tmp_path)
     image = training.pixels.flatten(1)
     assert image.mean(1).abs().max() < 0.01
     assert 0.5 < image.std(1).mean() < 1.1
@@ -103,13 +95,12 @@ def test_photographs_are_centred(study, tmp_path):
         ("slices", (8, 32, 32), (2.0, 1.0, 1.0)),
     ],
 )
-def test_settings(study, setting, size, ratio):
-    task = study("tasks").TASKS["cells in volumes"]
+def test_settings(setting, size, ratio):
+    task = tasks.TASKS["cells in volumes"]
     assert (task.size_at(2.0, setting), task.ratio(2.0, setting)) == (size, ratio)
 
 
-def test_images_of_older_code_are_drawn_anew(study, monkeypatch, tmp_path):
-    tasks = study("tasks")
+def test_images_of_older_code_are_drawn_anew(monkeypatch, tmp_path):
     drawn = []
     task = dataclasses.replace(tasks.TASKS["cells"], draw=lambda *given: drawn.append(given) or np.zeros(given[2]))
     monkeypatch.setitem(tasks.TASKS, "cells", task)
@@ -119,9 +110,9 @@ def test_images_of_older_code_are_drawn_anew(study, monkeypatch, tmp_path):
         assert len(drawn) == count
 
 
-def test_networks_have_one_budget(study):
+def test_networks_have_one_budget():
     parameters, macs = {}, {}
-    for name, network in study("networks").NETWORKS.items():
+    for name, network in networks.NETWORKS.items():
         if network.levels > 1:
             continue  # which costs a third more, as its report says
         model = network.create((1.0, 1.0), 3).eval()
@@ -134,21 +125,20 @@ def test_networks_have_one_budget(study):
         assert all(0.85 < number / numbers["rat"] < 1.15 for number in numbers.values()), numbers
 
 
-def test_the_spacing_reaches_those_that_are_given_it(study):
-    for name, network in study("networks").NETWORKS.items():
+def test_the_spacing_reaches_those_that_are_given_it():
+    for name, network in networks.NETWORKS.items():
         torch.manual_seed(0)
         model, x = network.create((1.0, 1.0), 3).eval(), torch.randn(2, 1, 24, 36)
         ones, twos = (model(x, (factor, factor)) for factor in (1.0, 2.0))
         assert torch.equal(ones, twos) == (network.spacing == "hidden"), name
 
 
-def test_the_plan_names_networks_and_every_one_is_planned(study):
-    planned = {each.network for each in study("study").plan(list(study("tasks").TASKS))}
-    assert planned == set(study("networks").NETWORKS)
+def test_the_plan_names_networks_and_every_one_is_planned():
+    planned = {each.network for each in run_resolution_study.plan(list(tasks.TASKS))}
+    assert planned == set(networks.NETWORKS)
 
 
-def test_the_physical_stem_is_resizing_beforehand(study):
-    networks = study("networks")
+def test_the_physical_stem_is_resizing_beforehand():
     torch.manual_seed(0)
     told = networks.NETWORKS[networks.TOLD].create((1.0, 1.0), 3).eval()
     hidden = networks.NETWORKS[networks.HIDDEN].create((1.0, 1.0), 3).eval()
@@ -159,8 +149,7 @@ def test_the_physical_stem_is_resizing_beforehand(study):
         assert torch.equal(told(x, (factor, factor)), hidden(resized, (1.0, 1.0)))
 
 
-def test_coarsened_images_are_as_coarse_as_is_said(study):
-    networks = study("networks")
+def test_coarsened_images_are_as_coarse_as_is_said():
     torch.manual_seed(0)
     ramp = torch.arange(48.0).expand(1, 1, 48, 48)
     factors = set()
@@ -174,11 +163,10 @@ def test_coarsened_images_are_as_coarse_as_is_said(study):
     assert 3.0 < max(factors) <= 4.0
 
 
-def test_all_images_are_trained_on_in_parts_of_all_sizes(study):
-    experiments, tasks = study("experiments"), study("tasks")
+def test_all_images_are_trained_on_in_parts_of_all_sizes():
     groups = [tasks.Images(torch.zeros(count, 1, 8, 8), (1.0, 1.0), torch.arange(count)) for count in (8, 13)]
     steps = experiments.draw_steps(groups, 4)
-    assert sorted(len(group.label) for group, _ in steps) == [8, 8, 13, 13, 13]
+    assert sorted(len(group.target) for group, _ in steps) == [8, 8, 13, 13, 13]
     assert sorted(torch.cat([chosen for group, chosen in steps if group is groups[0]]).tolist()) == list(range(8))
     places = torch.arange(48).expand(1, 1, 48, 48)
     parts = [experiments.augment(places, 0.25) for _ in range(200)]
@@ -189,8 +177,7 @@ def test_all_images_are_trained_on_in_parts_of_all_sizes(study):
 
 
 @pytest.mark.parametrize("axes", [2, 3])
-def test_controls_change_what_they_say(study, axes):
-    tasks, networks, experiments = study("tasks"), study("networks"), study("experiments")
+def test_controls_change_what_they_say(axes):
     images = tasks.Images(torch.randn(2, 1, *(16,) * axes), (2.0,) * axes, torch.tensor([0, 1]))
     assert experiments.crop(images, 0.5).pixels.shape[2:] == (8,) * axes
     assert torch.equal(experiments.crop(images, 0.5).pixels.flatten(2)[..., 0], images.pixels[(..., *[4] * axes)])
@@ -250,8 +237,7 @@ def half(one, other):
     return 1.96 * statistics.stdev(100 * statistics.mean(seeds) for seeds in both) / 10
 
 
-def test_networks_are_compared_with_controls_and_with_themselves(study, results):
-    report = study("report")
+def test_networks_are_compared_with_controls_and_with_themselves(results):
     found = report.differences(results, "rat, physical stem")
     expected = {
         "loss": ((90, 80), (90, 90), (90, 70)),
@@ -276,8 +262,7 @@ def test_networks_are_compared_with_controls_and_with_themselves(study, results)
     assert hidden[0.5].mean == pytest.approx(50)
 
 
-def test_seeds_are_compared_with_the_same_seeds(study, results):
-    report = study("report")
+def test_seeds_are_compared_with_the_same_seeds(results):
     ours = results[(results["network"] != "swin") | (results["seed"] == 1)]
     gain = report.differences(ours, "rat, physical stem")["gain over the best control"][0.5]
     assert gain.mean == pytest.approx(10)
@@ -285,8 +270,8 @@ def test_seeds_are_compared_with_the_same_seeds(study, results):
     assert str(gain) == "10.0 (4 to 16)"
 
 
-def test_what_the_study_asked_for(study, results):
-    (goal,) = study("report").goals(results).to_dict("records")
+def test_what_the_study_asked_for(results):
+    (goal,) = report.goals(results).to_dict("records")
     assert goal["loss 2x finer"].startswith("10.0 ± 0.0")
     assert goal["loss 2x coarser"].startswith("20.0 ± 0.0")
     assert goal["loss 4x coarser"] == ""
@@ -294,8 +279,8 @@ def test_what_the_study_asked_for(study, results):
     assert goal["least gain over the best control"].startswith("-2.0 ± 0.0")
 
 
-def test_changes_are_those_to_the_network_that_is_changed(study, results):
-    found = study("report").changes(results)[0.5]
+def test_changes_are_those_to_the_network_that_is_changed(results):
+    found = report.changes(results)[0.5]
     assert {name: float(by.split()[0]) for name, by in found.items()} == {
         "rat, physical stem - rat": 40,
         "rat, pyramid - rat": 10,
@@ -303,28 +288,37 @@ def test_changes_are_those_to_the_network_that_is_changed(study, results):
     }
 
 
-def test_intervals_are_those_of_the_images(study, results):
+def test_intervals_are_those_of_the_images(results):
     """Wilson's interval of 81 of 100, however many seeds saw the same images."""
-    assert study("report").table(results).loc["rat, physical stem", 0.5] == "81.0 ± 1.4 (72 to 87)"
+    assert report.table(results).loc["rat, physical stem", 0.5] == "81.0 ± 1.4 (72 to 87)"
 
 
 def test_quick_results_are_not_taken_for_the_studys():
-    command = [sys.executable, STUDY / "study.py", "--quick"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 2
-    assert "--quick needs --output" in found.stderr
+    assert "--quick needs --output" in finish(start("run_resolution_study.py", "--quick"), code=2)
 
 
-def test_the_study_runs_learns_and_goes_on(tmp_path):
-    command = [sys.executable, STUDY / "study.py", "--quick", "--jobs", "2", "--output", tmp_path]
-    command += ["--cache", tmp_path / "cache"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def test_the_study_runs_learns_and_goes_on(tmp_path, monkeypatch, capfd):
+    arguments = ["--quick", "--jobs", 2, "--output", tmp_path, "--cache", tmp_path / "cache"]
+    call("run_resolution_study.py", *arguments, patch=monkeypatch, capture=capfd)
     results = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
     assert set(results["network"]) == {"plain rat"}
     seen = results[(results["factor"] == 1.0) & (results["control"] == "")]
     assert (seen["right"] / seen["count"]).min() > 0.6  # chance is a third
-    assert "| plain rat" in (tmp_path / "README.md").read_text()
-    assert (tmp_path / "cells-size.png").stat().st_size > 10_000
+    assert "plain rat" in (tmp_path / "tables" / "right.csv").read_text()
+    assert "1 trainings" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "cells.png").stat().st_size > 10_000
     before = (tmp_path / "results.csv").read_text()
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    call("run_resolution_study.py", *arguments, patch=monkeypatch, capture=capfd)
     assert (tmp_path / "results.csv").read_text() == before
+
+
+def test_report_and_tables_are_those_of_the_results(tmp_path):
+    shutil.copy(STUDY / "README.md", tmp_path)
+    report.write_tables(report.read(STUDY / "results.csv"), tmp_path)
+    for name in ("README.md", *(f"tables/{table}.csv" for table in ("goals", "right", "gains", "changes"))):
+        assert (tmp_path / name).read_text() == (STUDY / name).read_text(), name
+    text = (STUDY / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert sorted(pictures) == sorted(path.name for path in STUDY.glob("*.png"))
+    assert len(pictures) == 3

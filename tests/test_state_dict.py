@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from test_rat import lively
 from timm.models import load_checkpoint
 from timm.utils import ModelEmaV3
 
+from helpers import lively
 from rat_timm.models.rat import checkpoint_filter_fn
 from rat_timm.models.rat.checkpoint import rescale
 from rat_timm.timm_api.state_dict import fit

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rat_timm.geometry import plans
 from rat_timm.layers import local_grouping_attention, neighborhood_attention
 from rat_timm.ops import grouping_local, windows
 from rat_timm.ops.neighborhood import neighborhood_plan
@@ -18,10 +19,10 @@ axes = st.lists(st.tuples(st.integers(1, 13), st.integers(2, 6)), min_size=1, ma
 @pytest.fixture
 def kept():
     """No plans, and the limit as it was afterwards."""
-    windows.set_plan_limit(0)
-    windows.set_plan_limit(1 << 28)
+    plans.set_plan_limit(0)
+    plans.set_plan_limit(1 << 28)
     yield
-    windows.set_plan_limit(1 << 28)
+    plans.set_plan_limit(1 << 28)
 
 
 def make(axes):
@@ -117,7 +118,7 @@ def test_take_mask_takes_the_named_places():
 def test_plans_are_kept_per_argument_and_serve_training():
     calls = []
 
-    @windows.per_geometry
+    @plans.per_geometry
     def plan(size, device):
         calls.append(size)
         return torch.arange(size, device=device)
@@ -133,24 +134,24 @@ def test_plans_are_kept_per_argument_and_serve_training():
 def test_plans_are_kept_up_to_a_number_of_bytes(kept):
     calls = []
 
-    @windows.per_geometry
+    @plans.per_geometry
     def plan(size, device):
         calls.append(size)
         return windows.RowIndex(torch.zeros(size, dtype=torch.uint8, device=device), None, None), (size,)
 
-    windows.set_plan_limit(100)
+    plans.set_plan_limit(100)
     for size in (40, 50, 40, 60, 40):  # that of 50 is the least recently used when room for 60 is wanted
         plan(size, CPU)
-    assert windows.plan_bytes() == 100
+    assert plans.plan_bytes() == 100
     assert calls == [40, 50, 60]
     assert len(plan(101, CPU)[0].row) == len(plan(101, CPU)[0].row) == 101
     assert calls == [40, 50, 60, 101, 101]
     plan(40, CPU)
     assert len(calls) == 5
-    windows.set_plan_limit(50)
-    assert windows.plan_bytes() == 40
+    plans.set_plan_limit(50)
+    assert plans.plan_bytes() == 40
     with pytest.raises(ValueError, match="size must not be negative, got -1"):
-        windows.set_plan_limit(-1)
+        plans.set_plan_limit(-1)
 
 
 @pytest.mark.parametrize("axes", [2, 3])
@@ -163,9 +164,9 @@ def test_plans_know_neither_samples_nor_heads(axes, kept):
             local_grouping_attention(coarse, x, x, 2)
 
     run(1, 1)
-    held = windows.plan_bytes()
+    held = plans.plan_bytes()
     run(8, 3)
-    assert windows.plan_bytes() == held
+    assert plans.plan_bytes() == held
     assert 0 < held < 1 << 25
 
 
@@ -174,11 +175,11 @@ def test_plans_of_a_model_stay_small(kept):
     for size in range(200, 264, 8):
         neighborhood_plan((size, size), (7, 7), CPU)
         grouping_local._tiles((size, size), (2, 2), (3, 3), CPU)
-    assert 0 < windows.plan_bytes() < 1 << 27
+    assert 0 < plans.plan_bytes() < 1 << 27
 
 
 def test_a_tracers_tensors_are_not_kept():
-    @windows.per_geometry
+    @plans.per_geometry
     def plan(size, device):
         return torch.arange(size, device=device)
 
@@ -190,7 +191,7 @@ def test_a_tracers_tensors_are_not_kept():
 
 
 def test_a_transforms_tensors_are_not_kept():
-    @windows.per_geometry
+    @plans.per_geometry
     def plan(size, device):
         return torch.arange(size, device=device)
 

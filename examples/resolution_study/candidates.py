@@ -1,30 +1,48 @@
-"""Changes to the hierarchical RAT that the study tries, and what it is without spatial grouping attention."""
+"""Changes to the hierarchical RAT that the study tries.
+
+They are put in front of a model, by hooks on what it is given: its own stem is told pixels alone.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from rat_timm.geometry.grid import Pyramid, Tokens, channels_first, channels_last
+from rat_timm.geometry.grid import Grid, Tokens, channels_first, channels_last
 from rat_timm.models.rat import ResolutionAwareTransformer
 from rat_timm.models.rope_vit.patches import physical_patchify
-from rat_timm.ops.masking import pool_mask
+
+Arguments = tuple[tuple[Tensor], dict[str, Any]]
 
 
 class PhysicalKernel(nn.Module):
-    """A stem of one kernel without overlap, which is resampled to one physical size (FlexiViT, MSPE)."""
+    """A stem of one kernel without overlap, which is resampled to one physical size (FlexiViT, MSPE).
+
+    Its tokens, each spread over as many pixels as a token has, are the images of a model whose stem takes one of them.
+    """
 
     def __init__(self, model: ResolutionAwareTransformer) -> None:
         super().__init__()
-        width, axes = model.cfg.stages()[0].dim_in, model.spatial_dims
-        self.weight = nn.Parameter(torch.empty(width, model.in_chans, *model.cfg.stem_strides))
-        trunc_normal_(self.weight, std=(model.in_chans * 4**axes) ** -0.5)
+        width = model.cfg.stages()[0].dim_in
+        self.stride, self.reference = model.cfg.stem_strides, model.reference_spacing
+        self.weight = nn.Parameter(torch.empty(width, model.in_chans, *self.stride))
+        trunc_normal_(self.weight, std=self.weight[0].numel() ** -0.5)
         self.norm = nn.LayerNorm(width)
-        self.reference = model.reference_spacing
 
-    def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Turns images into tokens."""
-        levels = [physical_patchify(tokens, self.weight, None, self.reference) for tokens in pyramid.levels]
-        return pyramid._replace(levels=[tokens._replace(x=self.norm(tokens.x)) for tokens in levels])
+    def spread(self, model: nn.Module, images: tuple[Tensor], told: Mapping[str, Any]) -> Arguments:
+        """Turns what the model is given, an image with a spacing, into tokens that are spread."""
+        image = Tokens(channels_last(images[0]), Grid.create(images[0].shape[2:], told["spacing"]))
+        tokens = physical_patchify(image, self.weight, None, self.reference)
+        x = channels_first(self.norm(tokens.x))
+        for axis, n in enumerate(self.stride, start=2):
+            x = x.repeat_interleave(n, dim=axis)
+        return (x,), {"spacing": tokens.grid.spacing / tokens.grid.spacing.new_tensor(self.stride)}
+
+    def forward(self, image: Tensor, masks: list[None]) -> Tensor:
+        """Takes one of the pixels of each token."""
+        return image[(..., *(slice(None, None, n) for n in self.stride))]
 
 
 class ConditionedStem(nn.Module):
@@ -37,46 +55,27 @@ class ConditionedStem(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(model.spatial_dims, 32), nn.GELU(), nn.Linear(32, 2 * width))
         nn.init.zeros_(self.mlp[2].weight)
         nn.init.zeros_(self.mlp[2].bias)
+        self.ratio = torch.ones(len(self.reference), dtype=torch.float64)
 
-    def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Turns images into tokens."""
-        images = [tokens.grid for tokens in pyramid.levels]
-        levels = [self._condition(*pair) for pair in zip(self.stem(pyramid).levels, images, strict=True)]
-        return pyramid._replace(levels=levels)
+    def listen(self, model: nn.Module, images: tuple[Tensor], told: Mapping[str, Any]) -> None:
+        """Notes the spacing that the model is told."""
+        self.ratio = torch.tensor([s / r for s, r in zip(told["spacing"], self.reference, strict=True)])
 
-    def _condition(self, tokens: Tokens, image: tuple) -> Tokens:
-        ratio = image.spacing / image.spacing.new_tensor(self.reference)
-        scale, shift = self.mlp(ratio.log2().float())[(slice(None), *[None] * len(self.reference))].chunk(2, dim=-1)
-        return tokens._replace(x=tokens.x * (1 + scale) + shift)
-
-
-class StridedConvolution(nn.Module):
-    """What spatial grouping attention starts from, and nothing more: a strided convolution and a norm."""
-
-    def __init__(self, sga: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.norm = sga.strider, sga.norm1
-        self.kernel_size, self.stride, self.padding = sga.kernel_size, sga.stride, sga.padding
-
-    def forward(self, tokens: Tokens, return_assignment: bool = False) -> tuple[Tokens, None]:
-        """Turns tokens into fewer."""
-        x: Tensor = self.norm(channels_last(self.conv(channels_first(tokens.filled()))))
-        mask = None if tokens.mask is None else pool_mask(tokens.mask, self.stride)
-        return Tokens(x, tokens.grid.conv(self.kernel_size, self.stride, self.padding), mask), None
+    def forward(self, image: Tensor, masks: list[None]) -> Tensor:
+        """Turns an image into tokens."""
+        axes = (slice(None), *[None] * len(self.reference))
+        scale, shift = (part[axes] for part in self.mlp(self.ratio.log2().float()).chunk(2))  # [C, 1, 1]
+        return self.stem(image, masks) * (1 + scale) + shift
 
 
 def with_physical_kernel(model: ResolutionAwareTransformer) -> None:
     """Gives a model a stem of one physical kernel."""
     model.stem = PhysicalKernel(model)
+    model.in_chans = len(model.stem.weight)
+    model.register_forward_pre_hook(model.stem.spread, with_kwargs=True)
 
 
 def with_conditioned_stem(model: ResolutionAwareTransformer) -> None:
     """Gives a model a stem that is told the spacing."""
     model.stem = ConditionedStem(model)
-
-
-def with_strided_convolutions(model: ResolutionAwareTransformer) -> None:
-    """Takes spatial grouping attention out of a model."""
-    for stage in model.stages:
-        if stage.downsample is not None:
-            stage.downsample.sga = StridedConvolution(stage.downsample.sga)
+    model.register_forward_pre_hook(model.stem.listen, with_kwargs=True)

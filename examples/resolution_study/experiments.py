@@ -1,6 +1,7 @@
 """An experiment: a network is trained at the pixel sizes of a regime and tested at all of them."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from networks import NETWORKS, TOLD, Classifier, at_spacing
-from tasks import FACTORS, TASKS, Images, test_images, training_images
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.optim import AdamW
+
+from resolution_study.networks import NETWORKS, TOLD, Classifier, at_spacing
+from resolution_study.tasks import FACTORS, TASKS, Images, test_images, training_images
+from training.engines import TorchEngine
+from training.steps import Recipe, answers, fit, one_cycle
 
 WRONG = 1.6  # by what the spacing is wrong where it is so on purpose
 
@@ -73,19 +77,21 @@ def train(experiment: Experiment, budget: Budget, cache: Path) -> Classifier:
     torch.manual_seed(experiment.seed)
     network = NETWORKS[experiment.network]
     classifier = network.create(task.spacing, task.classes)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=network.lr, weight_decay=0.05, fused=True)
     steps = [step for _ in range(budget.epochs * network.longer) for step in draw_steps(groups, budget.batch)]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, network.lr, len(steps), pct_start=0.15)
-    classifier.train()
-    for images, chosen in steps:
-        logits = classifier(augment(images.pixels[chosen], budget.share), images.ratio)
-        loss = F.cross_entropy(logits, images.label[chosen], label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    engine = TorchEngine(
+        classifier, lambda model: AdamW(model.parameters(), lr=network.lr, weight_decay=0.05, fused=True), Recipe(told)
+    )
+    batches = (
+        Images(augment(images.pixels[chosen], budget.share), images.ratio, images.target[chosen])
+        for images, chosen in steps
+    )
+    fit(engine, batches, one_cycle(engine.optimizer, network.lr, len(steps), warmup=0.15))
     return classifier.eval()
+
+
+def told(classifier: nn.Module, images: Images) -> Tensor:
+    """Returns the logits of images whose spacing is told."""
+    return classifier(images.pixels, images.ratio)
 
 
 def draw_steps(groups: list[Images], batch: int) -> list[tuple[Images, Tensor]]:
@@ -93,7 +99,7 @@ def draw_steps(groups: list[Images], batch: int) -> list[tuple[Images, Tensor]]:
     steps = [
         (group, chosen)
         for group in groups
-        for chosen in torch.randperm(len(group.label)).split(batch)
+        for chosen in torch.randperm(len(group.target)).split(batch)
         if len(chosen) == batch
     ]
     return [steps[index] for index in torch.randperm(len(steps))]
@@ -162,5 +168,5 @@ def are_right(classifier: Classifier, images: Images, control: str, pixels_at_on
     if control in ("resized", "spacing hidden"):
         ratio = ones
     batch = max(1, pixels_at_once // pixels[0].numel())
-    logits = torch.cat([classifier(x, ratio) for x in pixels.split(batch)])
-    return (logits.argmax(-1) == images.label).numpy()
+    parts = zip(pixels.split(batch), images.target.split(batch), strict=True)
+    return answers(functools.partial(told, classifier), (Images(x, ratio, y) for x, y in parts)).numpy()

@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 import timm
 import torch
-from candidates import with_conditioned_stem, with_physical_kernel, with_strided_convolutions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rat_timm  # noqa: F401  (registers the models)
 from rat_timm.geometry.grid import Grid, Tokens, channels_first, channels_last
 from rat_timm.geometry.resample import resample
+from resolution_study.candidates import with_conditioned_stem, with_physical_kernel
 
-RAT_OPTIONS = {"depths": (3, 2, 1, 1)}
+RAT_OPTIONS = {"depths": (3, 2, 1, 1), "physical_stem": False}
 VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_ratio": 4.3}
 SIZES = {"dynamic_img_size": True, "dynamic_img_pad": True}
 CONV = {"depths": (3, 2, 2, 1), "dims": (48, 72, 80, 80)}
@@ -152,9 +152,8 @@ NETWORKS = {
     "rat, pyramid": Network("test_rat", RAT_OPTIONS, "given", levels=3, changed=RAT),
     "rat, strided convolutions": Network(
         "test_rat",
-        {**PHYSICAL.options, "depths": (4, 2, 1, 1)},
+        {**PHYSICAL.options, "depths": (4, 2, 1, 1), "sga_attention_type": "none"},
         "given",
-        change=with_strided_convolutions,
         changed=TOLD,
     ),
     COARSENED: dataclasses.replace(PHYSICAL, coarsened=True, changed=TOLD),

@@ -1,6 +1,6 @@
-"""The study's tables and pictures, from `results.csv` into `README.md` (between two marks) and `*.png`."""
+"""The study's tables and pictures: from `results.csv` into `tables`, `*.png` and, between two marks, `README.md`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,22 +10,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from networks import COARSENED, HIDDEN, NETWORKS, TOLD
 from scipy.stats import binomtest
-from tasks import REGIMES, TASKS
+
+from resolution_study.networks import COARSENED, HIDDEN, NETWORKS, TOLD
+from resolution_study.tasks import REGIMES, TASKS
 
 COLUMNS = ["task", "network", "regime", "seed", "setting", "factor", "control", "right", "count", "seconds", "answers"]
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-SETTINGS = {
-    "field": "a fixed field of view, so that the number of pixels changes",
-    "size": "a fixed number of pixels, so that the field of view changes",
-    "slices": "slices of another thickness, and nothing else changed",
-}
 ORDER = {name: place for names in (TASKS, REGIMES, NETWORKS) for place, name in enumerate(names)}
 TRAINED_AT = {"one": "one pixel size (1)", "two": "two pixel sizes (0.7, 1.4)", "mixed": "pixel sizes from 0.5 to 2"}
 TOLD_WRONG = ("wrong spacing", "spacing hidden")
 SAME_VIEW = "loss to the same field of view"
 OVER_HIDDEN, OVER_BEST = "gain over itself, spacing hidden", "gain over the best control"
+
+# networks in pictures, and how they are tested: the first that there is
+PICTURED = {
+    "RAT, told the pixel size": [(TOLD, "")],
+    "RAT, told, coarsened in training": [(COARSENED, "")],
+    "RAT, not told": [(HIDDEN, ""), (TOLD, "spacing hidden")],
+    "plain RAT, told": [("plain rat", "")],
+    "ConvNeXt, images resized": [("convnext, resized", ""), ("convnext", "resized")],
+    "Swin, images resized": [("swin, resized", ""), ("swin", "resized")],
+    "ConvNeXt, told in a channel": [("convnext, channel, longer", ""), ("convnext, channel", "")],
+    "ConvNeXt, not told": [("convnext", "")],
+}
+MARKERS = "osv^D<>x"
 
 Answers = Mapping[tuple[str, str, float], pd.DataFrame]  # of a network, control and factor: seeds by images, 1 if right
 
@@ -55,51 +64,51 @@ def read(file: Path) -> pd.DataFrame:
 
 
 def write(folder: Path) -> None:
-    """Draws the pictures and puts the tables into the report."""
+    """Writes tables and pictures, and puts the summary into the report."""
     results = read(folder / "results.csv")
     if results.empty:
         return
+    write_tables(results, folder)
+    for task, rows in results[results["setting"] == "field"].groupby("task", sort=False):
+        draw(rows, folder / f"{task}.png".replace(" ", "-"))
+
+
+def write_tables(results: pd.DataFrame, folder: Path) -> None:
+    """Writes the tables, and puts the summary into the report."""
     results = results.sort_values(["task", "regime", "network"], key=lambda names: names.map(ORDER), kind="stable")
     found = goals(results)
-    sections = ["### At a glance", found.to_markdown(index=False)] if len(found) else []
-    for task, rows in results.groupby("task", sort=False):
-        sections += _task(task, rows, folder)
+    (folder / "tables").mkdir(exist_ok=True)
+    for name, rows in {"goals": found, **tables(results)}.items():
+        rows.to_csv(folder / "tables" / f"{name}.csv", index=False)
+    trainings = results.drop_duplicates(["task", "network", "regime", "seed"])["seconds"]
+    sections = [f"{len(trainings)} trainings and their tests, {trainings.sum() / 3600:.1f} hours of one core."]
+    sections += [found.to_markdown(index=False)] if len(found) else []
     file = folder / "README.md"
     text = file.read_text() if file.exists() else f"{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
     file.write_text(before + BEGIN + "\n\n" + "\n\n".join(sections) + "\n\n" + END + rest.partition(END)[2])
 
 
-def _task(task: str, rows: pd.DataFrame, folder: Path) -> Iterator[str]:
-    """Yields the sections of a task."""
-    yield f"### {task[0].upper()}{task[1:]}"
-    seconds = rows.drop_duplicates(["network", "regime", "seed"])["seconds"]
-    yield (
-        f"{len(seconds)} trainings and their tests, {seconds.sum() / 3600:.1f} hours of one core; "
-        f"{rows['count'].max()} test images at each pixel size."
-    )
-    for setting, part in rows.groupby("setting", sort=False):
-        name = f"{task}-{setting}.png".replace(" ", "-")
-        _draw(part, folder / name)
-        yield f"**With {SETTINGS[setting]}**"
-        yield f"![Accuracy over pixel size]({name})"
-        for regime, trained in part.groupby("regime", sort=False):
-            yield from _regime(regime, trained)
+def tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Returns what was measured, per pixel size, of all that was trained alike and is tested alike.
+
+    They are ``right``, percent right of all networks; ``gains``, those of the RATs over the best control (see
+    `compare`); and ``changes``, what changes to RATs change (see `changes`).
+    """
+    parts = {"right": [], "gains": [], "changes": []}
+    for (task, setting, regime), rows in results.groupby(["task", "setting", "regime"], sort=False):
+        where = {"task": task, "setting": setting, "trained at": TRAINED_AT[regime]}
+        told = [name for name in (TOLD, COARSENED) if name in set(rows["network"])]
+        parts["right"].append(_labelled(table(rows), where, "network"))
+        parts["gains"] += [_labelled(compare(rows, name), {**where, "network": name}, "points") for name in told]
+        parts["changes"].append(_labelled(changes(rows), where, "change"))
+    return {name: pd.concat([part for part in each if len(part)] or each[:1]) for name, each in parts.items() if each}
 
 
-def _regime(regime: str, rows: pd.DataFrame) -> Iterator[str]:
-    """Yields the tables of what was trained alike and is tested alike."""
-    for network in (TOLD, COARSENED):
-        if network in set(rows["network"]):
-            yield f"Trained at {TRAINED_AT[regime]}: `{network}`, in points"
-            yield compare(rows, network).to_markdown()
-    differing = changes(rows)
-    if len(differing):
-        yield f"Trained at {TRAINED_AT[regime]}: what changes to RATs change, in points"
-        yield differing.to_markdown()
-    yield f"<details><summary>Trained at {TRAINED_AT[regime]}: all networks, percent right</summary>"
-    yield table(rows).fillna("").to_markdown()
-    yield "</details>"
+def _labelled(rows: pd.DataFrame, where: Mapping[str, str], index: str) -> pd.DataFrame:
+    """Returns a table with what it is a table of in its first columns."""
+    named = rows.fillna("").rename_axis(index=index, columns=None).reset_index()
+    return pd.concat([pd.DataFrame([where] * len(named)), named], axis=1)
 
 
 def goals(results: pd.DataFrame) -> pd.DataFrame:
@@ -190,10 +199,12 @@ def read_answers(rows: pd.DataFrame) -> Answers:
     """Returns which images are right, as 0 or 1: seeds by images, of each network, control and factor."""
     return {
         key: pd.DataFrame(
-            [
-                np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[:count]
-                for bits, count in zip(each["answers"], each["count"], strict=True)
-            ],
+            np.stack(
+                [
+                    np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[:count]
+                    for bits, count in zip(each["answers"], each["count"], strict=True)
+                ]
+            ),
             index=each["seed"],
         )
         for key, each in rows.groupby(["network", "control", "factor"])
@@ -231,27 +242,31 @@ def _label(who: tuple[str, str]) -> str:
     return " / ".join(who).removesuffix(" / ")
 
 
-def _draw(rows: pd.DataFrame, file: Path) -> None:
-    regimes = list(rows["regime"].unique())
-    figure, axes = plt.subplots(1, len(regimes), figsize=(5 * len(regimes) + 3, 5), sharey=True, squeeze=False)
-    shown = rows[rows["control"].isin(["", "resized"])].assign(share=100 * rows["right"] / rows["count"])
-    colours = {name: plt.get_cmap("tab20")(index) for index, name in enumerate(shown["network"].unique())}
+def draw(rows: pd.DataFrame, file: Path) -> None:
+    """Draws what is right over the pixel size, trained at one and at nine: the networks that answer the question."""
+    regimes = [regime for regime in ("one", "mixed") if regime in set(rows["regime"])]
+    figure, axes = plt.subplots(
+        1, len(regimes), figsize=(5.5 * len(regimes), 5.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    shares = rows.assign(share=100 * rows["right"] / rows["count"]).groupby(["regime", "network", "control", "factor"])
+    mean, spread = shares["share"].mean(), shares["share"].std().fillna(0)
     handles = {}
     for axis, regime in zip(axes[0], regimes, strict=True):
-        for (network, control), lines in shown[shown["regime"] == regime].groupby(["network", "control"], sort=False):
-            seeds = lines.groupby("factor")["share"]
-            mean, spread = seeds.mean(), seeds.std().fillna(0)
-            style = {"linestyle": ":", "alpha": 0.6} if control else {"linewidth": 3 if network == TOLD else 1.5}
-            (line,) = axis.plot(mean.index, mean, marker=".", color=colours[network], **style)
-            if network in (TOLD, COARSENED) and not control:
-                axis.fill_between(mean.index, mean - spread, mean + spread, color=colours[network], alpha=0.15)
-            handles.setdefault(network, line)
+        for index, (label, candidates) in enumerate(PICTURED.items()):
+            who = next((who for who in candidates if (regime, *who) in mean.index.droplevel("factor")), None)
+            if who is None:
+                continue
+            y, deviation = mean[(regime, *who)], spread[(regime, *who)]
+            told = {"linewidth": 3, "zorder": 3} if index == 0 else {"linewidth": 1.5}
+            (handles[label],) = axis.plot(y.index, y, marker=MARKERS[index], color=f"C{index}", **told)
+            axis.fill_between(y.index, y - deviation, y + deviation, color=f"C{index}", alpha=0.12, linewidth=0)
         axis.set(title=f"trained at {TRAINED_AT[regime]}", xlabel="pixel size / training pixel size", xscale="log")
+        axis.axvspan(min(REGIMES[regime]) / 1.03, max(REGIMES[regime]) * 1.03, color="black", alpha=0.07, linewidth=0)
+        axis.axhline(100 / TASKS[rows["task"].iloc[0]].classes, color="black", linestyle=":", linewidth=1)
         axis.set_xticks(sorted(rows["factor"].unique()), [f"{f:g}" for f in sorted(rows["factor"].unique())])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0, 0].set(ylabel="right, % (dotted: resized to the training pixel size)", ylim=(0, 102))
-    figure.tight_layout()
-    figure.legend(handles.values(), handles, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+    axes[0, 0].set(ylabel="right, % of test images (dotted: chance)", ylim=(0, 102))
+    figure.legend(handles.values(), handles, ncols=min(3, max(1, len(handles))), loc="outside lower center")
+    figure.savefig(file, dpi=100)
     plt.close(figure)

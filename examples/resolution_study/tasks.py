@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from joblib import Memory
-from photographs import KINDS, photograph
-from scenes import DIAMETERS, Scene, render
 from torch import Tensor
+
+from resolution_study.photographs import KINDS, photograph
+from resolution_study.scenes import DIAMETERS, Scene, render
 
 FACTORS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # of the training spacing, to test at
 REGIMES = {"one": (1.0,), "two": (0.7, 1.4), "mixed": (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0)}  # to train at
@@ -74,12 +75,12 @@ class Images(NamedTuple):
     Attributes:
         pixels: ``[N, 1, *size]``.
         ratio: Their spacing, relative to that at factor 1, per axis.
-        label: ``[N]``.
+        target: Their classes, ``[N]``.
     """
 
     pixels: Tensor
     ratio: tuple[float, ...]
-    label: Tensor
+    target: Tensor
 
 
 def training_images(name: str, regime: str, count: int, cache: Path) -> list[Images]:

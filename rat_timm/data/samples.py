@@ -1,15 +1,20 @@
 """Samples of different pixel size, and batches of them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .spacing import Spacing
 
+Objects: TypeAlias = Mapping[str, Tensor]  # boxes, labels and masks, as torchvision's detectors want them
+Target: TypeAlias = Tensor | np.ndarray | Objects | Sequence[float] | float | None
+
 IGNORED = -1  # what maps of whole numbers are filled up with
+_Part = TypeVar("_Part")
 
 
 class Sample(NamedTuple):
@@ -27,7 +32,7 @@ class Sample(NamedTuple):
     image: Tensor
     spacing: Tensor
     mask: Tensor | None = None
-    target: Any = None
+    target: Target = None
 
 
 class Batch(NamedTuple):
@@ -43,20 +48,23 @@ class Batch(NamedTuple):
     image: Tensor
     spacing: Tensor
     mask: Tensor | None
-    target: Tensor | list[Mapping[str, Any]] | None
+    target: Tensor | list[Objects] | None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Moves it to a device."""
 
-        def move(x: Any) -> Any:
-            return x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x
+        def move(x: _Part) -> _Part:
+            return cast(_Part, x.to(device, non_blocking=non_blocking)) if isinstance(x, Tensor) else x
 
-        objects = isinstance(self.target, list)
-        target = [{k: move(v) for k, v in one.items()} for one in self.target or ()] if objects else move(self.target)
+        target: Tensor | list[Objects] | None
+        if isinstance(self.target, list):
+            target = [{name: move(part) for name, part in objects.items()} for objects in self.target]
+        else:
+            target = move(self.target)
         return Batch(move(self.image), move(self.spacing), move(self.mask), target)
 
 
-def is_map(target: Any, grid: Sequence[int]) -> bool:
+def is_map(target: Target, grid: Sequence[int]) -> bool:
     """Tells whether a target is a map: a tensor or an array ``[*grid]`` or ``[C, *grid]``."""
     shape = tuple(getattr(target, "shape", ()))
     return len(shape) - len(grid) in (0, 1) and shape[-len(grid) :] == tuple(grid)
@@ -65,7 +73,7 @@ def is_map(target: Any, grid: Sequence[int]) -> bool:
 def check_sample(sample: Sample, axes: int) -> None:
     """Raises ``ValueError`` unless image, spacing and mask fit together and have so many axes.
 
-    A `Spacing` knows its image's size: one that a transform handed on as it was is of another image.
+    A `Spacing` has its image's size: one that a transform handed on as it was is of another image.
     """
     shape, spacing, mask = tuple(sample.image.shape), sample.spacing, sample.mask
     if len(shape) != axes + 1:
@@ -112,25 +120,25 @@ def _fill(x: Tensor, size: Sequence[int], value: float = 0) -> Tensor:
     return F.pad(x, [part for n in reversed(missing) for part in (0, n)], value=value)
 
 
-def _fill_map(target: Any, size: Sequence[int]) -> Tensor:
+def _fill_map(target: Target, size: Sequence[int]) -> Tensor:
     values = torch.as_tensor(target)
     if values.is_floating_point() or values.dtype == torch.bool:
         return _fill(values, size)
     return _fill(values.long(), size, IGNORED)
 
 
-def _targets(samples: Sequence[Sample], size: Sequence[int]) -> Tensor | list[Mapping[str, Any]] | None:
+def _targets(samples: Sequence[Sample], size: Sequence[int]) -> Tensor | list[Objects] | None:
     targets = [sample.target for sample in samples]
     missing = sum(target is None for target in targets)
     if missing == len(targets):
         return None
     if missing:
         raise ValueError(f"samples must all have a target, or none, got {missing} of {len(targets)} without")
-    dicts = [isinstance(target, Mapping) for target in targets]
-    if all(dicts):
-        return targets
-    if any(dicts):
-        raise ValueError(f"target must be a dict in all samples, or in none, got {sum(dicts)} of {len(targets)}")
+    dicts = [target for target in targets if isinstance(target, Mapping)]
+    if len(dicts) == len(targets):
+        return list(dicts)
+    if dicts:
+        raise ValueError(f"target must be a dict in all samples, or in none, got {len(dicts)} of {len(targets)}")
     maps = [is_map(sample.target, sample.image.shape[1:]) for sample in samples]
     values = [_fill_map(target, size) if all(maps) else torch.as_tensor(target) for target in targets]
     shapes = [list(value.shape) for value in values]

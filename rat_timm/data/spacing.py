@@ -43,7 +43,7 @@ class Spacing(tv_tensors.TVTensor):
 
     canvas_size: tuple[int, int]
 
-    def __new__(cls, data: Any, *, canvas_size: Sequence[int]) -> "Spacing":
+    def __new__(cls, data: Tensor | Sequence[float], *, canvas_size: Sequence[int]) -> "Spacing":
         """Reads the numbers."""
         values = torch.as_tensor(data, dtype=torch.float64)
         if tuple(values.shape) != (2,) or not bool((values > 0).all() & values.isfinite().all()):
@@ -53,16 +53,16 @@ class Spacing(tv_tensors.TVTensor):
         return made
 
     @classmethod
-    def wrap(cls, tensor: Tensor, like: "Spacing", **kwargs: Any) -> "Spacing":
+    def wrap(cls, tensor: Tensor, like: "Spacing", canvas_size: Sequence[int] | None = None) -> "Spacing":
         """Gives a tensor what another spacing has; torchvision calls it."""
-        return cls(tensor, canvas_size=kwargs.get("canvas_size", like.canvas_size))
+        return cls(tensor, canvas_size=like.canvas_size if canvas_size is None else canvas_size)
 
     def corners(self) -> list[tuple[int, int]]:
         """Returns three of the image's corners, (x, y) in pixels: the first one, and those along x and along y."""
         height, width = self.canvas_size
         return [(0, 0), (width, 0), (0, height)]
 
-    def follow(self, moved: Any, canvas_size: Sequence[int]) -> "Spacing":
+    def follow(self, moved: Tensor | Sequence[Sequence[float]], canvas_size: Sequence[int]) -> "Spacing":
         """Returns the spacing of a transformed image.
 
         Args:
@@ -82,10 +82,10 @@ class Spacing(tv_tensors.TVTensor):
             raise ValueError(f"pixels of {self.tolist()} (y, x) would have no right angles")
         return Spacing(lengths.flip(0), canvas_size=canvas_size)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Spacing":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Spacing":
         return Spacing(self.as_subclass(Tensor).clone(), canvas_size=self.canvas_size)
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, **kwargs: object) -> str:
         return self._make_repr(canvas_size=self.canvas_size)
 
 

@@ -4,12 +4,12 @@ A target that is a map (see `Sample`) is transformed with the image: whole numbe
 nearest pixel, floating-point numbers as images are. (A map of directions is not turned.) In 2D, a dict of torchvision's
 detectors is, too: ``boxes`` ``[N, 4]`` (plain ones are x1, y1, x2, y2, in pixels) and, where there are, ``labels``
 ``[N]`` and ``masks`` ``[N, *grid]``; objects of which less than a pixel is left are dropped. A target of one axis or
-none, such as the index of a class, is of the whole and stays. Any other is an error: its meaning is not known.
+none, such as the index of a class, is of the whole and stays. Any other is an error: nothing says its meaning.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from ..optional import import_optional
-from .samples import Sample, check_sample, is_map
+from .samples import Objects, Sample, Target, check_sample, is_map
 from .spacing import Spacing
 from .volumes import to_metatensor
 
-Transform = Callable[[Sample], Sample]
+Transform: TypeAlias = Callable[[Sample], Sample]
+_Parts: TypeAlias = Sequence[Any]  # image, spacing and mask (or None), as kinds of torchvision's tensors
 
 
 def training_transform(size: Sequence[int], scale: tuple[float, float] = (0.35, 1.0), flip: bool = True) -> Transform:
@@ -64,17 +65,19 @@ def _check_size(size: Sequence[int]) -> int:
     return len(size)
 
 
-def _check_target(target: Any, grid: Sequence[int]) -> None:
-    """Raises ``ValueError`` unless it is known what a transform has to do with a target."""
+def _check_target(target: Target, grid: Sequence[int]) -> None:
+    """Raises ``ValueError`` unless a transform can treat a target."""
     if isinstance(target, Mapping):
         if len(grid) != 2:
             raise ValueError("target must be no dict of objects in a volume: its boxes cannot be transformed")
         if "boxes" not in target or not set(target) <= {"boxes", "labels", "masks"}:
             raise ValueError(f"target must be a dict of boxes, labels and masks to be transformed, got {list(target)}")
-    elif not is_map(target, grid) and len(np.shape(target)) > 1:
+        return
+    shape = np.shape(cast(np.ndarray, target))  # () of None
+    if not is_map(target, grid) and len(shape) > 1:
         raise ValueError(
             f"target must be a map of the image's size {tuple(grid)} or have at most one axis to be transformed, "
-            f"got {np.shape(target)}"
+            f"got {shape}"
         )
 
 
@@ -85,14 +88,14 @@ class _Planes(NamedTuple):
     labels: Tensor | None
 
 
-def _to_planes(target: Any, axes: int) -> _Planes:
+def _to_planes(target: Target, axes: int) -> _Planes:
     values, labels = torch.as_tensor(target), None
     if not values.is_floating_point():  # float32 does not hold all of them
         labels, values = values.long().unique(return_inverse=True)
     return _Planes(values.float().reshape(-1, *values.shape[-axes:]), labels)
 
 
-def _from_planes(planes: _Planes, target: Any, axes: int) -> Tensor:
+def _from_planes(planes: _Planes, target: Target, axes: int) -> Tensor:
     """Returns a transformed map in the layout and the type of the one before."""
     before, (values, labels) = torch.as_tensor(target), planes
     values = values if labels is None else labels[values.long()]
@@ -131,28 +134,28 @@ class _Images:
         plain = None if mask is None else mask.as_subclass(Tensor)[0]
         return Sample(image.as_subclass(Tensor), spacing.as_subclass(Tensor).to(sample.spacing.dtype), plain, target)
 
-    def _with_target(self, parts: Sequence[Any], target: Any, grid: tuple[int, ...]) -> tuple[Sequence[Any], Any]:
+    def _with_target(self, parts: _Parts, target: Target, grid: tuple[int, ...]) -> tuple[_Parts, Target]:
         if isinstance(target, Mapping):
             return self._with_objects(parts, target, grid)
         return self._with_map(parts, target) if is_map(target, grid) else (self.transform(*parts), target)
 
-    def _with_map(self, parts: Sequence[Any], target: Any) -> tuple[Sequence[Any], Tensor]:
+    def _with_map(self, parts: _Parts, target: Target) -> tuple[_Parts, Tensor]:
         planes = _to_planes(target, 2)
         kind = tv_tensors.Image if planes.labels is None else _Labels
         *parts, done = self.transform(*parts, kind(planes.values))
         return parts, _from_planes(planes._replace(values=done.as_subclass(Tensor)), target, 2)
 
-    def _with_objects(
-        self, parts: Sequence[Any], target: Mapping[str, Any], grid: tuple[int, ...]
-    ) -> tuple[Sequence[Any], dict[str, Any]]:
-        boxes = target["boxes"]
-        if not isinstance(boxes, tv_tensors.BoundingBoxes):
-            boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=grid)
+    def _with_objects(self, parts: _Parts, target: Objects, grid: tuple[int, ...]) -> tuple[_Parts, dict[str, Tensor]]:
+        given = target["boxes"]
+        if isinstance(given, tv_tensors.BoundingBoxes):
+            boxes, is_plain = given, False
+        else:
+            boxes, is_plain = tv_tensors.BoundingBoxes(given, format="XYXY", canvas_size=grid), True
         masks = {"masks": _Labels(target["masks"])} if "masks" in target else {}
         *parts, done = self.transform(*parts, {**target, "boxes": v2.ConvertBoundingBoxFormat("XYXY")(boxes), **masks})
         kept = _CLEAN(done)
         plain = {name: value.as_subclass(Tensor) for name, value in kept.items()}
-        if boxes is not target["boxes"]:
+        if is_plain:
             return parts, plain
         return parts, {**plain, "boxes": v2.ConvertBoundingBoxFormat(boxes.format)(kept["boxes"])}
 

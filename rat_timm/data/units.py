@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from .errors import ReadError
 
@@ -82,7 +82,7 @@ class Length(NamedTuple):
         unit: Its unit; None where the file has none.
     """
 
-    value: Any
+    value: object
     unit: str | None
 
 
@@ -121,7 +121,7 @@ def _convert(size: Length, axis: str, unit: str, file: str, assumed: str | None)
     return value * float(_METRES[written] / _METRES[unit])
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """Returns a number, or a text that is one; None for all else, such as True, or digits with underscores."""
     if isinstance(value, bool):
         return None
@@ -133,7 +133,7 @@ def number(value: Any) -> float | None:
         return math.inf
 
 
-def _is_length(unit: Any) -> bool:
+def _is_length(unit: object) -> TypeGuard[str]:
     return isinstance(unit, str) and unit in _METRES
 
 

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 _HUGE = 1e30  # from here on, distances of some million pixels overflow in float32; their ratios from its inverse on
 
@@ -36,6 +39,29 @@ class Positions(NamedTuple):
         return Positions(full, tuple(s.expand_as(o) for s, o in zip(self.spacing, full, strict=True)))
 
 
+class Numbers(NamedTuple):
+    """What a grid's tensors hold, in Python's numbers; None where only the tensor tells, or samples differ.
+
+    Sizes may depend on them, and what is worked out of them once serves every image of the kind.
+
+    Attributes:
+        spacing: One per axis.
+        origin: One per axis.
+    """
+
+    spacing: tuple[float, ...] | None = None
+    origin: tuple[float, ...] | None = None
+
+    def moved(self, stride: Sequence[float], shift: Sequence[float]) -> "Numbers":
+        """Returns those of a grid that starts ``shift`` places further on and takes steps of ``stride`` places."""
+        if self.spacing is None:
+            return Numbers()
+        spacing = tuple(s * n for s, n in zip(self.spacing, stride, strict=True))
+        if self.origin is None:
+            return Numbers(spacing)
+        return Numbers(spacing, tuple(o + s * d for o, s, d in zip(self.origin, self.spacing, shift, strict=True)))
+
+
 class Grid(NamedTuple):
     """A regular grid of pixel or token centres: the one carrier of geometry.
 
@@ -43,11 +69,13 @@ class Grid(NamedTuple):
         shape: Number of places along each axis, in array-axis order (z, y, x).
         spacing: Physical distance between neighbours, ``[1 or B, axes]``: one row for the batch or one per sample.
         origin: Physical position of the first place's centre (as in NIfTI and OME-NGFF), ``[1 or B, axes]``.
+        numbers: The same in Python's numbers, as far as a user gave numbers.
     """
 
     shape: tuple[int, ...]
     spacing: Tensor
     origin: Tensor
+    numbers: Numbers = Numbers()
 
     @classmethod
     def create(
@@ -74,9 +102,11 @@ class Grid(NamedTuple):
         """
         axes = len(shape)
         rows = per_axis(spacing, "spacing", axes, batch_size, device, positive=True)
+        step = _numbers(spacing, axes)
         if origin is None:
-            return cls(tuple(shape), rows, rows / 2)
-        return cls(tuple(shape), rows, per_axis(origin, "origin", axes, batch_size, device))
+            return cls(tuple(shape), rows, rows / 2, Numbers(step, _along(step, 0.5)))
+        start = per_axis(origin, "origin", axes, batch_size, device)
+        return cls(tuple(shape), rows, start, Numbers(step, _numbers(origin, axes)))
 
     def conv(self, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> "Grid":
         """Returns the grid on which a convolution of this grid puts its results."""
@@ -84,8 +114,12 @@ class Grid(NamedTuple):
             (n + 2 * p - k) // s + 1 for n, k, s, p in zip(self.shape, kernel_size, stride, padding, strict=True)
         )
         shift = [(k - 1) / 2 - p for k, p in zip(kernel_size, padding, strict=True)]
-        spacing = self.spacing * self.spacing.new_tensor(list(stride))
-        return Grid(shape, spacing, self.origin + self.spacing * self.spacing.new_tensor(shift))
+        return Grid(
+            shape,
+            self.spacing * self.spacing.new_tensor(list(stride)),
+            self.origin + self.spacing * self.spacing.new_tensor(shift),
+            self.numbers.moved(stride, shift),
+        )
 
     def corners(self) -> tuple[Tensor, Tensor]:
         """Returns the outer corners of the field of view, lower and upper, each ``[1 or B, axes]``."""
@@ -152,7 +186,7 @@ class Pyramid(NamedTuple):
     prefix: Tensor | None = None
     single: bool = True
 
-    def unwrap(self, per_level: list) -> Any:
+    def unwrap(self, per_level: list[T]) -> T | list[T]:
         """Returns a list with one entry per level as it is, or its only entry where the user gave one image."""
         return per_level[0] if self.single else per_level
 
@@ -210,8 +244,8 @@ def field_center(grids: Sequence[Grid]) -> Tensor:
 
 def pyramid_grids(
     shapes: Sequence[Sequence[int]],
-    spacing: Any = None,
-    origin: Any = None,
+    spacing: Scalars | Sequence[Scalars | None] | None = None,
+    origin: Scalars | Sequence[Scalars | None] | None = None,
     *,
     reference: Sequence[float],
     batch_size: int = 1,
@@ -249,36 +283,18 @@ def pyramid_grids(
     return grids
 
 
-def spacing_numbers(
-    shapes: Sequence[Sequence[int]], spacing: Any, reference: Sequence[float]
-) -> list[tuple[float, ...] | None]:
-    """Returns the levels' spacings as far as they are Python's numbers, None where a tensor holds them.
-
-    Args:
-        shapes: The levels' sizes in pixels.
-        spacing: See `pyramid_grids`, which has read it.
-        reference: The model's reference spacing, per axis.
-    """
-    axes = len(shapes[0])
-    first, *others = _per_level(spacing, "spacing", len(shapes), axes)
-    base = _numbers(reference if first is None else first, axes)
-    found = [base]
-    for entry, shape in zip(others, shapes[1:], strict=True):
-        if entry is not None:
-            found.append(_numbers(entry, axes))
-        else:
-            ratio = [a / b for a, b in zip(shapes[0], shape, strict=True)]
-            found.append(None if base is None else tuple(s * r for s, r in zip(base, ratio, strict=True)))
-    return found
-
-
 def _numbers(value: Any, axes: int) -> tuple[float, ...] | None:
+    """Returns a physical quantity per axis if Python's numbers say it, None if a tensor does."""
     values = (value,) * axes if _is_number(value) else value
-    known = isinstance(values, (list, tuple)) and all(_is_number(v) for v in values)
-    return tuple(float(fixed(v)) for v in values) if known else None
+    said = isinstance(values, (list, tuple)) and all(_is_number(v) for v in values)
+    return tuple(float(fixed(v)) for v in values) if said else None
 
 
-def fixed(number: Any) -> Any:
+def _along(values: Sequence[float] | None, factor: float) -> tuple[float, ...] | None:
+    return None if values is None else tuple(v * factor for v in values)
+
+
+def fixed(number: N) -> N:
     """Returns a number on which sizes depend as a constant of the program that a compiler makes.
 
     Compilers take a number, or a size, that has changed for one that may be any: all that is worked out of it is then
@@ -288,7 +304,7 @@ def fixed(number: Any) -> Any:
         return number
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # takes long to import
 
-    return guard_scalar(number)
+    return cast(N, guard_scalar(number))
 
 
 def _lower_level(
@@ -303,10 +319,18 @@ def _lower_level(
     if spacing is None and origin is not None:
         raise ValueError("origin without spacing: a field of view that starts elsewhere need not have level 0's extent")
     if spacing is None:
-        spacing = base.spacing * base.spacing.new_tensor([a / b for a, b in zip(base.shape, shape, strict=True)])
+        ratio = [a / b for a, b in zip(base.shape, shape, strict=True)]
+        # from pixel centre to pixel centre, both half a pixel from the corner
+        numbers = base.numbers.moved(ratio, [(r - 1) / 2 for r in ratio])
+        rows = base.spacing * base.spacing.new_tensor(ratio)
+        return Grid(tuple(shape), rows, base.corners()[0] + rows / 2, numbers)
     grid = Grid.create(shape, spacing, origin, batch_size, device)
     if origin is None:
-        grid = grid._replace(origin=base.corners()[0] + grid.spacing / 2)
+        step, start = grid.numbers.spacing, None
+        if step and base.numbers.spacing and base.numbers.origin:
+            pairs = zip(base.numbers.origin, base.numbers.spacing, step, strict=True)
+            start = tuple(first + (own - other) / 2 for first, other, own in pairs)
+        grid = grid._replace(origin=base.corners()[0] + grid.spacing / 2, numbers=Numbers(step, start))
     return grid
 
 
@@ -394,7 +418,7 @@ def _per_level(value: Any, name: str, levels: int, axes: int) -> list:
     return [*value, *derived][:levels]
 
 
-def axis_values(value: Any, name: str, axes: int) -> tuple[float, ...]:
+def axis_values(value: float | Sequence[float], name: str, axes: int) -> tuple[float, ...]:
     """Reads a constructor's number or per-axis sequence of positive numbers."""
     return tuple(float(v) for v in _axis_numbers(value, name, axes))
 
@@ -407,7 +431,7 @@ def _axis_numbers(value: Any, name: str, axes: int) -> Sequence[Real]:
     return values
 
 
-def integers(value: Any, name: str, axes: int) -> tuple[int, ...]:
+def integers(value: int | Sequence[int], name: str, axes: int) -> tuple[int, ...]:
     """Reads a positive whole number or one per axis."""
     values = [v for v in _axis_numbers(value, name, axes) if isinstance(v, Integral)]
     if len(values) != axes:

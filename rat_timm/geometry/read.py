@@ -1,20 +1,107 @@
-"""What a user hands to a model, checked and turned into a `Pyramid` of images on their grids."""
+"""What a user says of images, read once: checked, and turned into a `Pyramid` of images on their grids.
 
-from collections.abc import Sequence
+It is said to a model, or around it by the context `geometry`, for wrappers that drop keywords.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from .context import Told
-from .grid import Pyramid, Tokens, channels_last, fixed, pyramid_grids, spacing_numbers
-from .resample import resample, spacing_rows, stack
+from .grid import Grid, Pyramid, Tokens, fixed, pyramid_grids
+from .plans import is_traced
+from .types import ImageOrPyramid, MaskLike, OriginLike, SpacingLike
+
+
+class Told(NamedTuple):
+    """What a user says of images; None where nothing is said.
+
+    Attributes:
+        spacing: Physical pixel size in array-axis order (z, y, x); `rat_timm.geometry.grid.pyramid_grids` says in
+            which forms.
+        mask: ``[B, *size]``, True = valid, or one per level of a pyramid.
+        origin: Physical position of the first pixel's centre, in the forms of ``spacing``.
+    """
+
+    spacing: SpacingLike = None
+    mask: MaskLike = None
+    origin: OriginLike = None
+
+    def completed(self, other: "Told") -> "Told":
+        """Returns this, and what ``other`` says where this says nothing."""
+        return Told(
+            other.spacing if self.spacing is None else self.spacing,
+            other.mask if self.mask is None else self.mask,
+            other.origin if self.origin is None else self.origin,
+        )
+
+
+class _Innermost(threading.local):
+    """What a thread's innermost context tells. No `ContextVar`: PyTorch 2.11 does not compile what reads one."""
+
+    told: Told | None = None
+
+
+_INNERMOST = _Innermost()
+
+
+@contextlib.contextmanager
+def geometry(*, spacing: SpacingLike = None, mask: MaskLike = None, origin: OriginLike = None) -> Iterator[None]:
+    """Tells every model of this package that runs inside it what is known of its images.
+
+    For what wraps a backbone and takes the image alone (segmentation_models_pytorch, torchvision's and transformers'
+    detectors, MONAI's FlexibleUNet):
+
+        unet = smp.Unet("tu-rat_tiny", encoder_weights=None)
+        with rat_timm.geometry(spacing=0.5, mask=mask):
+            logits = unet(image)
+
+    A model's own arguments come first. Contexts nest: what an inner one does not say, the outer one does. Each thread
+    has its own, so that ``nn.DataParallel``, which starts threads, does not hand it on; nor does a backward pass that
+    computes the whole model again (``torch.utils.checkpoint`` around it; ``set_grad_checkpointing`` is safe).
+
+    Args:
+        spacing: Physical pixel size in array-axis order (z, y, x), in any form that the models take.
+        mask: ``[B, *size]``, True = valid, or one per level of a pyramid.
+        origin: Physical position of the first pixel's centre, in the forms of ``spacing``.
+
+    Raises:
+        ValueError: By the model, if what is said does not fit the images that it is given.
+    """
+    outer = _INNERMOST.told
+    told = Told(spacing, mask, origin)
+    _INNERMOST.told = told if outer is None else told.completed(outer)
+    try:
+        yield
+    finally:
+        _INNERMOST.told = outer
+
+
+def what_is_told(
+    x: ImageOrPyramid, spacing: SpacingLike = None, mask: MaskLike = None, origin: OriginLike = None
+) -> Told:
+    """Returns a model's arguments, completed by the context.
+
+    Args:
+        x: The images, which are not looked at: with them a call is one of the images, which tracers keep.
+        spacing: See `Told`.
+        mask: See `Told`.
+        origin: See `Told`.
+    """
+    around = _INNERMOST.told
+    told = Told(spacing, mask, origin)
+    return told if around is None else told.completed(around)
 
 
 @register_notrace_function
 def read_images(
-    x: Tensor | Sequence[Tensor],
+    x: ImageOrPyramid,
     told: Told,
     reference: tuple[float, ...],
     in_chans: int,
@@ -42,132 +129,50 @@ def read_images(
     if not images:
         raise ValueError("x is an empty list of images")
     for level, image in enumerate(images):
-        _check_image(image, _name("x", level, single), in_chans, min_size)
+        _check_image(image, "x" if single else f"level {level}: x", in_chans, min_size)
         if image.shape[0] != images[0].shape[0]:
             raise ValueError(
                 f"level {level}: x must have level 0's batch size {images[0].shape[0]}, got {image.shape[0]}"
             )
-    sizes = [tuple(fixed(n) for n in image.shape[2:]) for image in images]
-    masks = _read_masks(told.mask, images, single)
-    grids = pyramid_grids(
-        sizes, told.spacing, told.origin, reference=reference, batch_size=images[0].shape[0], device=images[0].device
-    )
-    levels = [Tokens(channels_last(image), grid, m) for image, grid, m in zip(images, grids, masks, strict=True)]
+    grids = _read_grids(images, told, reference)
+    masks = [None] * len(images) if told.mask is None else _read_masks(told.mask, images, single)
+    levels = [Tokens(image.movedim(1, -1), grid, m) for image, grid, m in zip(images, grids, masks, strict=True)]
     return Pyramid(levels, None, single)
 
 
-class Part(NamedTuple):
-    """Samples of a batch whose images have one size.
-
-    Attributes:
-        rows: Their indices in the batch; None for all of it.
-        images: These samples.
-    """
-
-    rows: list[int] | None
-    images: Pyramid
-
-
-def parts_at_reference(images: Pyramid, spacing: Any, reference: tuple[float, ...]) -> list[Part]:
-    """Resamples a pyramid, so that its first level has the reference spacing and the others keep theirs relative to it.
-
-    Samples whose images come out in sizes of their own are parts of their own: side by side in one tensor, all but the
-    largest would have to be filled up, and windows at their true border would reach into the fill.
-
-    Args:
-        images: The images on their grids.
-        spacing: What the user said of it, for its numbers: see `rat_timm.geometry.grid.spacing_numbers`.
-        reference: The model's reference spacing.
-
-    Raises:
-        ValueError: If a spacing is a tensor and the model is compiled, or an image would become too large.
-    """
-    numbers = spacing_numbers([tokens.grid.shape for tokens in images.levels], spacing, reference)
-    rows = [
-        spacing_rows(tokens.grid) if known is None else [known]
-        for tokens, known in zip(images.levels, numbers, strict=True)
-    ]
-    if not all(rows):
-        return [Part(None, images)]  # an empty batch, with a spacing for each of its no samples
-    count = max(map(len, rows))
-    if count == 1:
-        return [Part(None, _resample(images, [row[0] for row in rows], reference))]
-    members: dict[tuple, list[int]] = {}  # by the spacings of all levels
-    for index, spacings in enumerate(zip(*(row * (count // len(row)) for row in rows), strict=True)):
-        members.setdefault(spacings, []).append(index)
-    if len(members) == 1:
-        return [Part(None, _resample(images, next(iter(members)), reference))]
-    return _by_shape([Part(i, _resample(_select(images, i), known, reference)) for known, i in members.items()])
+def _read_grids(images: Sequence[Tensor], told: Told, reference: tuple[float, ...]) -> Sequence[Grid]:
+    """Makes the levels' grids; those of numbers alone are kept, since images of one kind come again and again."""
+    spacing, origin = _frozen(told.spacing), _frozen(told.origin)
+    if not (_is_constant(spacing) and _is_constant(origin)) or is_traced():
+        fixed_sizes = [tuple(fixed(n) for n in image.shape[2:]) for image in images]
+        batch_size, device = images[0].shape[0], images[0].device
+        return pyramid_grids(
+            fixed_sizes, told.spacing, told.origin, reference=reference, batch_size=batch_size, device=device
+        )
+    sizes = tuple([tuple(image.shape[2:]) for image in images])
+    return _constant_grids(sizes, spacing, origin, reference, images[0].device)
 
 
-def _by_shape(parts: Sequence[Part]) -> list[Part]:
-    """Puts parts side by side whose levels have the same shapes; their spacings may differ."""
-    alike: dict[tuple, list[Part]] = {}
-    for part in parts:
-        alike.setdefault(tuple(tokens.grid.shape for tokens in part.images.levels), []).append(part)
-    if len(alike) == 1:
-        return [Part(None, join_parts([part.images for part in parts], [part.rows or [] for part in parts]))]
-    return [
-        Part([row for part in same for row in part.rows or []], _side_by_side([part.images for part in same]))
-        for same in alike.values()
-    ]
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
-@register_notrace_function
-def to_reference(images: Pyramid, spacing: Any, reference: tuple[float, ...]) -> Pyramid:
-    """Does what `parts_at_reference` does in graphs, which are of one part.
-
-    Raises:
-        ValueError: If there are several.
-    """
-    parts = parts_at_reference(images, spacing, reference)
-    if len(parts) > 1:
-        raise ValueError("spacing must be the same for all samples where the model is a graph and its stem physical")
-    return parts[0].images
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, Real)
 
 
-def _select(images: Pyramid, rows: Sequence[int]) -> Pyramid:
-    index = torch.tensor(rows, device=images.levels[0].x.device)
-    return images._replace(levels=[_select_rows(tokens, index) for tokens in images.levels])
-
-
-def _select_rows(tokens: Tokens, index: Tensor) -> Tokens:
-    grid = tokens.grid
-    spacing, origin = (r if len(r) == 1 else r.index_select(0, index) for r in (grid.spacing, grid.origin))
-    mask = None if tokens.mask is None else tokens.mask.index_select(0, index)
-    return Tokens(tokens.x.index_select(0, index), grid._replace(spacing=spacing, origin=origin), mask)
-
-
-def _resample(images: Pyramid, spacings: Sequence[tuple[float, ...]], reference: tuple[float, ...]) -> Pyramid:
-    """Resamples images whose levels have the ``spacings``."""
-    levels = []
-    for tokens, known in zip(images.levels, spacings, strict=True):
-        wanted = [r * s / base for r, s, base in zip(reference, known, spacings[0], strict=True)]
-        levels.append(resample(tokens, wanted, known))
-    return images._replace(levels=levels)
-
-
-def join_parts(pyramids: Sequence[Pyramid], rows: Sequence[Sequence[int]]) -> Pyramid:
-    """Puts parts of a batch side by side again, in the batch's order; what is smaller is filled up and masked.
-
-    Args:
-        pyramids: What a model made of each part.
-        rows: The indices of its samples in the batch.
-    """
-    order = torch.tensor([row for part in rows for row in part], device=pyramids[0].levels[0].x.device).argsort()
-    joined = _side_by_side(pyramids)
-    prefix = None if joined.prefix is None else joined.prefix.index_select(0, order)
-    return joined._replace(levels=[_select_rows(tokens, order) for tokens in joined.levels], prefix=prefix)
-
-
-def _side_by_side(pyramids: Sequence[Pyramid]) -> Pyramid:
-    levels = [stack(parts) for parts in zip(*(pyramid.levels for pyramid in pyramids), strict=True)]
-    prefixes = [pyramid.prefix for pyramid in pyramids if pyramid.prefix is not None]
-    return Pyramid(levels, torch.cat(prefixes) if prefixes else None, pyramids[0].single)
-
-
-def _name(name: str, level: int, single: bool) -> str:
-    return name if single else f"level {level}: {name}"
+@functools.lru_cache(maxsize=256)
+def _constant_grids(
+    sizes: tuple[tuple[int, ...], ...],
+    spacing: Any,
+    origin: Any,
+    reference: tuple[float, ...],
+    device: torch.device,
+) -> tuple[Grid, ...]:
+    with torch.inference_mode(False):  # what is kept serves training too
+        return tuple(pyramid_grids(sizes, spacing, origin, reference=reference, device=device))
 
 
 def _check_image(image: Tensor, name: str, in_chans: int, min_size: tuple[int, ...]) -> None:
@@ -177,26 +182,26 @@ def _check_image(image: Tensor, name: str, in_chans: int, min_size: tuple[int, .
         raise ValueError(f"{name} must be [B, C, *size] with {axes} spatial axes, got {got}")
     if image.shape[1] != in_chans:
         raise ValueError(f"{name} must have {in_chans} channels (in_chans), got {image.shape[1]}")
-    if any(n < least for n, least in zip(image.shape[2:], min_size, strict=True)):
-        raise ValueError(f"{name} must be at least {min_size} pixels (the stem's stride), got {tuple(image.shape[2:])}")
+    for length, least in zip(image.shape[2:], min_size, strict=True):
+        if length < least:
+            size = tuple(image.shape[2:])
+            raise ValueError(f"{name} must be at least {min_size} pixels (the stem's stride), got {size}")
 
 
-def _read_masks(mask: Any, images: list[Tensor], single: bool) -> list[Tensor | None]:
-    if mask is None:
-        return [None] * len(images)
+def _read_masks(mask: MaskLike, images: list[Tensor], single: bool) -> list[Tensor | None]:
     if isinstance(mask, Tensor):
         if not single and len(images) > 1:
             raise ValueError(f"mask must be a list with one entry per level ({len(images)}), got a tensor")
-        masks = [mask]
+        masks: list[Tensor | None] = [mask]
     elif isinstance(mask, (list, tuple)):
         masks = list(mask)
     else:
         raise ValueError(f"mask must be a tensor, or a list with one per level, got {mask!r}")
     if len(masks) != len(images):
         raise ValueError(f"mask must have one entry per level ({len(images)}), got {len(masks)}")
+    names = ["mask"] if single else [f"level {level}: mask" for level in range(len(images))]
     return [
-        None if m is None else _read_mask(m, _name("mask", level, single), image)
-        for level, (m, image) in enumerate(zip(masks, images, strict=True))
+        None if m is None else _read_mask(m, name, image) for m, name, image in zip(masks, names, images, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .grid import Grid, Tokens, exact_dtype, fill, integers
+from .grid import Grid, Numbers, Tokens, exact_dtype, fill, integers
 
 _SAME = 1e-6  # how near 1 a ratio of spacings is taken for 1
 _GROWTH = 4  # by which an image may grow beyond the limit: large ones near the wanted pixel size are no mistake
@@ -34,7 +34,7 @@ def resample_limit() -> int:
     return _limit
 
 
-def resample(tokens: Tokens, spacing: Sequence[float], known: Sequence[float] | None = None) -> Tokens:
+def resample(tokens: Tokens, spacing: Sequence[float]) -> Tokens:
     """Resamples an image to a pixel size, linearly; what becomes coarser is averaged by the triangle filter.
 
     The field of view keeps its lower corner, and its extent up to half a pixel. What is masked has no weight; a new
@@ -44,13 +44,12 @@ def resample(tokens: Tokens, spacing: Sequence[float], known: Sequence[float] | 
     Args:
         tokens: An image on its grid.
         spacing: The new pixel size per axis.
-        known: That of the grid in numbers, per axis; None: read from the grid, which a compiled model cannot do.
 
     Raises:
         ValueError: If the grid's spacing is a tensor and the model is compiled, or an image would become larger than
             `resample_limit` and four times its size.
     """
-    rows = spacing_rows(tokens.grid) if known is None else [tuple(known)]
+    rows = spacing_rows(tokens.grid)
     ratios = [tuple(s / new for s, new in zip(row, spacing, strict=True)) for row in rows]
     if all(abs(ratio - 1) < _SAME for row in ratios for ratio in row):
         return tokens
@@ -68,7 +67,13 @@ def resample(tokens: Tokens, spacing: Sequence[float], known: Sequence[float] | 
 
 
 def spacing_rows(grid: Grid) -> list[tuple[float, ...]]:
-    """Reads a grid's spacing, per sample or one for all; raises ``ValueError`` where a model is compiled."""
+    """Returns a grid's spacing in numbers, per sample or one for all.
+
+    Raises:
+        ValueError: If a tensor holds it and the model is compiled.
+    """
+    if grid.numbers.spacing is not None:
+        return [grid.numbers.spacing]
     rows = grid.spacing
     if torch.compiler.is_compiling() or rows.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(rows):
         raise ValueError(
@@ -83,7 +88,9 @@ def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) 
     size = tuple(max(1, round(n * r)) for n, r in zip(tokens.grid.shape, ratio, strict=True))
     _check_size(tokens.grid.shape, size)
     step = tokens.grid.spacing.new_tensor([list(spacing)])
-    grid = tokens.grid._replace(shape=size, spacing=step, origin=tokens.grid.corners()[0] + step / 2)
+    shift = [(1 / r - 1) / 2 for r in ratio]  # from pixel centre to pixel centre, from one corner
+    start = tokens.grid.numbers.moved([1.0] * len(size), shift).origin
+    grid = Grid(size, step, tokens.grid.corners()[0] + step / 2, Numbers(tuple(spacing), start))
     mask, dtype = tokens.mask, tokens.x.dtype
     x = tokens.filled().to(exact_dtype(dtype))  # sums of many pixels
     if mask is None:

@@ -25,8 +25,8 @@ class Attention(nn.Module):
         qkv_bias: Whether queries, keys and values have a bias.
         attn_drop: Dropout of attention weights.
         proj_drop: Dropout of the output.
-        device: Where parameters are made.
-        dtype: Their type.
+        device: PyTorch's.
+        dtype: PyTorch's.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Block(nn.Module):
         mlp_ratio: Hidden width of the MLP over ``dim``.
         proj_drop: Dropout in the MLP.
         drop_path: Stochastic depth rate.
-        device: Where parameters are made.
-        dtype: Their type.
+        device: PyTorch's.
+        dtype: PyTorch's.
     """
 
     def __init__(

@@ -9,21 +9,22 @@ Per head, with groups g_m and tokens x_n, ``iters`` times:
 Parameters and their names are those of the package ``spatial-grouping-attention``.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import spatial_grouping_attention as upstream
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 
-from ..geometry.grid import Tokens, axis_values, channels_first, channels_last, field_center, integers
+from ..geometry.grid import Positions, Tokens, axis_values, field_center, fill, integers
 from ..ops.assignment import Assignment
 from ..ops.grouping_dense import DenseGrouping
 from ..ops.grouping_local import LocalGrouping
 from ..ops.masking import pool_mask
 from .rose import RotarySpatialEmbedding, Rotation, check_heads
 from .tracing import compiled_once
+
+CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Grouping(Protocol):
@@ -33,12 +34,14 @@ class Grouping(Protocol):
         """Takes values into groups ``[B, *coarse, heads, d]``."""
 
 
-class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
+class SpatialGroupingAttention(nn.Module):
     """Groups the tokens of a grid onto the coarser grid of a strided convolution.
 
-    Keywords as in the upstream class. What differs: heads are separate; keys and values are computed once; positions
-    are physical (see `RotarySpatialEmbedding`); masked tokens take no part, so there is no ``mask_embedding``; ``temp``
-    starts at ``head_dim ** -0.5``; tokens and their grid come and go as `Tokens`.
+    Keywords and parameters are named as in the package ``spatial-grouping-attention``, whose weights load. What differs
+    from it: heads are separate; keys and values are computed once; positions are physical (see
+    `RotarySpatialEmbedding`) and coherent by default (scaling "identity", not learnable); masked tokens take no part,
+    so there is no ``mask_embedding``; ``temp`` starts at ``head_dim ** -0.5``; tokens and their grid come and go as
+    `Tokens`.
 
     Args:
         feature_dims: Width.
@@ -46,14 +49,24 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         kernel_size: Size of the strided convolution that starts the groups, odd, one number or one per axis.
         num_heads: Number of heads.
         stride: Its stride, one number or one per axis. Default: half the kernel.
-        dilation: Distance of its taps, one number or one per axis.
+        iters: Number of times that groups take.
+        mlp_ratio: Hidden width of the MLP over ``feature_dims``.
+        mlp_dropout: Dropout in the MLP.
+        mlp_bias: Whether the MLP has biases.
+        mlp_activation: Its activation.
+        qkv_bias: Whether queries, keys and values have a bias.
+        base_theta: See `RotarySpatialEmbedding`.
+        learnable_rose: Whether rotary frequencies are parameters.
+        init_jitter_std: See `RotarySpatialEmbedding`.
+        rotary_ratio: Share of the heads that are rotated.
+        frequency_scaling: See `RotarySpatialEmbedding`.
+        learnable_rose_scaling: Whether the scaling of spacings is learnable.
+        rose_initial_scaling: How it starts.
+        dilation: Distance of the convolution's taps, one number or one per axis.
         unit: Physical length of one unit of the rotary coordinate, one number or one per axis: the fine side's spacing
             where the input of the network has the reference spacing.
-        device: Where parameters are made.
-        dtype: Their type.
-        **kwargs: ``iters, mlp_ratio, mlp_dropout, mlp_bias, mlp_activation, qkv_bias, base_theta, learnable_rose,
-            init_jitter_std, rotary_ratio, frequency_scaling, learnable_rose_scaling, rose_initial_scaling``, as
-            upstream, but with coherent coordinates by default (scaling "identity", not learnable).
+        device: PyTorch's.
+        dtype: PyTorch's.
 
     Raises:
         ValueError: If heads do not divide the width, or a kernel size is even.
@@ -66,52 +79,63 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         kernel_size: int | Sequence[int] = 7,
         num_heads: int = 16,
         stride: int | Sequence[int] | None = None,
+        iters: int = 3,
+        mlp_ratio: float = 4.0,
+        mlp_dropout: float = 0.0,
+        mlp_bias: bool = True,
+        mlp_activation: type[nn.Module] = nn.GELU,
+        qkv_bias: bool = True,
+        base_theta: float = 1e4,
+        learnable_rose: bool = True,
+        init_jitter_std: float = 0.02,
+        rotary_ratio: float = 0.5,
+        frequency_scaling: str = "sqrt",
+        learnable_rose_scaling: bool = False,
+        rose_initial_scaling: str | None = None,
         *,
         dilation: int | Sequence[int] = 1,
         unit: float | Sequence[float] = 1.0,
-        learnable_rose_scaling: bool = False,
-        rose_initial_scaling: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **kwargs: Any,
     ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_heads(feature_dims, num_heads)
-        if "spacing" in kwargs:
-            raise TypeError("spacing is no keyword here: it comes with the tokens' grid")
-        with torch.device(device) if device is not None else contextlib.nullcontext():
-            super().__init__(
-                feature_dims,
-                spatial_dims,
-                kernel_size,
-                num_heads,
-                stride,
-                learnable_rose_scaling=learnable_rose_scaling,
-                rose_initial_scaling=rose_initial_scaling,
-                **kwargs,
-            )
+        self.feature_dims, self.spatial_dims, self.num_heads, self.iters = feature_dims, spatial_dims, num_heads, iters
+        self.kernel_size = integers(kernel_size, "kernel_size", spatial_dims)
+        if any(k % 2 == 0 for k in self.kernel_size):
+            raise ValueError(f"kernel_size must be odd, got {kernel_size!r}")
+        half = tuple(max(1, k // 2) for k in self.kernel_size)
+        self.stride = half if stride is None else integers(stride, "stride", spatial_dims)
+        dilation = integers(dilation, "dilation", spatial_dims)
+        self.extent = tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, dilation, strict=True))
+        self.padding = tuple((extent - 1) // 2 for extent in self.extent)
+        self.unit = axis_values(unit, "unit", spatial_dims)
+        self.strider = CONVS[spatial_dims](
+            feature_dims, feature_dims, self.kernel_size, self.stride, self.padding, dilation, **dd
+        )
+        self.kv = nn.Linear(feature_dims, 2 * feature_dims, bias=qkv_bias, **dd)
+        self.q = nn.Linear(feature_dims, feature_dims, bias=qkv_bias, **dd)
+        self.mlp = Mlp(
+            feature_dims, int(feature_dims * mlp_ratio), act_layer=mlp_activation, drop=mlp_dropout, bias=mlp_bias, **dd
+        )
+        self.temp = nn.Parameter(torch.full((1,), (feature_dims // num_heads) ** -0.5, **dd))
+        with torch.device(device or torch.get_default_device()):
             self.rose = RotarySpatialEmbedding(
                 feature_dims,
                 num_heads,
                 spatial_dims,
-                base_theta=self.base_theta,
-                learnable=self.learnable_rose,
-                init_jitter_std=kwargs.get("init_jitter_std", 0.02),
-                frequency_scaling=self.frequency_scaling,
-                rotary_ratio=self.rotary_ratio,
+                base_theta=base_theta,
+                learnable=learnable_rose,
+                init_jitter_std=init_jitter_std,
+                frequency_scaling=frequency_scaling,
+                rotary_ratio=rotary_ratio,
                 learnable_scale=learnable_rose_scaling,
                 initial_scaling=rose_initial_scaling,
-            )
-        if any(k % 2 == 0 for k in self.kernel_size):
-            raise ValueError(f"kernel_size must be odd, got {kernel_size!r}")
-        del self.mask_embedding
-        nn.init.constant_(self.temp, (feature_dims // num_heads) ** -0.5)
-        dilation = integers(dilation, "dilation", spatial_dims)
-        self.extent = tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, dilation, strict=True))
-        self.padding = tuple((extent - 1) // 2 for extent in self.extent)
-        # upstream's convolution has no dilation
-        self.strider.dilation, self.strider.padding = dilation, self.padding
-        self.unit = axis_values(unit, "unit", spatial_dims)
-        self.to(dtype=dtype)
+            ).to(dtype=dtype)
+        self.norm1 = nn.LayerNorm(feature_dims, **dd)
+        self.norm2 = nn.LayerNorm(feature_dims, **dd)
+        self.norm3 = nn.LayerNorm(feature_dims, **dd)
 
     def prepare(self, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Grouping:
         """Makes ready to take values ``[B, *fine, heads, d]``; masks ``[B, *fine]`` and ``[B, *coarse]``."""
@@ -131,19 +155,44 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
         Returns:
             The groups, and, if asked for, the matrices of the last iteration.
         """
-        x, grid, mask = tokens.filled(), tokens.grid, tokens.mask
-        coarse = grid.conv(self.extent, self.stride, self.padding)
-        center = field_center([grid])
-        key, value = self._split_heads(self.kv(x), 2)
-        key = self.temp.to(key.dtype) * self.rose(key, grid.positions(center, self.unit))
-        groups = self.norm1(channels_last(self.strider(channels_first(x))))
+        grid, mask = tokens.grid, tokens.mask
+        coarse, center = grid.conv(self.extent, self.stride, self.padding), field_center([grid])
+        fine, groups = (side.positions(center, self.unit) for side in (grid, coarse))
         group_mask = None if mask is None else pool_mask(mask, self.stride)
-        rotation = self.rose.rotation(coarse.positions(center, self.unit), key.dtype)
+        x, assignment = self.group(tokens.x, fine, groups, mask, group_mask, return_assignment)
+        return Tokens(x, coarse, group_mask), assignment
+
+    def group(
+        self,
+        x: Tensor,
+        fine: Positions,
+        coarse: Positions,
+        mask: Tensor | None = None,
+        group_mask: Tensor | None = None,
+        return_assignment: bool = False,
+    ) -> tuple[Tensor, Assignment | None]:
+        """Groups tokens whose places are known.
+
+        Args:
+            x: ``[B, *fine, C]``.
+            fine: Their positions, in the layer's unit.
+            coarse: The groups' positions, about the same centre.
+            mask: ``[B, *fine]``, True = valid; None if all are.
+            group_mask: ``[B, *coarse]``: the groups over whose cell a valid token stands.
+            return_assignment: Whether to return the matrices of the last iteration.
+
+        Returns:
+            ``[B, *coarse, C]``, and the matrices if asked for.
+        """
+        x = fill(x, mask)
+        key, value = self._split_heads(self.kv(x), 2)
+        key = self.temp.to(key.dtype) * self.rose(key, fine)
+        groups = self.norm1(self.strider(x.movedim(-1, 1)).movedim(1, -1))
+        rotation = self.rose.rotation(coarse, key.dtype)
         grouping = self.prepare(key, value, mask, group_mask)
         for _ in range(self.iters):
             groups, query = _iterate(self, groups, rotation, grouping)
-        assignment = self.assign(query, key, mask, group_mask) if return_assignment else None
-        return Tokens(groups, coarse, group_mask), assignment
+        return groups, self.assign(query, key, mask, group_mask) if return_assignment else None
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)  # parts of [B, *grid, heads, d]
@@ -151,8 +200,6 @@ class SpatialGroupingAttention(upstream.SpatialGroupingAttention):
     def extra_repr(self) -> str:
         """Describes the module in a printed model."""
         return f"{self.feature_dims}, num_heads={self.num_heads}, stride={self.stride}, iters={self.iters}"
-
-    __repr__ = nn.Module.__repr__
 
 
 class DenseSpatialGroupingAttention(SpatialGroupingAttention):

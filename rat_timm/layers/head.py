@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..geometry.grid import channels_first, fill
+from ..geometry.types import MapOrMaps
 from ..ops.masking import check_mask
-from .tracing import traced_as_whole
+from .tracing import as_one_node
 
 POOLS = ("avg", "token", "")
 _MASK = "_rat_timm_mask"  # an attribute of tensors
@@ -24,8 +25,8 @@ class Head(nn.Module):
         num_classes: Number of classes; 0 leaves the features as they are.
         pool_type: "avg" over the valid tokens of all levels, "token" for the first prefix token, "" for none.
         drop_rate: Dropout before the classifier.
-        device: Where parameters are made.
-        dtype: Their type.
+        device: PyTorch's.
+        dtype: PyTorch's.
 
     Raises:
         ValueError: If the pooling is unknown.
@@ -64,36 +65,38 @@ class Head(nn.Module):
             nn.init.zeros_(linear.bias)
         self.train(self.training)
 
-    @traced_as_whole
     def forward(
         self,
-        features: Sequence[Tensor],
-        masks: Sequence[Tensor | None],
+        x: MapOrMaps,
+        masks: Sequence[Tensor | None] | None = None,
         prefix: Tensor | None = None,
-        single: bool = False,
         pre_logits: bool = False,
-    ) -> Tensor | list[Tensor]:
+    ) -> MapOrMaps:
         """Classifies.
 
         Args:
-            features: One ``[B, *grid, C]`` per level.
-            masks: One ``[B, *grid]`` or None per level, True = valid.
+            x: Map ``[B, C, *grid]``, or one per level.
+            masks: ``[B, *grid]``, True = valid, or None, for each level.
             prefix: ``[B, P, C]``, for "token".
-            single: Whether to return the only level's map rather than a list of one, without pooling.
             pre_logits: Whether to stop before the classifier.
 
         Returns:
-            ``[B, classes]``; without pooling one ``[B, classes, *grid]`` per level.
+            ``[B, classes]``; without pooling ``[B, classes, *grid]``, or one per level for a list.
 
         Raises:
-            ValueError: If a token is to be pooled and there is none.
+            ValueError: If a mask does not fit its map, or a token is to be pooled and there is none.
         """
-        for level, (x, mask) in enumerate(zip(features, masks, strict=True)):
-            check_mask(mask, x.shape[:-1], f"mask of level {level}" if len(features) > 1 else "mask")
+        if isinstance(x, Proxy):
+            return as_one_node(self, x, masks, prefix, pre_logits)
+        maps = [x] if isinstance(x, Tensor) else x
+        features = [level.movedim(1, -1) for level in maps]
+        masks = masks or [None] * len(maps)
+        if any(mask is not None for mask in masks):
+            _check_masks(features, masks)
         if self.pool_type == "":
-            classified = [self._classify(x, pre_logits) for x in features]
-            maps = [channels_first(fill(x, mask)) for x, mask in zip(classified, masks, strict=True)]
-            return maps[0] if single else maps
+            classified = [self._classify(level, pre_logits) for level in features]
+            out = [channels_first(fill(level, mask)) for level, mask in zip(classified, masks, strict=True)]
+            return out[0] if isinstance(x, Tensor) else out
         if self.pool_type == "token":
             if prefix is None:
                 raise ValueError("global_pool 'token' needs prefix tokens (reg_tokens), and forward_head their values")
@@ -107,6 +110,13 @@ class Head(nn.Module):
     def extra_repr(self) -> str:
         """Describes the module in a printed model."""
         return f"pool_type={self.pool_type!r}"
+
+
+def _check_masks(features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
+    if len(masks) != len(features):
+        raise ValueError(f"mask must have one entry per map ({len(features)}), got {len(masks)}")
+    for level, (x, mask) in enumerate(zip(features, masks, strict=True)):
+        check_mask(mask, x.shape[:-1], f"mask of level {level}" if len(features) > 1 else "mask")
 
 
 def with_mask(x: Tensor, mask: Tensor | None) -> Tensor:

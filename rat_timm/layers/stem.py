@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
-from ..geometry.grid import Pyramid, Tokens, channels_first, channels_last
+from ..geometry.types import MapOrMaps
 from ..ops.masking import pool_mask
-from .tracing import traced_as_whole
+from .tracing import as_one_node
 
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -24,8 +25,8 @@ class Stem(nn.Module):
         kernel_size: Kernel size of each convolution, odd.
         stride: Total stride per axis, shared out among the convolutions from the first on.
         mask_token: Whether a learnable token stands at masked places, and is valid there.
-        device: Where parameters are made.
-        dtype: Their type.
+        device: PyTorch's.
+        dtype: PyTorch's.
 
     Raises:
         ValueError: If a kernel is even or the stride is more than the kernels can cover.
@@ -44,7 +45,6 @@ class Stem(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.kernels = [(k,) * spatial_dims for k in kernel_size]
         self.strides = share_stride(stride, kernel_size)
         widths = [in_chans, *[embed_dim // 2] * (len(kernel_size) - 1), embed_dim]
         conv = _CONVS[spatial_dims]
@@ -58,23 +58,34 @@ class Stem(nn.Module):
         if self.mask_token is not None:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    @traced_as_whole
-    def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Turns images ``[B, *size, in_chans]`` into tokens ``[B, *ceil(size / stride), embed_dim]``."""
-        return pyramid._replace(levels=[self._embed(image) for image in pyramid.levels])
+    def forward(self, x: MapOrMaps, masks: Sequence[Tensor | None] | None = None) -> MapOrMaps:
+        """Turns pixels into tokens.
 
-    def _embed(self, tokens: Tokens) -> Tokens:
-        for index, (conv, kernel, stride) in enumerate(zip(self.convs, self.kernels, self.strides, strict=True)):
-            x = channels_last(conv(channels_first(tokens.filled())))
+        Args:
+            x: Image ``[B, in_chans, *size]``, or a list of them.
+            masks: ``[B, *size]``, True = valid, or None, for each image: what is masked influences nothing.
+
+        Returns:
+            ``[B, embed_dim, *ceil(size / stride)]``, or a list of them for a list.
+        """
+        if isinstance(x, Proxy):
+            return as_one_node(self, x, masks)
+        images = [x] if isinstance(x, Tensor) else x
+        maps = [self._embed(*pair) for pair in zip(images, masks or [None] * len(images), strict=True)]
+        return maps[0] if isinstance(x, Tensor) else maps
+
+    def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        for index, (conv, stride) in enumerate(zip(self.convs, self.strides, strict=True)):
+            x = conv(x if mask is None else torch.where(mask.unsqueeze(1), x, 0.0)).movedim(1, -1)
             if self.norms:
                 x = self.norms[index](x)
             if index < len(self.convs) - 1:
                 x = F.gelu(x)
-            grid = tokens.grid.conv(kernel, stride, [k // 2 for k in kernel])
-            tokens = Tokens(x, grid, None if tokens.mask is None else pool_mask(tokens.mask, stride))
-        if self.mask_token is None or tokens.mask is None:
-            return tokens
-        return Tokens(torch.where(tokens.mask.unsqueeze(-1), tokens.x, self.mask_token), tokens.grid)
+            x = x.movedim(-1, 1)
+            mask = None if mask is None else pool_mask(mask, stride)
+        if self.mask_token is None or mask is None:
+            return x
+        return torch.where(mask.unsqueeze(1), x, self.mask_token.view(-1, *[1] * (x.ndim - 2)))
 
 
 def share_stride(stride: Sequence[int], kernel_size: Sequence[int]) -> list[tuple[int, ...]]:

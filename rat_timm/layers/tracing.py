@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 from torch.fx import Proxy
 
 P = ParamSpec("P")
@@ -33,18 +34,14 @@ def compiled_once(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def traced_as_whole(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a module one node of a symbolically traced graph; decorates its ``forward``.
+def as_one_node(module: nn.Module, *args: Any) -> Proxy:
+    """Makes a call of a module one node of a symbolically traced graph; for its ``forward``, called with proxies.
 
     Tracers step into modules that they do not know. timm's has a list of those to leave alone, torchvision's has none.
+
+    Args:
+        module: What is called.
+        *args: What it is called with; the first is a proxy.
     """
-
-    @functools.wraps(forward)
-    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-        proxy = next((value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)), None)
-        if proxy is None:
-            return forward(module, *args, **kwargs)
-        tracer: Any = proxy.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
-
-    return call
+    tracer: Any = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})

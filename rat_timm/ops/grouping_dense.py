@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..geometry import plans
 from ..geometry.grid import exact_dtype
-from . import windows
 from .masking import check_mask, has_gradient, log_sum_exp, mask_value
 
 _CHUNK_ELEMENTS = 1 << 22  # logits that dense grouping holds at a time
@@ -82,7 +82,7 @@ def _chunk_size(query: Tensor) -> int:
 
 def _fused_can_run(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tells whether PyTorch's fused attention on the CPU can do it; its logarithms of sums have no gradient."""
-    return query.device.type == "cpu" and not has_gradient(query, key, value) and not windows.is_traced()
+    return query.device.type == "cpu" and not has_gradient(query, key, value) and not plans.is_traced()
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..geometry import plans
 from ..geometry.grid import integers
 from . import windows
 from .assignment import Assignment
@@ -114,7 +115,7 @@ class LocalGrouping(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-@windows.per_geometry
+@plans.per_geometry
 def _tiles(
     fine: tuple[int, ...], stride: tuple[int, ...], window: tuple[int, ...], device: torch.device
 ) -> windows.Tiles:

@@ -79,7 +79,7 @@ def masked_attention(
     return torch.where(reached, out, 0.0)
 
 
-def check_mask(mask: Tensor | None, shape: Sequence[int], name: str = "mask") -> None:
+def check_mask(mask: object, shape: Sequence[int], name: str = "mask") -> None:
     """Raises ``ValueError`` unless ``mask`` is None or a bool tensor of ``shape``."""
     if mask is None:
         return

@@ -18,12 +18,10 @@ place. It depends on sizes only; it is made once by NumPy and kept. Programs (to
 constant.
 """
 
-import collections
 import functools
 import math
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,12 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..geometry.plans import is_traced
 from .masking import has_gradient, log_sum_exp, mask_value
 
-_PLAN_BYTES = 1 << 28
-
-P = ParamSpec("P")
-R = TypeVar("R")
 Array = NDArray[Any]
 
 
@@ -338,77 +333,6 @@ class Tiles(NamedTuple):
         return x.index_select(0, self.kind)
 
 
-class _Kept:
-    """What functions of geometry made, the last used at the end."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.size = limit, 0
-        self.plans: collections.OrderedDict[Hashable, tuple[Any, int]] = collections.OrderedDict()
-        self.lock = threading.Lock()
-
-    def find(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        with self.lock:
-            if key in self.plans:
-                self.plans.move_to_end(key)
-                return self.plans[key][0]
-        plan = build()
-        with self.lock:
-            size = _bytes(plan)
-            if key not in self.plans and size <= self.limit:
-                self.plans[key] = plan, size
-                self.size += size
-                self.shrink()
-        return plan
-
-    def shrink(self) -> None:
-        while self.size > self.limit:
-            self.size -= self.plans.popitem(last=False)[1][1]
-
-
-_kept = _Kept(_PLAN_BYTES)
-
-
-def set_plan_limit(size: int) -> None:
-    """Sets how many bytes of index plans are kept, 256 MiB by default; the least recently used go first.
-
-    A plan that is larger is made anew at each call.
-
-    Raises:
-        ValueError: If ``size`` is negative.
-    """
-    if size < 0:
-        raise ValueError(f"size must not be negative, got {size}")
-    with _kept.lock:
-        _kept.limit = size
-        _kept.shrink()
-
-
-def plan_bytes() -> int:
-    """Returns how many bytes of index plans are kept."""
-    return _kept.size
-
-
-def per_geometry(build: Callable[P, R]) -> Callable[P, R]:
-    """Keeps what a function of numbers, tuples and a device makes, but for tensors that belong to a tracer."""
-
-    @functools.wraps(build)
-    def find(*args: P.args, **kwargs: P.kwargs) -> R:
-        if is_traced():
-            return build(*args, **kwargs)
-        with torch.inference_mode(False):  # what is kept serves training too
-            key = (build, args, tuple(sorted(kwargs.items())))
-            return _kept.find(key, functools.partial(build, *args, **kwargs))
-
-    return find
-
-
-def is_traced() -> bool:
-    """Tells whether tensors made here and now stand for others: those of a compiler, a fake mode, `torch.func`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(torch.empty(0)) is not Tensor:
-        return True
-    return torch._C._are_functorch_transforms_active()
-
-
 def is_plain(x: Tensor) -> bool:
     """Tells whether PyTorch's own operations have to do: a compiler fuses them, and not every device has bags."""
     return is_traced() or x.device.type not in ("cpu", "cuda")
@@ -469,11 +393,3 @@ def _outer_and(axes: Sequence[Array]) -> Array:
 
 def _tensor(array: Array, device: torch.device) -> Tensor:
     return torch.from_numpy(array if array.dtype == bool else array.astype(np.int32)).to(device)
-
-
-def _bytes(plan: Any) -> int:
-    """Returns what the tensors of a plan take."""
-    if isinstance(plan, Tensor):
-        return plan.nbytes
-    parts = plan if isinstance(plan, tuple) else getattr(plan, "__dict__", {}).values()
-    return sum(map(_bytes, parts))

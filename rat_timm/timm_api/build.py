@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from timm.models._builder import pretrained_cfg_for_features
@@ -14,6 +14,12 @@ from . import hub
 from .checkpoints import CONFIG, Checkpoint
 from .features import RatFeatures
 from .state_dict import unwrap
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Architecture: TypeAlias = "DataclassInstance | None"
+"""A dataclass, a model's keyword ``cfg``; None for models that have none."""
 
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id")
 _WHERE = (*_SOURCES, "hf_hub_filename", "source")
@@ -27,7 +33,7 @@ def build(
     variant: str,
     pretrained: bool = False,
     *,
-    model_cfg: Any,
+    model_cfg: Architecture,
     filter_fn: Callable[..., Any],
     entry_args: dict[str, Any],
     feature_indices: int | tuple[int, ...],
@@ -90,7 +96,12 @@ def build(
 
 
 def _make(
-    model_cls: type[nn.Module], variant: str, pretrained: bool, cfg: PretrainedCfg, model_cfg: Any, **kwargs: Any
+    model_cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    cfg: PretrainedCfg,
+    model_cfg: Architecture,
+    **kwargs: Any,
 ) -> Any:
     return build_model_with_cfg(
         model_cls,
@@ -118,7 +129,7 @@ def _without_sources(described: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in described.items() if name not in _WHERE}
 
 
-def _check_config(found: Checkpoint, variant: str, model_cls: type[nn.Module], model_cfg: Any) -> None:
+def _check_config(found: Checkpoint, variant: str, model_cls: type[nn.Module], model_cfg: Architecture) -> None:
     """Raises ``ValueError`` unless a config.json holds the model's keywords and timm's preprocessing alone."""
     where, described, args = f"{found.where}/{CONFIG}", found.pretrained_cfg, found.model_args
     allowed = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(_NOT_OF_CONFIGS)
@@ -136,7 +147,7 @@ def _check_config(found: Checkpoint, variant: str, model_cls: type[nn.Module], m
         raise ValueError(f"classifier in {where} must be one of {classifiers}, got {described['classifier']!r}")
 
 
-def _keywords(model_cls: type[nn.Module], model_cfg: Any) -> set[str]:
+def _keywords(model_cls: type[nn.Module], model_cfg: Architecture) -> set[str]:
     """Returns the names of the constructor's keywords, with its bases' and those of the fields of its config."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     signatures = [inspect.signature(cls.__init__) for cls in model_cls.__mro__]  # type: ignore[misc]
@@ -151,7 +162,7 @@ def _accept(
     variant: str,
     like: str | None,
     model_cls: type[nn.Module],
-    model_cfg: Any,
+    model_cfg: Architecture,
     defaults: Mapping[str, Any],
 ) -> Checkpoint:
     """Returns a checkpoint with what may be taken of its config: nothing if it is of timm's own architecture.

@@ -7,7 +7,6 @@ Digests find damage and mix-ups. They are no signatures: whoever writes both fil
 """
 
 import copy
-import hashlib
 import io
 import json
 import re
@@ -80,7 +79,12 @@ def config_digest(config: dict[str, Any]) -> str:
     statement = config.get(KEY)
     if isinstance(statement, dict):
         config = {**config, KEY: {name: value for name, value in statement.items() if name != "sha256"}}
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(config, sort_keys=True).encode())
+
+
+def sha256(data: bytes) -> str:
+    """Returns the SHA-256 of bytes in hexadecimal digits, as the Hub states it of files."""
+    return sha_fileobj(io.BytesIO(data)).hex()
 
 
 def read(place: Place, name: str = WEIGHTS) -> Checkpoint:
@@ -180,7 +184,7 @@ def _read_shards(place: Place, shards: dict[str, set[str]]) -> dict[str, _File]:
 def _read(path: Path, where: str, stated: str | None) -> _File:
     path = path.resolve()
     data = path.read_bytes()  # once: what is hashed is what is loaded, whatever becomes of the file
-    found = sha_fileobj(io.BytesIO(data)).hex()
+    found = sha256(data)
     # the Hub's cache names large files by the SHA-256 that their repository states
     of_hub = path.name if re.fullmatch("[0-9a-f]{64}", path.name) else None
     for expected in (stated, of_hub):

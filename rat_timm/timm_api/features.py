@@ -1,9 +1,8 @@
 """``features_only=True`` for models that take more than an image."""
 
-from typing import Any
-
 from timm.models._features import FeatureGetterNet
-from torch import Tensor
+
+from ..geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 
 
 class RatFeatures(FeatureGetterNet):
@@ -12,7 +11,14 @@ class RatFeatures(FeatureGetterNet):
     timm's own `FeatureGetterNet` takes the image alone.
     """
 
-    def forward(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> list[Tensor]:
+    def forward(
+        self,
+        x: ImageOrPyramid,
+        *,
+        spacing: SpacingLike = None,
+        mask: MaskLike = None,
+        origin: OriginLike = None,
+    ) -> list[MapOrMaps]:
         """Returns one map per index in ``out_indices``; for a pyramid, each is a list with one map per level."""
         return self.model.forward_intermediates(
             x,

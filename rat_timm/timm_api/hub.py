@@ -8,7 +8,7 @@ metadata hold a SHA-256 of the config. `checkpoints` compares both whenever a mo
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,7 +36,7 @@ def save(
     card_data: ModelCardData | None = None,
     description: str = "",
     label_names: Sequence[str] | None = None,
-    data_config: dict[str, Any] | None = None,
+    data_config: Mapping[str, Any] | None = None,
     model_name: str | None = None,
 ) -> Path:
     """Saves a model so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes it again.
@@ -62,8 +62,8 @@ def save(
     _check_labels(label_names, model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as name:  # nothing of a good folder is lost if saving fails
-        new = Path(name)
+    with TemporaryDirectory(dir=folder) as temporary:  # if saving fails, a good folder stays as it is
+        new = Path(temporary)
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
         config = _describe(model, new / CONFIG, label_names, data_config)
         metadata = {"format": "pt", METADATA: config_digest(config)}
@@ -78,16 +78,14 @@ def save(
     return folder
 
 
-def _check_model(model: nn.Module) -> None:
-    whole = hasattr(model, "model_args") and hasattr(model, "pretrained_cfg") and not hasattr(model, "_orig_mod")
-    if not whole:
+def _check_model(model: Any) -> None:
+    if not hasattr(model, "model_args") or not hasattr(model, "pretrained_cfg") or hasattr(model, "_orig_mod"):
         raise ValueError(
             "model must be what timm.create_model returned for a model of rat_timm (not features_only, "
             f"DistributedDataParallel or compiled), got {type(model).__name__}"
         )
-    saved: Any = model
-    args = get_model_args(saved, _model_args(saved))
-    again = timm.create_model(saved.pretrained_cfg["architecture"], device="meta", **args)
+    args = get_model_args(model, _model_args(model))
+    again = timm.create_model(model.pretrained_cfg["architecture"], device="meta", **args)
     shapes, expected = ({name: value.shape for name, value in m.state_dict().items()} for m in (model, again))
     if shapes != expected:
         changed = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
@@ -95,10 +93,11 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_labels(label_names: Sequence[str] | None, model: Any) -> None:
-    if label_names is not None:
-        named = isinstance(label_names, (list, tuple)) and all(isinstance(name, str) for name in label_names)
-        if not named or len(label_names) != model.num_classes:
-            raise ValueError(f"label_names must be {model.num_classes} strings, one per class, got {label_names!r}")
+    if label_names is None:
+        return
+    strings = isinstance(label_names, (list, tuple)) and all(isinstance(name, str) for name in label_names)
+    if not strings or len(label_names) != model.num_classes:
+        raise ValueError(f"label_names must be {model.num_classes} strings, one per class, got {label_names!r}")
 
 
 def _model_args(model: Any) -> dict[str, Any]:
@@ -115,7 +114,10 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Add model",
-    **description: Any,
+    card_data: ModelCardData | None = None,
+    description: str = "",
+    label_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
 ) -> CommitInfo:
     """Saves a model to a Hub repository, from which ``hf-hub:REPO_ID`` makes it again.
 
@@ -127,15 +129,25 @@ def push(
         revision: Branch.
         create_pr: Whether to open a pull request instead of committing.
         commit_message: First line of the commit's message.
-        **description: Further keywords of `save`: card_data, description, label_names, data_config. A README.md that
-            is in the repository stays.
+        card_data: See `save`. A README.md that is in the repository stays.
+        description: See `save`.
+        label_names: See `save`.
+        data_config: See `save`.
 
     Raises:
         ValueError: See `save`.
     """
     api = HfApi(token=token, library_name="rat_timm")
     with TemporaryDirectory() as folder:
-        save(model, folder, **{"model_name": f"hf-hub:{repo_id}", **description})
+        save(
+            model,
+            folder,
+            card_data=card_data,
+            description=description,
+            label_names=label_names,
+            data_config=data_config,
+            model_name=f"hf-hub:{repo_id}",
+        )
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if api.file_exists(repo_id, README, revision=revision):
             (Path(folder) / README).unlink()
@@ -192,7 +204,7 @@ def _download(repo: str, name: str, cache_dir: str | Path | None) -> Path | None
 
 
 def _describe(
-    model: Any, config_file: Path, label_names: Sequence[str] | None, data_config: dict[str, Any] | None
+    model: Any, config_file: Path, label_names: Sequence[str] | None, data_config: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     from .. import __version__  # at the end of the package's import
 
@@ -210,32 +222,30 @@ def _describe(
     axes = model.spatial_dims
     config["pretrained_cfg"]["input_size"] = [model.in_chans, *size[:1] * (axes - len(size)), *size[-axes:]]
     config["pretrained_cfg"]["first_conv"] = model.pretrained_cfg["first_conv"]
+    if axes == 3:  # transformers' own takes images alone
+        config["image_processor_type"] = "RatImageProcessor"
     config[KEY] = {"version": __version__}
     return config
 
 
-def _card(config: dict[str, Any], name: str, card_data: ModelCardData | None, description: str) -> ModelCard:
-    pretrained, args = config["pretrained_cfg"], config["model_args"]
-    channels, *size = pretrained["input_size"]
-    data = copy.deepcopy(card_data) or ModelCardData()
-    data.license = data.license or pretrained.get("license")
-    data.library_name = "timm"
-    data.pipeline_tag = data.pipeline_tag or ("image-classification" if config["num_classes"] else None)
-    data.tags = data.tags or ["timm", "rat_timm", *(["transformers"] if len(size) == 2 else [])]
-    text = f"""
-# {name.split("/")[-1]}
+_CARD = """\
+---
+{{ card_data }}
+---
 
-{description or "A Resolution Aware Transformer."}
+# {{ name.split("/")[-1] }}
+
+{{ description or "A Resolution Aware Transformer." }}
 
 ## Model
 
-- **Architecture:** `{config["architecture"]}` of the package `rat_timm`, {len(size)}D, input channels: {channels}
-- **Classes:** {config["num_classes"] or "none, pooled features"}
-- **Reference spacing:** {args["spacing"]}, the pixel size in array-axis order that an image has whose spacing is not
-  given
-- **Preprocessing:** size {" x ".join(map(str, size))}, mean {pretrained["mean"]}, std {pretrained["std"]},
-  {pretrained["interpolation"]} interpolation, crop {pretrained["crop_pct"]}
-- **Licence:** {data.license}
+- **Architecture:** `{{ architecture }}` of the package `rat_timm`, {{ size | length }}D, input channels: {{ channels }}
+- **Classes:** {{ num_classes or "none, pooled features" }}
+- **Reference spacing:** {{ model_args.spacing }}, the pixel size in array-axis order that an image has whose spacing is
+  not given
+- **Preprocessing:** size {{ size | join(" x ") }}, mean {{ pretrained_cfg.mean }}, std {{ pretrained_cfg.std }},
+  {{ pretrained_cfg.interpolation }} interpolation, crop {{ pretrained_cfg.crop_pct }}
+- **Licence:** {{ license or "not stated" }}
 
 ## Use
 
@@ -245,9 +255,22 @@ import torch
 
 import rat_timm  # registers the model
 
-model = timm.create_model("{name}", pretrained=True).eval()
-image = torch.randn(1, {channels}, {", ".join(map(str, size))})
-output = model(image, spacing={args["spacing"]})
+model = timm.create_model("{{ name }}", pretrained=True).eval()
+image = torch.randn(1, {{ channels }}, {{ size | join(", ") }})
+output = model(image, spacing={{ model_args.spacing }})
 ```
+
 """
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _card(config: dict[str, Any], name: str, card_data: ModelCardData | None, description: str) -> ModelCard:
+    pretrained = config["pretrained_cfg"]
+    channels, *size = pretrained["input_size"]
+    data = copy.deepcopy(card_data) or ModelCardData()
+    data.license = data.license or pretrained.get("license")
+    data.library_name = "timm"
+    data.pipeline_tag = data.pipeline_tag or ("image-classification" if config["num_classes"] else None)
+    data.tags = data.tags or ["timm", "rat_timm", *(["transformers"] if len(size) == 2 else [])]
+    return ModelCard.from_template(
+        data, template_str=_CARD, name=name, description=description, channels=channels, size=size, **config
+    )

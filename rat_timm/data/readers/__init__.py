@@ -12,10 +12,10 @@ of a ``DataLoader``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,17 +24,14 @@ from torch import Tensor
 from ...optional import import_optional
 from ..errors import ReadError, reading
 from ..units import convert
-from .nifti import open_nifti
-from .ome_tiff import open_ome_tiff
-from .ome_zarr import open_ome_zarr
-from .series import open_dicom
-from .source import SPACE, Found, Index, Source, locate
+from .formats import FORMATS, format_of
+from .source import SPACE, Format, Index, Readable, Source, StoredImage, is_file_object, locate
 
 if TYPE_CHECKING:
     import dask.array
     import zarr
 
-Readable: TypeAlias = "str | PathLike | BinaryIO | zarr.Group"
+    _Array = TypeVar("_Array", np.ndarray, dask.array.Array)
 
 MAX_BYTES = 16 * 2**30  # as much memory as machines of today have: whoever wants more has to say so
 _CHUNK_BYTES = 1024  # what it takes to keep account of a chunk, however small it is
@@ -93,7 +90,8 @@ def read(
         format: The ending that tells the format (``".nii.gz"``), or a name with that ending, if the source's own name
             does not: a file object often has none.
         max_bytes: What the pixels that are read may take in memory, as the file's metadata promise it, before any are
-            read; None is no limit. Rearranged and rescaled pixels take twice as much for a while.
+            read; None is no limit. Rearranged and rescaled pixels take twice as much for a while. With a limit, chunks
+            of OME-Zarr have to have codecs whose output can be limited too: those that zarr itself brings are.
 
     Raises:
         ReadError: If the file cannot be read, the pixel size is missing or absurd, or pixels take more memory; a
@@ -102,13 +100,13 @@ def read(
         FileNotFoundError: If there is no such file.
         ImportError: If the format's package is not installed; with the extra that installs it.
     """
-    place, opener = _locate(source, format)
-    found = _open(place, opener, level, image)
-    spacing = _spacing(found, place.name, unit, assumed_unit)
-    index = _index(found, place.name, time, region)
-    _check_size(_selected(index), found, place.name, max_bytes)
-    _check_size(found.chunks, found, place.name, max_bytes)
-    pixels = _arrange(_load(found, index, place.name), found)
+    place, form = _locate(source, format)
+    stored = _open(place, form, level, image, max_bytes)
+    spacing = _spacing(stored, place.name, unit, assumed_unit)
+    index = _index(stored, place.name, time, region)
+    _check_size(_selected(index), stored, place.name, max_bytes)
+    _check_size(stored.chunks, stored, place.name, max_bytes)
+    pixels = _arrange(_load(stored, index, place.name), stored)
     return Scan(torch.from_numpy(np.require(pixels, requirements=["C", "W"])), spacing)
 
 
@@ -143,22 +141,15 @@ def read_lazy(
     Raises:
         ReadError: As `read` does; errors of pixels come when they are computed.
     """
-    place, opener = _locate(source, format)
-    if opener is open_dicom or hasattr(place.place, "read"):
-        raise ValueError(f"{place.name}: read_lazy reads paths of OME-TIFF, OME-Zarr and NIfTI")
-    array = import_optional("dask.array", "data")
-    found = _open(place, opener, level, image)
-    spacing = _spacing(found, place.name, unit, assumed_unit)
-    index = _index(found, place.name, time, None)
-    _check_size(found.chunks, found, place.name, max_bytes)
-    utils, config = (import_optional(name, "data") for name in ("dask.utils", "dask.config"))
-    block = utils.parse_bytes(config.get("array.chunk-size"))
-    blocks = math.prod(found.shape) * _itemsize(found) // block
-    _check_bytes(blocks * _CHUNK_BYTES, found.shape, place.name, max_bytes)
-    chunks = found.chunks if math.prod(found.chunks) * _itemsize(found) > block else "auto"
-    meta = np.empty((0,) * len(found.shape), found.dtype)
-    pixels = array.from_array(_Blocks(found, place.name), chunks=chunks, name=False, meta=meta, inline_array=True)
-    return LazyScan(_arrange(pixels[index], found), spacing)
+    place, form = _locate(source, format)
+    if not form.in_parts or is_file_object(place.place):
+        allowed = ", ".join(form.name for form in FORMATS if form.in_parts)
+        raise ValueError(f"{place.name}: read_lazy reads paths of {allowed}")
+    stored = _open(place, form, level, image, max_bytes)
+    spacing = _spacing(stored, place.name, unit, assumed_unit)
+    index = _index(stored, place.name, time, None)
+    _check_size(stored.chunks, stored, place.name, max_bytes)
+    return LazyScan(_arrange(_blocks(stored, place.name, max_bytes)[index], stored), spacing)
 
 
 def read_spacing(
@@ -171,92 +162,89 @@ def read_spacing(
     format: str | None = None,
 ) -> tuple[float, ...]:
     """Reads the pixel size alone, (z, y, x) or (y, x); see `read`."""
-    place, opener = _locate(source, format)
-    return _spacing(_open(place, opener, level, image), place.name, unit, assumed_unit)
+    place, form = _locate(source, format)
+    return _spacing(_open(place, form, level, image, None), place.name, unit, assumed_unit)
 
 
 def is_readable(path: str | PathLike) -> bool:
-    """Tells whether a file's name is that of a format which `read` knows; it may know any folder."""
-    return _format(Path(path).name.lower(), path) is not None
+    """Tells whether a file's name is that of a format which `read` reads; any folder may be one of DICOM slices."""
+    return format_of(Source(str(path), Path(path).name.lower(), Path(path))) is not None
 
 
-_Opener = Callable[[Source, int, int | None], Found]
+def _blocks(stored: StoredImage, file: str, max_bytes: int | None) -> "dask.array.Array":
+    """Returns the array as it is in the file, in blocks of Dask's size or of the file's own larger chunks."""
+    array = import_optional("dask.array", "data")
+    utils, config = import_optional("dask.utils", "data"), import_optional("dask.config", "data")
+    block = utils.parse_bytes(config.get("array.chunk-size"))
+    blocks = math.prod(stored.shape) * _itemsize(stored) // block
+    _check_bytes(blocks * _CHUNK_BYTES, stored.shape, file, max_bytes)
+    chunks = stored.chunks if math.prod(stored.chunks) * _itemsize(stored) > block else "auto"
+    meta = np.empty((0,) * len(stored.shape), stored.dtype)
+    return array.from_array(_Blocks(stored, file), chunks=chunks, name=False, meta=meta, inline_array=True)
 
 
 class _Blocks:
     """What Dask slices: an array that is read from its file again with each access."""
 
-    def __init__(self, found: Found, name: str):
-        self.shape, self.chunks, self.ndim = found.shape, found.chunks, len(found.shape)
-        self.dtype = found.dtype
-        self._found, self._name = found, name
+    def __init__(self, stored: StoredImage, name: str):
+        self.shape, self.chunks, self.ndim = stored.shape, stored.chunks, len(stored.shape)
+        self.dtype = stored.dtype
+        self._stored, self._name = stored, name
 
     def __getitem__(self, index: Index) -> np.ndarray:
         # Dask leaves out what is as by default, and has integers of NumPy
         parts = zip(index, self.shape, strict=True)
         full = tuple(slice(*part.indices(size)) if isinstance(part, slice) else int(part) for part, size in parts)
-        return _load(self._found, full, self._name)
+        return _load(self._stored, full, self._name)
 
 
-def _locate(source: Readable, form: str | None) -> tuple[Source, _Opener]:
-    place = locate(source, form)
-    opener = _format(place.kind, place.place)
-    if opener is None:
-        raise ValueError(f"{place.name}: must be one of {', '.join(_FORMATS)} or a folder of DICOM slices")
-    if opener is open_ome_zarr and hasattr(place.place, "read"):
-        raise ValueError(f"{place.name}: OME-Zarr must be a path, an address or a zarr.Group, got a file object")
-    return place, opener
+def _locate(source: Readable, name: str | None) -> tuple[Source, Format]:
+    place = locate(source, name)
+    form = format_of(place)
+    if form is None:
+        endings = ", ".join(ending for form in FORMATS for ending in form.endings)
+        raise ValueError(f"{place.name}: must be one of {endings} or a folder of DICOM slices")
+    return place, form
 
 
-def _format(name: str, place: Any) -> _Opener | None:
-    for ending, opener in _FORMATS.items():
-        if name.endswith(ending):
-            return opener
-    if not isinstance(place, str | PathLike):
-        return None
-    if any((Path(place) / name).exists() for name in ("zarr.json", ".zattrs", ".zgroup")):
-        return open_ome_zarr
-    return open_dicom if Path(place).is_dir() else None
-
-
-def _open(place: Source, opener: _Opener, level: int, image: int | None) -> Found:
-    if level and opener not in (open_ome_tiff, open_ome_zarr):
+def _open(place: Source, form: Format, level: int, image: int | None, max_bytes: int | None) -> StoredImage:
+    if level and not form.has_levels:
         raise ReadError(f"{place.name}: level must be 0 in a format without pyramids, got {level}")
-    if image is not None and opener is not open_ome_tiff:
+    if image is not None and not form.has_images:
         raise ReadError(f"{place.name}: image must be None in a format of one image, got {image}")
     with reading(place.name):
-        found = opener(place, level, image)
-    if found.dtype is not None and (found.dtype.kind not in "buif" or found.dtype.itemsize > 8):
-        raise ReadError(f"{place.name}: pixels must be numbers, got {found.dtype}")
-    return found
+        stored = form.open(place, level, image, max_bytes)
+    if stored.dtype is not None and (stored.dtype.kind not in "buif" or stored.dtype.itemsize > 8):
+        raise ReadError(f"{place.name}: pixels must be numbers, got {stored.dtype}")
+    return stored
 
 
-def _space(found: Found) -> str:
+def _space(stored: StoredImage) -> str:
     """Returns the spatial axes in our order; a single plane is an image."""
-    sizes = dict(zip(found.axes, found.shape, strict=True))
+    sizes = dict(zip(stored.axes, stored.shape, strict=True))
     return "".join(axis for axis in SPACE if axis in sizes and (axis != "z" or sizes[axis] > 1))
 
 
-def _spacing(found: Found, file: str, unit: str, assumed_unit: str | None) -> tuple[float, ...]:
-    return tuple(convert(found.sizes, _space(found), unit, file, assumed_unit))
+def _spacing(stored: StoredImage, file: str, unit: str, assumed_unit: str | None) -> tuple[float, ...]:
+    return tuple(convert(stored.sizes, _space(stored), unit, file, assumed_unit))
 
 
-def _index(found: Found, file: str, time: int | None, region: Sequence[slice] | None) -> Index:
+def _index(stored: StoredImage, file: str, time: int | None, region: Sequence[slice] | None) -> Index:
     """Returns the part of the array that is asked for; axes that are not ours have one entry."""
-    if time and "t" not in found.axes:
+    if time and "t" not in stored.axes:
         raise ReadError(f"{file}: time must be 0 or None where there is one time, got {time}")
-    if len(set(found.axes)) < len(found.axes):
-        raise ReadError(f"{file}: axes must differ, got {found.axes!r}")
-    space = _space(found)
+    if len(set(stored.axes)) < len(stored.axes):
+        raise ReadError(f"{file}: axes must differ, got {stored.axes!r}")
+    space = _space(stored)
     slices = [slice(None)] * len(space) if region is None else list(region)
     if len(slices) != len(space):
         raise ReadError(f"{file}: region must have one slice for each of {', '.join(space)}, got {len(slices)}")
-    sizes = dict(zip(found.axes, found.shape, strict=True))
+    sizes = dict(zip(stored.axes, stored.shape, strict=True))
     parts = {axis: _slice(part, axis, sizes[axis], file) for axis, part in zip(space, slices, strict=True)}
     parts["c"] = slice(0, sizes.get("c", 1), 1)
     return tuple(
         parts[axis] if axis in parts else _entry(axis, size, file, time)
-        for axis, size in zip(found.axes, found.shape, strict=True)
+        for axis, size in zip(stored.axes, stored.shape, strict=True)
     )
 
 
@@ -283,14 +271,14 @@ def _selected(index: Index) -> tuple[int, ...]:
     return tuple(1 if isinstance(part, int) else -(-(part.stop - part.start) // part.step) for part in index)
 
 
-def _itemsize(found: Found) -> int:
-    return 8 if found.dtype is None else found.dtype.itemsize
+def _itemsize(stored: StoredImage) -> int:
+    return 8 if stored.dtype is None else stored.dtype.itemsize
 
 
-def _check_size(shape: tuple[int, ...], found: Found, file: str, max_bytes: int | None) -> None:
+def _check_size(shape: tuple[int, ...], stored: StoredImage, file: str, max_bytes: int | None) -> None:
     """Fails if pixels, or the account of the chunks that hold them, take too much memory."""
-    chunks = math.prod(-(-size // max(chunk, 1)) for size, chunk in zip(shape, found.chunks, strict=True))
-    _check_bytes(max(math.prod(shape) * _itemsize(found), (chunks - 1) * _CHUNK_BYTES), shape, file, max_bytes)
+    pieces = math.prod(-(-size // max(piece, 1)) for size, piece in zip(shape, stored.pieces, strict=True))
+    _check_bytes(max(math.prod(shape) * _itemsize(stored), (pieces - 1) * _CHUNK_BYTES), shape, file, max_bytes)
 
 
 def _check_bytes(promised: int, shape: tuple[int, ...], file: str, max_bytes: int | None) -> None:
@@ -300,9 +288,9 @@ def _check_bytes(promised: int, shape: tuple[int, ...], file: str, max_bytes: in
         raise ReadError(f"{file}: takes {gigabytes} {which}, max_bytes allows {max_bytes}: raise it, or read a region")
 
 
-def _load(found: Found, index: Index, file: str) -> np.ndarray:
+def _load(stored: StoredImage, index: Index, file: str) -> np.ndarray:
     with reading(file):
-        pixels = np.asarray(found.load(index))
+        pixels = np.asarray(stored.load(index))
     if pixels.dtype.kind not in "buif":
         raise ReadError(f"{file}: pixels must be numbers, got {pixels.dtype}")
     shape = tuple(size for part, size in zip(index, _selected(index), strict=True) if isinstance(part, slice))
@@ -311,20 +299,10 @@ def _load(found: Found, index: Index, file: str) -> np.ndarray:
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
-def _arrange(pixels: Any, found: Found) -> Any:
+def _arrange(pixels: "_Array", stored: StoredImage) -> "_Array":
     """Returns an array, read or lazy, as ``[channels, *grid]``."""
-    kept = "c" + _space(found)
-    axes = [axis for axis in found.axes if axis in kept]
+    order = "c" + _space(stored)
+    axes = "".join(axis for axis in stored.axes if axis in order)
     if "c" not in axes:
-        pixels, axes = pixels[None], ["c", *axes]
-    return pixels.transpose([axes.index(axis) for axis in kept])
-
-
-_FORMATS: dict[str, _Opener] = {
-    ".ome.tif": open_ome_tiff,
-    ".ome.tiff": open_ome_tiff,
-    ".zarr": open_ome_zarr,
-    ".nii": open_nifti,
-    ".nii.gz": open_nifti,
-    ".dcm": open_dicom,
-}
+        return pixels[None].transpose([("c" + axes).index(axis) for axis in order])
+    return pixels.transpose([axes.index(axis) for axis in order])

@@ -11,13 +11,13 @@ import numpy as np
 from ...optional import import_optional
 from ..errors import ReadError
 from ..units import NIFTI_UNITS, Length
-from .source import Found, Index, Source, opened
+from .source import Format, Index, Source, StoredImage, opened
 
 _SIZES = {348: "Nifti1Header", 540: "Nifti2Header"}  # a header's first number, its own length
 
 
-def open_nifti(source: Source, level: int, image: int | None) -> Found:
-    """Reads what a NIfTI file says, without its pixels."""
+def open_nifti(source: Source, level: int, image: int | None, max_bytes: int | None) -> StoredImage:
+    """Reads what a NIfTI file says; see `source.Opener`."""
     with _opened(source) as file:
         header, written = _headers(file, source.name)
         if not source.kind.endswith(".gz"):
@@ -30,7 +30,8 @@ def open_nifti(source: Source, level: int, image: int | None) -> Found:
     unit = NIFTI_UNITS.get(int(header["xyzt_units"]) & 7)
     sizes = {axis: Length(size, unit) for axis, size in zip("xyz", _sizes(header, written, source.name), strict=True)}
     chunks = shape if source.kind.endswith(".gz") else (*shape[:2], *[1] * (len(shape) - 2))
-    return Found("xyztc"[: len(shape)], shape, _dtype(header), chunks, sizes, lambda part: _load(source, header, part))
+    axes, dtype = "xyztc"[: len(shape)], _dtype(header)
+    return StoredImage(axes, shape, dtype, chunks, chunks, sizes, lambda part: _load(source, header, part))
 
 
 @contextlib.contextmanager
@@ -101,3 +102,6 @@ def _sizes(header: Any, written: Any, name: str) -> list[float]:
     if not abs(angles).max() <= 1e-3 * (sizes**2).max():
         raise ReadError(f"{name}: voxels must have right angles, the affine matrix shears them")
     return sizes.tolist()
+
+
+NIFTI = Format("NIfTI", (".nii", ".nii.gz"), open_nifti)

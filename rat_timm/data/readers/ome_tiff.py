@@ -7,9 +7,9 @@ XML names, and guesses where the two do not agree.
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,7 +17,11 @@ import numpy as np
 from ...optional import import_optional
 from ..errors import ReadError
 from ..units import Length, number
-from .source import SPACE, Found, Index, Source, need_zarr, opened, pick, whole
+from .frames import frame_size
+from .source import SPACE, Format, Index, Source, StoredImage, import_zarr, is_whole, opened, pick
+
+if TYPE_CHECKING:
+    import tifffile
 
 # https://www.openmicroscopy.org/Schemas/Documentation/Generated/OME-2016-06/ome_xsd.html#PixelType
 _DTYPES = {
@@ -27,7 +31,10 @@ _DTYPES = {
     "complex": "complex64",
     "double-complex": "complex128",
 }
+# numbers of compressions
 _FAX = (2, 3, 4)
+_LIMITED = (1, *_FAX, 5, 8, 32773, 32946, 34925, 34926, 50000)  # none, LZW, deflate, PackBits, LZMA, Zstandard
+_WITH_SIZE = (7, 33003, 33004, 33005, 33007, 34712, 34933)  # JPEG, JPEG 2000, PNG
 _MOST_PLANES = 2**22  # tifffile makes a list of as many planes as the XML says
 
 
@@ -51,8 +58,8 @@ class _Image(NamedTuple):
     sizes: dict[str, Length]
 
 
-def open_ome_tiff(source: Source, level: int, image: int | None) -> Found:
-    """Reads what an OME-TIFF says of an image, without its pixels."""
+def open_ome_tiff(source: Source, level: int, image: int | None, max_bytes: int | None) -> StoredImage:
+    """Reads what an OME-TIFF says of an image; see `source.Opener`."""
     with _opened(source) as tiff:
         if not tiff.is_ome:
             raise ReadError(
@@ -63,16 +70,22 @@ def open_ome_tiff(source: Source, level: int, image: int | None) -> Found:
             _check_plane(tiff, one, source)
         number = _pick_image(images, tiff.series, image, source.name)
         levels = tiff.series[number].levels
-        chosen, finest, said = pick(levels, level, source.name), levels[0], images[number]
-        _check_series(chosen, finest, said, source.name)
+        chosen, finest, described = pick(levels, level, source.name), levels[0], images[number]
+        _check_series(chosen, finest, described, source.name)
         axes = finest.axes.lower().replace("s", "c")
         if axes.count("c") > 1:
             raise ReadError(f"{source.name}: has both channels and colours (axes {finest.axes})")
         shape, dtype = tuple(map(int, chosen.shape)), chosen.dtype.newbyteorder("=")
         ratios = [full / size for full, size in zip(finest.shape, shape, strict=True)]
         chunks = _chunks(chosen)
-    sizes = {axis: _times(said.sizes[axis], by) for axis, by in zip(axes, ratios, strict=True) if axis in said.sizes}
-    return Found(axes, shape, dtype, chunks, sizes, lambda part: _load(source, number, level, part))
+    sizes = {
+        axis: _times(described.sizes[axis], by)
+        for axis, by in zip(axes, ratios, strict=True)
+        if axis in described.sizes
+    }
+    return StoredImage(
+        axes, shape, dtype, chunks, chunks, sizes, lambda part: _load(source, number, level, part, max_bytes)
+    )
 
 
 @contextlib.contextmanager
@@ -87,18 +100,21 @@ def _opened(source: Source) -> Iterator[Any]:
             yield tiff
 
 
-def _load(source: Source, number: int, level: int, part: Index) -> np.ndarray:
+def _load(source: Source, number: int, level: int, part: Index, max_bytes: int | None) -> np.ndarray:
     with _opened(source) as tiff:
         series = tiff.series[number].levels[level]
         _check_segments(series, source.name)
+        if max_bytes is not None:
+            for page in {page.keyframe for page in series.pages}:
+                page.decode = _bounded(page)
         plane = len(series.keyframe.shape)
-        if whole(part, series.shape):
+        if is_whole(part, series.shape):
             return series.asarray().reshape(series.shape)
-        if whole(part[-plane:], series.keyframe.shape):
+        if is_whole(part[-plane:], series.keyframe.shape):
             chosen = np.arange(len(series.pages)).reshape(series.shape[:-plane])[part[:-plane]]
             pixels = tiff.asarray(key=chosen.ravel().tolist(), series=number, level=level)
             return pixels.reshape(*chosen.shape, *series.keyframe.shape)
-        zarr = need_zarr()
+        zarr = import_zarr()
         with series.aszarr() as store:
             return np.asarray(zarr.open_array(store, mode="r")[part])
 
@@ -125,7 +141,7 @@ def _pick_image(images: list[_Image], series: Any, image: int | None, name: str)
 
 
 def _read_xml(text: str, name: str) -> list[_Image]:
-    """Reads what is said of each image, and refuses what tifffile must not follow."""
+    """Reads what is described of each image, and refuses what tifffile must not follow."""
     root = ElementTree.fromstring(text)
     for uuid in root.iterfind("{*}Image/{*}Pixels/{*}TiffData/{*}UUID"):
         file = uuid.get("FileName", "")
@@ -167,17 +183,23 @@ def _read_pixels(pixels: ElementTree.Element, own: str | None, name: str) -> _Im
     )
 
 
-def _check_plane(tiff: Any, said: _Image, source: Source) -> None:
+def _check_plane(tiff: Any, described: _Image, source: Source) -> None:
     """Fails if an image's first plane is not as large as the XML says: tifffile makes up planes to fill the image."""
     with contextlib.ExitStack() as stack:
-        if said.file is not None and said.file != Path(source.name).name:
-            if not isinstance(source.place, Path) or not source.place.with_name(said.file).is_file():
-                raise ReadError(f"{source.name}: planes are missing: other files have its planes: {said.file:.200}")
-            tiff = stack.enter_context(import_optional("tifffile", "data").TiffFile(source.place.with_name(said.file)))
-        page = tiff.pages[said.page]
-        if (page.imagelength, page.imagewidth) != said.shape:
-            found = (page.imagelength, page.imagewidth)
-            raise ReadError(f"{source.name}: planes are missing: the first must be {said.shape} pixels, got {found}")
+        if described.file is not None and described.file != Path(source.name).name:
+            if not isinstance(source.place, Path) or not source.place.with_name(described.file).is_file():
+                raise ReadError(
+                    f"{source.name}: planes are missing: other files have its planes: {described.file:.200}"
+                )
+            tiff = stack.enter_context(
+                import_optional("tifffile", "data").TiffFile(source.place.with_name(described.file))
+            )
+        page = tiff.pages[described.page]
+        if (page.imagelength, page.imagewidth) != described.shape:
+            actual = (page.imagelength, page.imagewidth)
+            raise ReadError(
+                f"{source.name}: planes are missing: the first must be {described.shape} pixels, got {actual}"
+            )
 
 
 def _count(element: ElementTree.Element, key: str, name: str, default: int | None = None) -> int:
@@ -188,14 +210,18 @@ def _count(element: ElementTree.Element, key: str, name: str, default: int | Non
     return int(text)
 
 
-def _check_series(chosen: Any, finest: Any, said: _Image, name: str) -> None:
+def _check_series(chosen: Any, finest: Any, described: _Image, name: str) -> None:
     """Fails if the file is not what the XML says."""
     if any(page is None for series in (chosen, finest) for page in series.pages):
         raise ReadError(f"{name}: planes are missing: a file of the set is not there, or has too few")
-    if len(finest.pages) != said.planes or len(chosen.pages) != said.planes:
-        raise ReadError(f"{name}: planes are missing or too many: has {len(chosen.pages)}, should have {said.planes}")
-    if said.dtype is not None and finest.dtype != np.dtype(_DTYPES.get(said.dtype, said.dtype)):
-        raise ReadError(f"{name}: pixels must be of the type {said.dtype!r:.80} of the metadata, got {finest.dtype}")
+    if len(finest.pages) != described.planes or len(chosen.pages) != described.planes:
+        raise ReadError(
+            f"{name}: planes are missing or too many: has {len(chosen.pages)}, should have {described.planes}"
+        )
+    if described.dtype is not None and finest.dtype != np.dtype(_DTYPES.get(described.dtype, described.dtype)):
+        raise ReadError(
+            f"{name}: pixels must be of the type {described.dtype!r:.80} of the metadata, got {finest.dtype}"
+        )
     if chosen.keyframe.compression in _FAX and chosen.keyframe.bitspersample != 1:
         raise ReadError(f"{name}: a compression of black and white pixels must not have others, got {chosen.dtype}")
     if chosen.ndim != finest.ndim or chosen.dtype != finest.dtype:
@@ -219,7 +245,28 @@ def _check_segments(series: Any, name: str) -> None:
             raise ReadError(f"{name}: a plane must have {stored} bytes, got {sum(counts)}")
 
 
+def _bounded(page: "tifffile.TiffPage") -> Callable[..., Any]:
+    """Returns the page's decoder of segments, which now fails where one has more pixels than it should.
+
+    tifffile itself limits what decoders write, but for formats of images, which say their own size.
+    """
+    decode, most = page.decode, 2 * math.prod(page.chunks)  # some strips are padded to whole blocks
+    if page.compression not in (*_LIMITED, *_WITH_SIZE):
+        raise ValueError(f"compression {page.compression!r} has no limit: read it with max_bytes None")
+
+    def bounded(data: bytes | None, index: int, **options: Any) -> Any:
+        size = frame_size(data) if data and page.compression in _WITH_SIZE else (0, 0)
+        if size is None or math.prod(size) > most:
+            raise ValueError(f"a strip or tile must have at most {most} pixels, got the frame {size}")
+        return decode(data, index, **options)
+
+    return bounded
+
+
 def _chunks(series: Any) -> tuple[int, ...]:
     """Returns the shape of a strip or tile."""
     chunk = tuple(map(int, series.keyframe.chunks))
     return (*[1] * (series.ndim - len(chunk)), *chunk)[-series.ndim :]
+
+
+OME_TIFF = Format("OME-TIFF", (".ome.tif", ".ome.tiff"), open_ome_tiff, has_levels=True, has_images=True)

@@ -3,18 +3,25 @@
 Metadata are read here: all packages that read them hand out Dask arrays, whose pool of threads does not survive a fork.
 """
 
-from typing import Any
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import ReadError
 from ..units import Length
-from .source import SPACE, Found, Source, need_zarr, pick
+from .source import SPACE, Format, Source, StoredImage, import_zarr, is_file_object, pick
+
+if TYPE_CHECKING:
+    import zarr
 
 
-def open_ome_zarr(source: Source, level: int, image: int | None) -> Found:
-    """Reads what an OME-Zarr image says, without its pixels."""
-    zarr = need_zarr()
+def open_ome_zarr(source: Source, level: int, image: int | None, max_bytes: int | None) -> StoredImage:
+    """Reads what an OME-Zarr image says; see `source.Opener`."""
+    if is_file_object(source.place):
+        raise ValueError(f"{source.name}: OME-Zarr must be a path, an address or a zarr.Group, got a file object")
+    zarr = import_zarr()
     group = source.place if isinstance(source.place, zarr.Group) else zarr.open_group(str(source.place), mode="r")
     multiscale = _multiscale(group, source.name)
     axes = multiscale["axes"]
@@ -24,6 +31,8 @@ def open_ome_zarr(source: Source, level: int, image: int | None) -> Found:
         common = _scale(multiscale, len(axes), source.name)
         scale = [one * other for one, other in zip(scale, common, strict=True)]
     array = _array(group, dataset.get("path"), source.name)
+    if max_bytes is not None:
+        array = importlib.import_module(f"{__package__}.zarr_codecs").bounded(array)  # imports zarr
     if array.ndim != len(axes):
         raise ReadError(f"{source.name}: must have {len(axes)} axes, as its metadata say, got {array.ndim}")
     letters = "".join(_letter(axis) for axis in axes)
@@ -32,22 +41,25 @@ def open_ome_zarr(source: Source, level: int, image: int | None) -> Found:
         for letter, axis, size in zip(letters, axes, scale, strict=True)
         if letter in SPACE
     }
+    shape, pieces = tuple(map(int, array.shape)), tuple(map(int, array.chunks))
     chunks = tuple(map(int, array.shards or array.chunks))
-    return Found(
-        letters, tuple(map(int, array.shape)), array.dtype, chunks, sizes, lambda part: np.asarray(array[part])
-    )
+    return StoredImage(letters, shape, array.dtype, chunks, pieces, sizes, lambda part: np.asarray(array[part]))
 
 
-def _multiscale(group: Any, name: str) -> dict[str, Any]:
+def _is_zarr(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("zarr.json", ".zattrs", ".zgroup"))
+
+
+def _multiscale(group: "zarr.Group", name: str) -> dict[str, Any]:
     """Returns the metadata of the image, if they are of a version that has scales."""
     attributes = dict(group.attrs)
     ome = attributes.get("ome", attributes)
     images = ome.get("multiscales") if isinstance(ome, dict) else None
-    found = images[0] if isinstance(images, list) and _are_dicts(images) else {}
-    complete = _are_dicts(found.get("axes")) and _are_dicts(found.get("datasets"))
-    if not complete or not all("coordinateTransformations" in dataset for dataset in found["datasets"]):
+    image = images[0] if isinstance(images, list) and _are_dicts(images) else {}
+    complete = _are_dicts(image.get("axes")) and _are_dicts(image.get("datasets"))
+    if not complete or not all("coordinateTransformations" in dataset for dataset in image["datasets"]):
         raise ReadError(f"{name}: must be an image of OME-Zarr 0.4 or later, whose metadata say the pixel size")
-    return found
+    return image
 
 
 def _are_dicts(items: Any) -> bool:
@@ -76,13 +88,16 @@ def _letter(axis: dict[str, Any]) -> str:
     return letter if len(letter) == 1 else "?"
 
 
-def _array(group: Any, path: Any, name: str) -> Any:
+def _array(group: "zarr.Group", path: Any, name: str) -> "zarr.Array":
     """Returns a level's array, which must be inside the group."""
     if not isinstance(path, str) or any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path:
         raise ReadError(f"{name}: a level must be in the image's own folder, got {path!r:.200}")
     array = group[path]
-    if not isinstance(array, need_zarr().Array):
+    if not isinstance(array, import_zarr().Array):
         raise ReadError(f"{name}: {path} must be an array, got a {type(array).__name__}")
     if any(getattr(codec, "codec_id", "") == "pickle" for codec in (*array.filters, *array.compressors)):
         raise ReadError(f"{name}: pixels must not be pickled, for reading them would run the file's code")
     return array
+
+
+OME_ZARR = Format("OME-Zarr", (".zarr",), open_ome_zarr, has_levels=True, is_folder=_is_zarr)

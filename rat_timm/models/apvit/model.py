@@ -13,9 +13,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...geometry.context import Told, what_is_told
 from ...geometry.grid import Positions, Tokens, axis_values, fill, merge_axes
-from ...geometry.read import read_images
+from ...geometry.read import Told, read_images, what_is_told
 from ...layers.adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
 from ...layers.head import carried_mask, with_mask
 from ...layers.rose import RotarySpatialEmbedding

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,7 +11,7 @@ from ...layers.rose import check_heads
 from ...layers.stem import share_stride
 
 HEAD_DIM = 32
-SGA_ATTENTION_TYPES = ("dense", "sparse")
+SGA_ATTENTION_TYPES = ("dense", "sparse", "none")
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class StageConfig:
         reg_tokens: Number of prefix tokens that join at this stage.
         total_stride: Pixels per token, per axis.
         unit: Physical length of one rotary unit in the blocks, per axis.
-        stride: That of the grouping, per axis.
-        dilation: Distance of the taps of the convolution that starts the groups, per axis.
+        kernel_size: That of the convolution that starts the groups, per axis.
+        stride: Its stride, per axis.
+        dilation: Distance of its taps, per axis.
         neighborhood_kernel: Window of a sparse grouping in stride cells, per axis.
-        sga_attention_type: How tokens are grouped at the start: "dense", "sparse", or None for not at all.
+        sga_attention_type: How tokens are grouped at the start: "dense", "sparse", "none" for a strided convolution
+            alone; None without a start.
         sga_num_heads: Heads of the grouping.
         sga_unit: Physical length of one rotary unit in the grouping (the fine side's), per axis.
     """
@@ -45,12 +47,19 @@ class StageConfig:
     reg_tokens: int
     total_stride: tuple[int, ...]
     unit: tuple[float, ...]
+    kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     neighborhood_kernel: tuple[int, ...]
     sga_attention_type: str | None
     sga_num_heads: int
     sga_unit: tuple[float, ...]
+
+    @property
+    def grouping_conv(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Extent, stride and padding of the convolution that starts the groups, as `Grid.conv` takes them."""
+        extent = tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        return extent, self.stride, tuple((n - 1) // 2 for n in extent)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ class RatConfig:
             arXiv 1706.05587), and so are rotary units, so that weights of the whole stride go on. None for the whole.
         kernel_size: Kernel of the strided convolution that starts a grouping, one number or one per axis.
         stride: Its stride, one number or one per axis.
-        sga_attention_type: "dense" or "sparse" for all groupings, or one per grouping. Default: sparse, the last dense.
+        sga_attention_type: "dense", "sparse" or "none" (the strided convolution alone, the control) for all groupings,
+            or one per grouping. Default: sparse, the last dense.
         neighborhood_kernel: Window of sparse grouping, in stride cells.
         sga_mlp_ratio: Hidden width of a grouping's MLP over its width.
         iters: Iterations of a grouping.
@@ -133,6 +143,9 @@ class RatConfig:
     final_norm: bool = True
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # hashable, also where JSON made lists of tuples
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
         if self.spatial_dims not in (1, 2, 3):
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {self.spatial_dims!r}")
         if self.reg_tokens and self.leading_tokens:
@@ -168,6 +181,20 @@ class RatConfig:
         }
 
     @property
+    def sga_rose(self) -> dict[str, Any]:
+        """The same as keywords of `SpatialGroupingAttention`, whose names are upstream's."""
+        names = (
+            "base_theta",
+            "learnable_rose",
+            "init_jitter_std",
+            "frequency_scaling",
+            "rotary_ratio",
+            "learnable_rose_scaling",
+            "rose_initial_scaling",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def reference(self) -> tuple[float, ...]:
         """The reference spacing per axis."""
         return axis_values(self.spacing, "spacing", self.spatial_dims)
@@ -196,6 +223,7 @@ class RatConfig:
         first_global = next((i for i, kernel in enumerate(kernels) if kernel is None), None)
         if self.prefix_tokens and first_global is None:
             raise ValueError(f"reg_tokens {self.prefix_tokens} need a stage with global attention (attn_kernel_size 0)")
+        kernel_size = integers(self.kernel_size, "kernel_size", self.spatial_dims)
         window = integers(self.neighborhood_kernel, "neighborhood_kernel", self.spatial_dims)
         stride = nominal = self.stem_strides
         stages = []
@@ -217,6 +245,7 @@ class RatConfig:
                     reg_tokens=self.prefix_tokens if i == first_global else 0,
                     total_stride=stride,
                     unit=self._unit(nominal),
+                    kernel_size=kernel_size,
                     stride=step,
                     dilation=dilation,
                     neighborhood_kernel=_widen(window, wider) or window,

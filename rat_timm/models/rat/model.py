@@ -5,6 +5,7 @@ Follows the seed packages ``resolution-aware-transformer``, ``spatial-grouping-a
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,18 +16,31 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import Proxy
 
-from ...geometry.context import what_is_told
-from ...geometry.grid import Pyramid, channels_first, channels_last, integers, merge_axes
-from ...geometry.read import Part, join_parts, parts_at_reference, read_images, to_reference
+from ...geometry.grid import Pyramid, Tokens, fill, integers, merge_axes
+from ...geometry.parts import Part, join_parts, parts_at_reference, to_reference
+from ...geometry.read import read_images, what_is_told
+from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 from ...layers.head import Head, carried_mask, with_mask
 from ...layers.rose import RotarySpatialEmbedding
 from ...layers.stem import Stem
 from ...ops.assignment import Assignment
 from .config import RatConfig
-from .stage import PyramidNorm, Stage, stage_maps
+from .places import StageInput, stage_inputs
+from .stage import MapNorm, NoNorm, Stage, StageOutput, whole_output
 
 # geometry steers these functions, so that symbolic tracing has to take each as a whole
-for _function in ("what_is_told", "read_images", "to_reference", "stage_maps", "_features"):
+for _function in (
+    "what_is_told",
+    "read_images",
+    "to_reference",
+    "stage_inputs",
+    "whole_output",
+    "_pixels",
+    "_on_grids",
+    "_with_output",
+    "_maps",
+    "_features",
+):
     torch.fx.wrap(_function)
 
 
@@ -56,8 +70,8 @@ class ResolutionAwareTransformer(nn.Module):
         proj_drop_rate: Dropout after projections and in MLPs.
         attn_drop_rate: Dropout of attention weights.
         drop_path_rate: Stochastic depth rate of the last block.
-        device: Where parameters are made.
-        dtype: Their type.
+        device: PyTorch's.
+        dtype: PyTorch's.
         **overrides: Any field of `RatConfig`, to change ``cfg``.
 
     Raises:
@@ -93,6 +107,9 @@ class ResolutionAwareTransformer(nn.Module):
         self.in_chans = int(in_chans)
         self.num_classes = int(num_classes)
         self.num_features = self.head_hidden_size = stages[-1].dim
+        self.reference_spacing = self.cfg.reference
+        """Pixel size per axis at which tokens sit one rotary unit apart."""
+        self._min_size = (1,) * self.cfg.spatial_dims if self.cfg.physical_stem else self.cfg.stem_strides
 
         self.stem = Stem(
             in_chans,
@@ -108,7 +125,7 @@ class ResolutionAwareTransformer(nn.Module):
             Stage(self.cfg, stage, rates, proj_drop_rate, attn_drop_rate, **dd)
             for stage, rates in zip(stages, drop_path, strict=True)
         )
-        self.norm = PyramidNorm(self.num_features, **dd) if self.cfg.final_norm else nn.Identity()
+        self.norm = MapNorm(self.num_features, **dd) if self.cfg.final_norm else NoNorm()
         self.head = Head(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.feature_info = [
             {
@@ -123,7 +140,14 @@ class ResolutionAwareTransformer(nn.Module):
         self._traits = {"first_conv": None}  # timm adapts no channels: checkpoint_filter_fn does, in 3D too
         self.apply(_init_weights)
 
-    def forward(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Any:
+    def forward(
+        self,
+        x: ImageOrPyramid,
+        *,
+        spacing: SpacingLike = None,
+        mask: MaskLike = None,
+        origin: OriginLike = None,
+    ) -> MapOrMaps:
         """Classifies images, or returns pooled features where there are no classes.
 
         Args:
@@ -141,25 +165,34 @@ class ResolutionAwareTransformer(nn.Module):
         Raises:
             ValueError: If an argument does not fit the model or another argument.
         """
-        pyramid = self.norm(self._run(self._read(x, spacing, mask, origin)).last)
-        return self.head(pyramid.features, pyramid.masks, pyramid.prefix, pyramid.single)
+        last = self._run(self._read(x, spacing, mask, origin)).last
+        maps, prefix, _ = whole_output(self.norm(_maps(last), last.prefix))
+        return self.head(maps, last.masks, prefix)
 
-    def forward_features(self, x: Any, spacing: Any = None, mask: Any = None, origin: Any = None) -> Any:
+    def forward_features(
+        self,
+        x: ImageOrPyramid,
+        *,
+        spacing: SpacingLike = None,
+        mask: MaskLike = None,
+        origin: OriginLike = None,
+    ) -> MapOrMaps:
         """Returns the last stage's map, ``[B, C, *grid]``, or a list of maps for a list; see `forward`.
 
         The tensor carries its mask, for `forward_head`; what is computed of it does not.
         """
-        return _features(self.norm(self._run(self._read(x, spacing, mask, origin)).last))
+        last = self._run(self._read(x, spacing, mask, origin)).last
+        return _features(self._normalized(last))
 
-    def _read(self, x: Any, spacing: Any, mask: Any, origin: Any) -> list[Part]:
+    def _read(self, x: ImageOrPyramid, spacing: SpacingLike, mask: MaskLike, origin: OriginLike) -> list[Part]:
         """Reads a batch; samples whose images are brought to grids of their own are parts of their own."""
         told = what_is_told(x, spacing, mask, origin)
-        images = read_images(x, told, *self._image_limits)
+        images = read_images(x, told, self.reference_spacing, self.in_chans, self._min_size)
         if not self.cfg.physical_stem:
             return [Part(None, images)]
         if isinstance(images, Proxy):
-            return [Part(None, to_reference(images, told.spacing, self.reference_spacing))]
-        parts = parts_at_reference(images, told.spacing, self.reference_spacing)
+            return [Part(None, to_reference(images, self.reference_spacing))]
+        parts = parts_at_reference(images, self.reference_spacing)
         if len(parts) > 1 and any(isinstance(p, DTensor) for p in self.parameters()):
             # processes with other numbers of parts would wait for each other
             raise ValueError(
@@ -180,17 +213,24 @@ class ResolutionAwareTransformer(nn.Module):
         return runs[0] if len(runs) == 1 else _join(runs, parts)
 
     def _run_stages(self, images: Pyramid, take: Sequence[int], count: int | None, return_assignments: bool) -> Run:
-        pyramid, taken, assignments = self.stem(images), [], []
-        stages: Any = self.stages[:count]
-        for i, stage in enumerate(stages):
-            pyramid, grouped = stage.advance(pyramid, return_assignments)
-            if return_assignments and stage.downsample is not None:
+        inputs = stage_inputs(self.cfg, images)
+        x, prefix, last = self.stem(_pixels(images), images.masks), None, 0
+        kept: list[Pyramid] = []
+        assignments: list[list[Assignment | None]] = []
+        for last, stage in enumerate(itertools.islice(self.stages, count)):
+            x, prefix, grouped = whole_output(stage(x, inputs[last], prefix, return_assignments))
+            if return_assignments and grouped is not None:
                 assignments.append(grouped)
-            if i in take:
-                taken.append(pyramid)
-        return Run(pyramid, taken, assignments)
+            if last in take:
+                kept.append(_on_grids(x, inputs[last], prefix))
+        return Run(_on_grids(x, inputs[last], prefix), kept, assignments)
 
-    def forward_head(self, x: Any, pre_logits: bool = False, mask: Any = None, prefix: Tensor | None = None) -> Any:
+    def _normalized(self, pyramid: Pyramid) -> Pyramid:
+        return _with_output(pyramid, whole_output(self.norm(_maps(pyramid), pyramid.prefix)))
+
+    def forward_head(
+        self, x: MapOrMaps, pre_logits: bool = False, mask: MaskLike = None, prefix: Tensor | None = None
+    ) -> MapOrMaps:
         """Pools and classifies what `forward_features` returned.
 
         Args:
@@ -203,30 +243,27 @@ class ResolutionAwareTransformer(nn.Module):
         Raises:
             ValueError: If a mask does not fit its map, or a token is to be pooled and there is none.
         """
-        single = isinstance(x, Tensor)
-        features = [channels_last(level) for level in ([x] if single else x)]
+        maps = list(x) if isinstance(x, (list, tuple)) else [x]
+        masks = list(mask) if isinstance(mask, (list, tuple)) else [mask]
         if mask is None:
-            masks = [carried_mask(level) for level in ([x] if single else x)]
-        else:
-            masks = [mask] if single else list(mask)
-        if len(masks) != len(features):
-            raise ValueError(f"mask must have one entry per map ({len(features)}), got {len(masks)}")
-        return self.head(features, masks, prefix, single, pre_logits)
+            masks = [carried_mask(level) for level in maps]
+        return self.head(x, masks, prefix, pre_logits)
 
     def forward_intermediates(
         self,
-        x: Any,
+        x: ImageOrPyramid,
         indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-        spacing: Any = None,
-        mask: Any = None,
-        origin: Any = None,
         output_dict: bool = False,
+        *,
+        spacing: SpacingLike = None,
+        mask: MaskLike = None,
+        origin: OriginLike = None,
         return_assignments: bool = False,
-    ) -> Any:
+    ) -> list[MapOrMaps] | tuple[MapOrMaps, list[MapOrMaps]] | dict[str, Any]:
         """Returns the maps of several stages.
 
         Args:
@@ -253,7 +290,7 @@ class ResolutionAwareTransformer(nn.Module):
             raise ValueError("return_assignments needs output_dict=True")
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take_indices, last = feature_take_indices(len(self.stages), indices)
+        kept_stages, last = feature_take_indices(len(self.stages), indices)
         parts = self._read(x, spacing, mask, origin)
         if len(parts) > 1 and (return_assignments or not output_dict):
             raise ValueError(
@@ -262,21 +299,21 @@ class ResolutionAwareTransformer(nn.Module):
                 "at a time, or output_dict=True, which tells grids and masks"
             )
         count = last + 1 if stop_early else len(self.stages)
-        run = self._run(parts, take_indices, count, return_assignments)
-        pyramid, taken = run.last, run.stages
+        run = self._run(parts, kept_stages, count, return_assignments)
+        pyramid, kept = run.last, run.stages
         if count == len(self.stages) and (norm or not intermediates_only):
-            pyramid = self.norm(pyramid)
-            if norm and count - 1 in take_indices:
-                taken[-1] = pyramid
-        maps = [_maps(level, output_fmt) for level in taken]
+            pyramid = self._normalized(pyramid)
+            if norm and count - 1 in kept_stages:
+                kept[-1] = pyramid
+        maps = [_maps(stage) if output_fmt == "NCHW" else stage.unwrap(stage.features) for stage in kept]
         if not output_dict:
             return maps if intermediates_only else (_features(pyramid), maps)
         final = {} if intermediates_only else {"image_features": _features(pyramid), "prefix": pyramid.prefix}
         return {
             **final,
             "image_intermediates": maps,
-            "grids": [level.unwrap([tokens.grid for tokens in level.levels]) for level in taken],
-            "masks": [level.unwrap(level.masks) for level in taken],
+            "grids": [level.unwrap([tokens.grid for tokens in level.levels]) for level in kept],
+            "masks": [level.unwrap(level.masks) for level in kept],
             **({"assignments": [pyramid.unwrap(g) for g in run.assignments]} if return_assignments else {}),
         }
 
@@ -287,7 +324,7 @@ class ResolutionAwareTransformer(nn.Module):
         take_indices, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         if prune_norm or shortened:
-            self.norm = nn.Identity()
+            self.norm = NoNorm()
         self.stages = self.stages[: last + 1]
         if shortened:
             self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[last]["num_chs"]
@@ -346,11 +383,6 @@ class ResolutionAwareTransformer(nn.Module):
         return self.cfg.spatial_dims
 
     @property
-    def reference_spacing(self) -> tuple[float, ...]:
-        """The spacing at which tokens sit one rotary unit apart, per axis."""
-        return self.cfg.reference
-
-    @property
     def embed_dim(self) -> int:
         """Width of stage 1, as in timm's hierarchical models."""
         return self.cfg.stages()[0].dim
@@ -376,20 +408,38 @@ class ResolutionAwareTransformer(nn.Module):
         if global_pool == "token" and not self.cfg.prefix_tokens:
             raise ValueError("global_pool 'token' needs reg_tokens > 0")
 
-    @property
-    def _image_limits(self) -> tuple[tuple[float, ...], int, tuple[int, ...]]:
-        least = (1,) * self.spatial_dims if self.cfg.physical_stem else self.cfg.stem_strides
-        return self.reference_spacing, self.in_chans, least
+
+def _pixels(images: Pyramid) -> MapOrMaps:
+    """Returns the images, ``[B, C, *size]``, or a list of them for a list."""
+    return images.unwrap([tokens.x.movedim(-1, 1) for tokens in images.levels])
 
 
-def _maps(pyramid: Pyramid, output_fmt: str) -> Any:
-    return stage_maps(pyramid) if output_fmt == "NCHW" else pyramid.unwrap(pyramid.features)
+def _on_grids(x: MapOrMaps, at: StageInput, prefix: Tensor | None) -> Pyramid:
+    """Puts a stage's maps on their grids."""
+    maps = [x] if isinstance(x, Tensor) else x
+    where = zip(maps, at.places.grids, at.masks, strict=True)
+    levels = [Tokens(level.movedim(1, -1), grid, mask) for level, grid, mask in where]
+    return Pyramid(levels, prefix, isinstance(x, Tensor))
 
 
-def _features(pyramid: Pyramid) -> Any:
-    return pyramid.unwrap(
-        [with_mask(channels_first(x), m) for x, m in zip(pyramid.features, pyramid.masks, strict=True)]
-    )
+def _with_output(pyramid: Pyramid, output: StageOutput) -> Pyramid:
+    """Puts what was made of a pyramid's maps in their place."""
+    maps = [output.maps] if pyramid.single else output.maps
+    levels = [
+        tokens._replace(x=fill(level.movedim(1, -1), tokens.mask))
+        for tokens, level in zip(pyramid.levels, maps, strict=True)
+    ]
+    return Pyramid(levels, output.prefix, pyramid.single)
+
+
+def _maps(pyramid: Pyramid) -> MapOrMaps:
+    """Returns a pyramid's maps, ``[B, C, *grid]``, zero where masked; a list of them for a list."""
+    return pyramid.unwrap([tokens.x.movedim(-1, 1) for tokens in pyramid.levels])
+
+
+def _features(pyramid: Pyramid) -> MapOrMaps:
+    """Returns a pyramid's maps, each of which carries its mask."""
+    return pyramid.unwrap([with_mask(tokens.x.movedim(-1, 1), tokens.mask) for tokens in pyramid.levels])
 
 
 def _join(runs: Sequence[Run], parts: Sequence[Part]) -> Run:
@@ -400,7 +450,7 @@ def _join(runs: Sequence[Run], parts: Sequence[Part]) -> Run:
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and not module.weight.is_meta:  # where there are no values, PyTorch is slow
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

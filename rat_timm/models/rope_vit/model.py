@@ -14,7 +14,6 @@ from timm.models import checkpoint, eva
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ...geometry.context import Told, what_is_told
 from ...geometry.grid import (
     Grid,
     Tokens,
@@ -23,9 +22,8 @@ from ...geometry.grid import (
     field_center,
     integers,
     merge_axes,
-    spacing_numbers,
 )
-from ...geometry.read import read_images
+from ...geometry.read import Told, read_images, what_is_told
 from ...layers.head import carried_mask, with_mask
 from ...layers.sequence import TokenSequence
 from ...ops.masking import check_mask, join_masks
@@ -308,11 +306,8 @@ class RatVit(eva.Eva):
         pyramid = read_images(x, told, self.reference_spacing, self.in_chans, (1,) * self.spatial_dims)
         proj = self.patch_embed.proj
         if self.physical_patches:
-            shapes = [tokens.grid.shape for tokens in pyramid.levels]
-            numbers = spacing_numbers(shapes, told.spacing, self.reference_spacing)
             levels = [
-                physical_patchify(tokens, proj.weight, proj.bias, self.reference_spacing, known)
-                for tokens, known in zip(pyramid.levels, numbers, strict=True)
+                physical_patchify(tokens, proj.weight, proj.bias, self.reference_spacing) for tokens in pyramid.levels
             ]
         else:
             levels = [patchify(tokens, proj.weight, proj.bias) for tokens in pyramid.levels]

@@ -63,7 +63,6 @@ def physical_patchify(
     weight: Tensor,
     bias: Tensor | None,
     reference: Sequence[float],
-    spacing: Sequence[float] | None = None,
 ) -> Tokens:
     """As `patchify`, with patches that are as large as they are at the reference spacing, whatever the spacing is.
 
@@ -75,18 +74,17 @@ def physical_patchify(
         weight: ``[dim, C, *patch]``, for the reference spacing.
         bias: ``[dim]`` or None.
         reference: The reference spacing per axis.
-        spacing: That of the grid in numbers, per axis; None: read from the grid, which a compiled model cannot do.
 
     Raises:
         ValueError: If samples have different spacings: they would have different numbers of patches. If a spacing, in
             a wrong unit say, asks for an image or a kernel beyond `rat_timm.resample_limit`.
     """
-    spacing = _read_spacing(tokens, tuple(reference)) if spacing is None else spacing
+    spacing = _read_spacing(tokens, tuple(reference))
     length = [p * r for p, r in zip(weight.shape[2:], reference, strict=True)]
     size = [max(1, round(whole / s)) for whole, s in zip(length, spacing, strict=True)]
     _check_kernel(weight.shape, size)
     fitting = [whole / n for n, whole in zip(size, length, strict=True)]
-    return patchify(resample(tokens, fitting, spacing), resample_kernel(weight, size), bias)
+    return patchify(resample(tokens, fitting), resample_kernel(weight, size), bias)
 
 
 def _check_kernel(shape: Sequence[int], size: Sequence[int]) -> None:

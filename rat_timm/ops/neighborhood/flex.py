@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from ...geometry.plans import per_geometry
 from ..masking import has_gradient
-from ..windows import per_geometry
 from . import backend
 from .backend import Backend, Call
 

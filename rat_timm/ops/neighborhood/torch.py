@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...geometry import plans
 from .. import windows
 from ..masking import attention, has_gradient, masked_attention
 from .backend import Backend, Call
@@ -16,14 +17,14 @@ _NUMBERS_CPU = 1 << 21  # the same per thread of a CPU: parts that stay near its
 
 
 def make_plan(grid: tuple[int, ...], kernel: tuple[int, ...], device: torch.device) -> windows.Tiles:
-    """Cuts a grid into tiles of queries with the keys that their windows reach; see `windows.per_geometry`."""
+    """Cuts a grid into tiles of queries with the keys that their windows reach; see `rat_timm.geometry.plans`."""
     return _tiles(tuple(map(operator.index, grid)), kernel, device)
 
 
 def _attend(call: Call) -> Tensor:
     query, key, value, kernel, mask, dropout_p, plan = call
     tiles = make_plan(call.grid, kernel, query.device) if plan is None else plan
-    if windows.is_traced():
+    if plans.is_traced():
         return _attend_in_program(call, tiles)
     if has_gradient(query, key, value):
         return tiles.untile(_attend_in_tiles(query, key, value, tiles, _bias(tiles, query.dtype), mask, dropout_p))
@@ -94,7 +95,7 @@ def _attend_in_program(call: Call, tiles: windows.Tiles) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-@windows.per_geometry
+@plans.per_geometry
 def _tiles(grid: tuple[int, ...], kernel: tuple[int, ...], device: torch.device) -> windows.Tiles:
     axes = [_axis_tiles(length, min(k, length)) for length, k in zip(grid, kernel, strict=True)]
     return windows.Tiles.create(axes, device)

@@ -1,4 +1,4 @@
-"""The config of `finetune.py`."""
+"""The config of `train.py`."""
 
 import dataclasses
 import json

@@ -1,8 +1,8 @@
 """Does knowing the pixel size help? Trains and tests all networks of the study, and writes the report.
 
-    python examples/resolution_study/study.py                           # what `results.csv` does not have yet
-    python examples/resolution_study/study.py --jobs 2 --tasks cells    # two at a time, of one task
-    python examples/resolution_study/study.py --quick --output FOLDER   # a small part, in a minute
+    python examples/run_resolution_study.py                           # what `results.csv` does not have yet
+    python examples/run_resolution_study.py --jobs 2 --tasks cells    # two at a time, of one task
+    python examples/run_resolution_study.py --quick --output FOLDER   # a small part, in a minute
 
 Every training is one line of the plan: a task, a network, a regime (at which pixel sizes it is trained) and a seed. Its
 results are added to `results.csv` when it is done, so that the study may be interrupted and goes on where it was.
@@ -13,14 +13,15 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-import report
-from experiments import Budget, Experiment, run
 from joblib import Parallel, delayed
-from networks import COARSENED, HIDDEN, NETWORKS, PEERS, RAT, TOLD
 from rich.progress import track
-from tasks import REGIMES, TASKS
 
-HERE = Path(__file__).parent
+from resolution_study import report
+from resolution_study.experiments import Budget, Experiment, run
+from resolution_study.networks import COARSENED, HIDDEN, NETWORKS, PEERS, RAT, TOLD
+from resolution_study.tasks import REGIMES, TASKS
+
+FOLDER = Path(__file__).parent / "resolution_study"
 SEEDS = (0, 1, 2)
 # Where all images have one spacing, neither hiding nor resizing changes the training, and a channel says nothing.
 PLAN = {
@@ -69,7 +70,7 @@ def plan(tasks: list[str]) -> list[Experiment]:
 def main() -> None:
     """Runs what is left of the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="where results, pictures and the report go (here)")
+    parser.add_argument("--output", type=Path, help="where results, pictures and the report go (resolution_study)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "rat_timm_study", help="for images")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="experiments at a time, one core each")
     parser.add_argument("--quick", action="store_true", help="one network that learns fast, for a short time")
     given = parser.parse_args()
-    budget, wanted, output = Budget(), plan(given.tasks), given.output or HERE
+    budget, wanted, output = Budget(), plan(given.tasks), given.output or FOLDER
     if given.quick:
         if given.output is None:
             parser.error("--quick needs --output, so that its results are not taken for the study's")

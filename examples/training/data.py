@@ -1,4 +1,4 @@
-"""What `finetune.py` trains on: folders of images and volumes with their pixel size, and handwritten digits."""
+"""What `train.py` trains on: folders of images and volumes with their pixel size, and handwritten digits."""
 
 import json
 import warnings
@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from finetune_config import BEGAN, Config
-from finetune_processes import count, gather, on_first, rank
 from PIL import Image
-from pretrain_test_weights import digits, draw, poses, spacing_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import DatasetFolder
@@ -20,6 +17,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from rat_timm.data import Sample, read
 from rat_timm.data.errors import ReadError, reading
 from rat_timm.data.readers import is_readable
+from training.config import BEGAN, Config
+from training.digits import digits, draw, poses, spacing_of
+from training.processes import count, gather, on_first, rank
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # formats that do not say how large a pixel is
 SIMILAR = (3, 5, 8, 9)  # the digits that are told apart
@@ -118,7 +118,7 @@ def read_picture(path: str) -> Tensor:
     return pil_to_tensor(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
 
 
-class Digits(Dataset):
+class SimilarDigits(Dataset):
     """Digits that are alike, of those that the shipped weights were not trained on: every other one, drawn large."""
 
     def __init__(self, axes: int, start: int) -> None:
@@ -179,7 +179,7 @@ def open_data(config: Config) -> tuple[Dataset, Dataset, list[str]]:
     """Returns the data to train on, those to validate on, and the names of the classes."""
     if config.data == "digits":
         axes = config.model_args.get("spatial_dims", 3 if config.model.endswith("_3d") else 2)
-        training, validation = Digits(axes, 0), Digits(axes, 1)
+        training, validation = SimilarDigits(axes, 0), SimilarDigits(axes, 1)
     else:
         training, validation = (Folder(Path(config.data) / part, config) for part in ("train", "validation"))
         if training.classes != validation.classes:

@@ -1,31 +1,16 @@
-"""Fine-tunes any variant on a folder of images or volumes, or on handwritten digits, with the pixel size.
-
-    python examples/finetune.py --output runs/digits         # test_rat on digits, half a minute
-    python examples/finetune.py --config mine.yaml --lr 1e-4               # a config, and flags over it
-    torchrun --nproc_per_node=4 examples/finetune.py --config mine.yaml    # DDP
-    torchrun --nproc_per_node=4 examples/finetune.py --config mine.yaml --parallel fsdp
-    python examples/finetune_ray.py --config mine.yaml --num_workers 4     # on a Ray cluster
-
-`--help` lists what a config may hold. The folder has `train/<class>/*` and `validation/<class>/*`: OME-TIFF, OME-Zarr,
-NIfTI or DICOM, which say their pixel size, or PNG and JPEG, whose pixel size `--spacing` says. The same command goes on
-where it was interrupted, with the same losses as if it had not been. The folder `model` in the output is what
-`timm.create_model("local-dir:OUTPUT/model", pretrained=True)` takes.
-"""
+"""A run of training: data, epochs, evaluation, logs and checkpoints from which it goes on, over any processes."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-import jsonargparse
 import numpy as np
 import timm
 import torch
-from finetune_config import Config, remember
-from finetune_data import Augmented, open_data
-from finetune_engines import Checkpoints, Engine, create_engine
-from finetune_processes import count, locked, rank
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from timm.scheduler import create_scheduler_v2
+from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
@@ -33,14 +18,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import rat_timm  # noqa: F401  (registers the models)
 from rat_timm import hub
-from rat_timm.data import Batch, collate, evaluation_transform, training_transform
-
-
-def main() -> None:
-    """Reads the command line and trains."""
-    config = jsonargparse.auto_cli(Config, as_positional=False, description=__doc__)
-    accuracy = train(config)
-    print(f"accuracy {accuracy:.1%}, {config.output / 'model'}")
+from rat_timm.data import collate, evaluation_transform, training_transform
+from training.checkpoints import Checkpoints
+from training.config import Config, remember
+from training.data import Augmented, open_data
+from training.engines import Engine, create_engine
+from training.processes import count, locked, rank
+from training.steps import fit
 
 
 def train(config: Config, report: Callable[[dict[str, float]], None] = lambda metrics: None) -> float:
@@ -64,7 +48,7 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
         augmented = Augmented(training, training_transform(size, config.scale, config.flip), model, config)
         held_out = Augmented(validation, evaluation_transform(size), model, config)
         engine = create_engine(model, config)
-        accuracy = _Trainer(config, engine, augmented, held_out, len(classes), report).run()
+        accuracy = Trainer(config, engine, augmented, held_out, len(classes), report).run()
         weights = engine.weights()  # every process has a part in it
         if rank() == 0:
             model = timm.create_model(config.model, num_classes=len(classes), **config.model_args)
@@ -90,14 +74,14 @@ def _processes(config: Config) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _mean(value: torch.Tensor) -> float:
+def _mean(value: Tensor) -> float:
     """Returns the mean over the processes."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return float(value) / count()
 
 
-class _Trainer:
+class Trainer:
     """The loop over epochs and steps.
 
     Which samples a step has, and chance in them, follow from the seed and the step alone, whatever the number of
@@ -143,11 +127,10 @@ class _Trainer:
         with Progress(disable=rank() > 0) as progress:
             bar = progress.add_task(self.config.model, total=self.config.epochs * self.steps, completed=self.step)
             for epoch in range(self.step // self.steps, self.config.epochs):
-                for batch in self._batches(epoch):
-                    loss = self._train_step(batch)
-                    progress.update(bar, advance=1, description=f"{self.config.model}, loss {loss:.3f}")
+                batches = (batch.to(self.config.device, non_blocking=True) for batch in self._batches(epoch))
+                fit(self.engine, batches, self._prepare, functools.partial(self._finish, progress, bar), self.step)
                 accuracy = self._evaluate()
-                self.report({"epoch": epoch, "loss": loss, "accuracy": accuracy})
+                self.report({"epoch": epoch, "loss": self.loss, "accuracy": accuracy})
                 self.checkpoints.save(self.engine, self.step)  # an epoch is done once it is evaluated
         if self.writer is not None:
             self.writer.close()
@@ -170,17 +153,19 @@ class _Trainer:
             data, batch_sampler=batches, num_workers=self.config.workers, collate_fn=collate, pin_memory=memory
         )
 
-    def _train_step(self, batch: Batch) -> float:
-        self.scheduler.step_update(self.step)
-        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.step, rank()]).generate_state(1)[0]))
-        loss = _mean(self.engine.step(batch.to(self.config.device, non_blocking=True)))
-        self.step += 1
+    def _prepare(self, step: int) -> None:
+        self.scheduler.step_update(step)
+        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, step, rank()]).generate_state(1)[0]))
+
+    def _finish(self, progress: Progress, bar: TaskID, step: int, loss: Tensor) -> None:
+        """Logs a step, and saves a checkpoint if it is time."""
+        self.loss, self.step = _mean(loss), step + 1
+        progress.update(bar, advance=1, description=f"{self.config.model}, loss {self.loss:.3f}")
         if self.writer is not None:
-            self.writer.add_scalar("train/loss", loss, self.step)
+            self.writer.add_scalar("train/loss", self.loss, self.step)
             self.writer.add_scalar("train/lr", max(g["lr"] for g in self.engine.optimizer.param_groups), self.step)
         if self.step % self.config.checkpoint_every == 0 and self.step % self.steps:
             self.checkpoints.save(self.engine, self.step)
-        return loss
 
     @torch.no_grad()
     def _evaluate(self) -> float:
@@ -199,7 +184,3 @@ class _Trainer:
         if self.writer is not None:
             self.writer.add_scalar("validation/accuracy", accuracy, self.step)
         return accuracy
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The processes that `finetune.py` trains with: one, or several that torchrun or Ray started."""
+"""The processes that train: one, or several that torchrun or Ray started."""
 
 import contextlib
 from collections.abc import Callable, Iterator

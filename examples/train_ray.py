@@ -1,7 +1,7 @@
-"""Fine-tunes on a Ray cluster: the training function of `finetune.py` and its config, in Ray Train's workers.
+"""Trains on a Ray cluster: what `train.py` does, with its config, in Ray Train's workers.
 
-    python examples/finetune_ray.py --output runs/digits --num_workers 2
-    RAY_ADDRESS=ray://head:10001 python examples/finetune_ray.py --config mine.yaml --num_workers 8 --parallel fsdp
+    python examples/train_ray.py --output runs/digits --num_workers 2
+    RAY_ADDRESS=ray://head:10001 python examples/train_ray.py --config mine.yaml --num_workers 8 --parallel fsdp
 
 The output has to be a folder that all machines see. When a worker dies, Ray starts the workers again, and they go on
 from the last checkpoint.
@@ -14,11 +14,12 @@ from typing import Any
 
 import jsonargparse
 import ray
-from finetune import train
-from finetune_config import Config
 from ray import train as ray_train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+
+from training.config import Config
+from training.trainer import train
 
 
 def work(given: dict[str, Any]) -> None:
@@ -39,8 +40,7 @@ def main() -> None:
     config = parser.instantiate_classes(given).as_dict()
     config["output"] = str(Path(config["output"]).resolve())
     Config(**config)
-    examples = str(Path(__file__).parent)
-    ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([examples, *sys.path])}})
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})  # this program's folder first
     gpu = config["device"] == "cuda"
     trainer = TorchTrainer(
         work,

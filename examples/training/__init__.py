@@ -1,0 +1,4 @@
+"""What the programs of this folder share to train: one step, one loop, one checkpointed run over processes.
+
+`steps` and `engines` are for every program; `trainer` adds what `train.py` has: data, epochs, checkpoints and logs.
+"""

@@ -1,0 +1,116 @@
+"""Batches whose samples have several pixel sizes: brought to the reference spacing, in parts of one size each."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor
+
+from .grid import Pyramid, Tokens
+from .resample import resample, spacing_rows, stack
+
+
+class Part(NamedTuple):
+    """Samples of a batch whose images have one size.
+
+    Attributes:
+        rows: Their indices in the batch; None for all of it.
+        images: These samples.
+    """
+
+    rows: list[int] | None
+    images: Pyramid
+
+
+def parts_at_reference(images: Pyramid, reference: tuple[float, ...]) -> list[Part]:
+    """Resamples a pyramid, so that its first level has the reference spacing and the others keep theirs relative to it.
+
+    Samples whose images come out in sizes of their own are parts of their own: side by side in one tensor, all but the
+    largest would have to be filled up, and windows at their true border would reach into the fill.
+
+    Args:
+        images: The images on their grids.
+        reference: The model's reference spacing.
+
+    Raises:
+        ValueError: If a spacing is a tensor and the model is compiled, or an image would become too large.
+    """
+    rows = [spacing_rows(tokens.grid) for tokens in images.levels]
+    if not all(rows):
+        return [Part(None, images)]  # an empty batch, with a spacing for each of its no samples
+    count = max(map(len, rows))
+    if count == 1:
+        return [Part(None, _resample(images, [row[0] for row in rows], reference))]
+    members: dict[tuple, list[int]] = {}  # by the spacings of all levels
+    for index, spacings in enumerate(zip(*(row * (count // len(row)) for row in rows), strict=True)):
+        members.setdefault(spacings, []).append(index)
+    if len(members) == 1:
+        return [Part(None, _resample(images, next(iter(members)), reference))]
+    return _by_shape([Part(i, _resample(_select(images, i), known, reference)) for known, i in members.items()])
+
+
+def _by_shape(parts: Sequence[Part]) -> list[Part]:
+    """Puts parts side by side whose levels have the same shapes; their spacings may differ."""
+    alike: dict[tuple, list[Part]] = {}
+    for part in parts:
+        alike.setdefault(tuple(tokens.grid.shape for tokens in part.images.levels), []).append(part)
+    if len(alike) == 1:
+        return [Part(None, join_parts([part.images for part in parts], [part.rows or [] for part in parts]))]
+    return [
+        Part([row for part in same for row in part.rows or []], _side_by_side([part.images for part in same]))
+        for same in alike.values()
+    ]
+
+
+@register_notrace_function
+def to_reference(images: Pyramid, reference: tuple[float, ...]) -> Pyramid:
+    """Does what `parts_at_reference` does in graphs, which are of one part.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    parts = parts_at_reference(images, reference)
+    if len(parts) > 1:
+        raise ValueError("spacing must be the same for all samples where the model is a graph and its stem physical")
+    return parts[0].images
+
+
+def _select(images: Pyramid, rows: Sequence[int]) -> Pyramid:
+    index = torch.tensor(rows, device=images.levels[0].x.device)
+    return images._replace(levels=[_select_rows(tokens, index) for tokens in images.levels])
+
+
+def _select_rows(tokens: Tokens, index: Tensor) -> Tokens:
+    grid = tokens.grid
+    spacing, origin = (r if len(r) == 1 else r.index_select(0, index) for r in (grid.spacing, grid.origin))
+    mask = None if tokens.mask is None else tokens.mask.index_select(0, index)
+    return Tokens(tokens.x.index_select(0, index), grid._replace(spacing=spacing, origin=origin), mask)
+
+
+def _resample(images: Pyramid, spacings: Sequence[tuple[float, ...]], reference: tuple[float, ...]) -> Pyramid:
+    """Resamples images whose levels have the ``spacings``."""
+    levels = []
+    for tokens, known in zip(images.levels, spacings, strict=True):
+        wanted = [r * s / base for r, s, base in zip(reference, known, spacings[0], strict=True)]
+        levels.append(resample(tokens, wanted))
+    return images._replace(levels=levels)
+
+
+def join_parts(pyramids: Sequence[Pyramid], rows: Sequence[Sequence[int]]) -> Pyramid:
+    """Puts parts of a batch side by side again, in the batch's order; what is smaller is filled up and masked.
+
+    Args:
+        pyramids: What a model made of each part.
+        rows: The indices of its samples in the batch.
+    """
+    order = torch.tensor([row for part in rows for row in part], device=pyramids[0].levels[0].x.device).argsort()
+    joined = _side_by_side(pyramids)
+    prefix = None if joined.prefix is None else joined.prefix.index_select(0, order)
+    return joined._replace(levels=[_select_rows(tokens, order) for tokens in joined.levels], prefix=prefix)
+
+
+def _side_by_side(pyramids: Sequence[Pyramid]) -> Pyramid:
+    levels = [stack(parts) for parts in zip(*(pyramid.levels for pyramid in pyramids), strict=True)]
+    prefixes = [pyramid.prefix for pyramid in pyramids if pyramid.prefix is not None]
+    return Pyramid(levels, torch.cat(prefixes) if prefixes else None, pyramids[0].single)

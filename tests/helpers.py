@@ -1,0 +1,55 @@
+"""What several tests share."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def lively(model):
+    """Random weights large enough that attention is far from uniform and every influence shows."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "fc" not in name:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        elif "gamma" in name or name.endswith(("sga.norm2.weight", "sga.norm3.weight")):
+            torch.nn.init.ones_(parameter)
+    return model
+
+
+def start(program, *arguments, launcher=()):
+    """Starts an example as its users do, in a process of its own."""
+    command = [sys.executable, *launcher, EXAMPLES / program, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, timeout=600, code=0):
+    """Waits for a program; returns what it printed."""
+    printed, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, printed[-4000:]
+    return printed
+
+
+def call(program, *arguments, patch, capture):
+    """Runs an example in this process, which has imported most of what it needs; returns what it printed.
+
+    Args:
+        program: Name of the file.
+        arguments: Of its command line.
+        patch: pytest's ``monkeypatch``.
+        capture: pytest's ``capfd``.
+    """
+    patch.setattr(sys, "argv", [program, *map(str, arguments)])
+    threads = torch.get_num_threads()
+    capture.readouterr()
+    try:
+        importlib.import_module(program.removesuffix(".py")).main()
+    finally:
+        torch.set_num_threads(threads)
+    return capture.readouterr().out
