@@ -32,7 +32,7 @@ from .geometry.plans import set_plan_limit
 from .geometry.read import geometry
 from .geometry.resample import resample_limit, set_resample_limit
 from .models import AdaptiveVit, RatConfig, RatVit, ResolutionAwareTransformer
-from .ops.neighborhood.backend import attention_backend, set_attention_backend
+from .ops.neighborhood import attention_backend, set_attention_backend
 from .timm_api import hub
 
 __version__ = "0.1.0"

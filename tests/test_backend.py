@@ -22,7 +22,7 @@ def inputs(grid, width=16):
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match=r"name must be one of \('auto', 'torch', 'natten', 'flex'\), got 'cuda'"):
+    with pytest.raises(ValueError, match=r"name must be one of \('auto', 'natten', 'torch', 'flex'\), got 'cuda'"):
         rat_timm.set_attention_backend("cuda")
     assert rat_timm.attention_backend() == "auto"
 
@@ -50,7 +50,7 @@ def test_backends_agree(backend):
 @pytest.mark.parametrize("masked", [False, True])
 def test_flex_agrees(grid, masked, monkeypatch):
     """Without compilation, which changes how FlexAttention is run and not what it is told; see the next test."""
-    monkeypatch.setattr(neighborhood, "_compiled_flex_attention", lambda: neighborhood.flex_attention)
+    monkeypatch.setattr(neighborhood.flex, "_compiled_flex_attention", lambda: neighborhood.flex.flex_attention)
     tensors, mask = inputs(grid), torch.rand(2, *grid) > 0.5 if masked else None
     if masked:
         mask[1] = False
@@ -93,7 +93,23 @@ def test_what_cannot_run_says_why(backend, change, reason):
 
 
 def test_natten_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(neighborhood, "_installed", lambda name: False)
+    monkeypatch.setattr(neighborhood.backend, "is_installed", lambda name: False)
     rat_timm.set_attention_backend("natten")
     with pytest.raises(ValueError, match=r"natten is not installed: pip install 'rat-timm\[natten\]'"):
         neighborhood_attention(*inputs((9, 12)), 3)
+
+
+def test_a_backend_is_one_line_of_the_table(monkeypatch):
+    """Another one can be chosen by name, says what it cannot do, and is asked by "auto" in the table's order."""
+    ones = neighborhood.Backend(
+        attend=lambda call: torch.ones_like(call.query),
+        obstacle=lambda call: "it has no masks" if call.mask is not None else None,
+        is_best=lambda call: call.mask is None,
+    )
+    monkeypatch.setattr(neighborhood, "BACKENDS", {"ones": ones, **neighborhood.BACKENDS})
+    tensors, mask = inputs((9, 12)), torch.ones(2, 9, 12, dtype=torch.bool)
+    assert neighborhood_attention(*tensors, 3).unique().tolist() == [1]
+    assert len(neighborhood_attention(*tensors, 3, mask).unique()) > 1
+    rat_timm.set_attention_backend("ones")
+    with pytest.raises(ValueError, match="'ones' cannot run here: it has no masks"):
+        neighborhood_attention(*tensors, 3, mask)

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from rat_timm.ops.masking import (
     attention,
-    exp_beside_one,
+    exp_clamped,
     join_masks,
+    mask_value,
     masked_attention,
-    nothing,
     pool_mask,
 )
 from references import places
@@ -16,10 +16,10 @@ from references import places
 
 def test_exponentials_beside_one_are_right_where_they_show():
     x = torch.linspace(-80, 0, 81, dtype=torch.float32)
-    assert torch.equal(exp_beside_one(x), x.exp())
-    low = torch.tensor([-90.0, nothing(torch.float32), -torch.inf])
-    assert torch.equal(1 + exp_beside_one(low), torch.ones(3))
-    assert exp_beside_one(torch.tensor(-700.0, dtype=torch.float64)) == torch.tensor(-700.0, dtype=torch.float64).exp()
+    assert torch.equal(exp_clamped(x), x.exp())
+    low = torch.tensor([-90.0, mask_value(torch.float32), -torch.inf])
+    assert torch.equal(1 + exp_clamped(low), torch.ones(3))
+    assert exp_clamped(torch.tensor(-700.0, dtype=torch.float64)) == torch.tensor(-700.0, dtype=torch.float64).exp()
 
 
 @pytest.mark.parametrize("places", [3, 300])  # either side of what is few

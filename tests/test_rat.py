@@ -1,4 +1,5 @@
 import copy
+import inspect
 import pickle
 import shutil
 
@@ -317,6 +318,43 @@ def test_each_size_is_a_program_of_constants():
     with torch._dynamo.config.patch(recompile_limit=3):
         torch.testing.assert_close(compiled(images[2]), model(images[2]), rtol=1e-5, atol=1e-6)
     assert symbols == [set()] * 3
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_programs_do_not_grow_with_depth(train):
+    """Blocks of a stage, and iterations of a grouping, are calls of one program that is compiled once."""
+    if "max_reuse_entries" not in inspect.signature(torch.compiler.nested_compile_region).parameters:
+        pytest.skip("this PyTorch traces each block")
+
+    def program(depth):
+        torch._dynamo.reset()
+        graphs = []
+        cfg = RatConfig(embed_dim=32, depths=(depth, depth), attn_kernel_size=3)
+        model = ResolutionAwareTransformer(cfg, num_classes=3).train(train)
+        compiled = torch.compile(model, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+        x = torch.randn(1, 3, 16, 16)
+        with torch.set_grad_enabled(train):
+            torch.testing.assert_close(compiled(x), model(x))
+        (graph,) = graphs
+        calls = [node for node in graph.graph.nodes if node.op.startswith("call")]
+        return len(calls), [name for name, _ in graph.named_children() if name.startswith("subgraph")]
+
+    (shallow, parts), (deep, same) = program(2), program(4)
+    assert parts == same
+    assert len(parts) == 3  # a block of each stage, an iteration
+    assert deep - shallow == 2 * 2 * 2  # a call and its result
+
+
+def test_a_block_is_few_operations_of_an_export():
+    """What PyTorch and ONNX take to make a program grows with their number."""
+
+    def count(depth):
+        cfg = RatConfig(embed_dim=32, depths=(depth,), attn_kernel_size=3)
+        model = ResolutionAwareTransformer(cfg, num_classes=3).eval()
+        program = torch.export.export(model, (torch.randn(1, 3, 16, 16),), strict=False)
+        return len([node for node in program.graph.nodes if node.op != "placeholder"])
+
+    assert count(2) - count(1) < 100
 
 
 def test_compiled_once_for_all_spacings():

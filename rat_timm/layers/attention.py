@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from ..geometry.grid import Positions
 from ..ops.masking import masked_attention
-from ..ops.neighborhood import neighborhood_attention
+from ..ops.neighborhood import neighborhood_attention, neighborhood_plan
+from ..ops.windows import Tiles
 from .rose import RotarySpatialEmbedding
+from .tracing import compiled_once
 
 
 class Attention(nn.Module):
@@ -48,13 +50,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, positions: Positions, mask: Tensor | None = None) -> Tensor:
+    def plan(self, x: Tensor) -> Tiles | None:
+        """Returns what attention over the grid of ``x`` ``[B, *grid, C]`` needs that depends on sizes alone.
+
+        For programs, where several modules are to share it; None elsewhere, where it is kept.
+        """
+        if self.attn_kernel_size is None or not torch.compiler.is_compiling():
+            return None
+        return neighborhood_plan(x.shape[1:-1], self.attn_kernel_size, x.device)
+
+    def forward(self, x: Tensor, positions: Positions, mask: Tensor | None = None, plan: Tiles | None = None) -> Tensor:
         """Attends.
 
         Args:
             x: ``[B, *grid, C]``, or ``[B, N, C]`` without a neighbourhood.
             positions: Where the tokens are.
             mask: ``[B, *grid]`` or ``[B, N]``, bool, True = valid: others are not attended to.
+            plan: See `plan`; None makes or finds it.
         """
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, ..., heads, d]
         rotation = self.rose.rotation(positions, query.dtype)
@@ -62,7 +74,7 @@ class Attention(nn.Module):
             query, key = rotation(query), rotation(key)
         dropout_p = self.attn_drop if self.training else 0.0
         if self.attn_kernel_size is not None:
-            out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p)
+            out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p, plan)
         else:
             allowed = None if mask is None else mask[:, None, None, :]
             query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, heads, N, d]
@@ -105,7 +117,12 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(self, x: Tensor, positions: Positions, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, mask: Tensor | None = None, plan: Tiles | None = None) -> Tensor:
         """See `Attention.forward`."""
-        x = x + self.drop_path1(self.attn(self.norm1(x), positions, mask))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return _run_block(self, x, positions, mask, self.attn.plan(x) if plan is None else plan)
+
+
+@compiled_once
+def _run_block(block: Block, x: Tensor, positions: Positions, mask: Tensor | None, plan: Tiles | None) -> Tensor:
+    x = x + block.drop_path1(block.attn(block.norm1(x), positions, mask, plan))
+    return x + block.drop_path2(block.mlp(block.norm2(x)))

@@ -21,7 +21,8 @@ from ..ops.assignment import Assignment
 from ..ops.grouping_dense import DenseGrouping
 from ..ops.grouping_local import LocalGrouping
 from ..ops.masking import pool_mask
-from .rose import RotarySpatialEmbedding, check_heads
+from .rose import RotarySpatialEmbedding, Rotation, check_heads
+from .tracing import compiled_once
 
 CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -190,10 +191,7 @@ class SpatialGroupingAttention(nn.Module):
         rotation = self.rose.rotation(coarse, key.dtype)
         grouping = self.prepare(key, value, mask, group_mask)
         for _ in range(self.iters):
-            (query,) = self._split_heads(self.q(groups), 1)
-            query = query if rotation is None else rotation(query)
-            groups = groups + self.norm2(grouping.take(query).flatten(-2))
-            groups = groups + self.norm3(self.mlp(groups))
+            groups, query = _iterate(self, groups, rotation, grouping)
         return groups, self.assign(query, key, mask, group_mask) if return_assignment else None
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -235,3 +233,13 @@ class SparseSpatialGroupingAttention(SpatialGroupingAttention):
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         return integers(self.neighborhood_kernel, "neighborhood_kernel", len(coarse))
+
+
+@compiled_once
+def _iterate(
+    sga: SpatialGroupingAttention, groups: Tensor, rotation: Rotation | None, grouping: Grouping
+) -> tuple[Tensor, Tensor]:
+    (query,) = sga._split_heads(sga.q(groups), 1)
+    query = query if rotation is None else rotation(query)
+    groups = groups + sga.norm2(grouping.take(query).flatten(-2))
+    return groups + sga.norm3(sga.mlp(groups)), query

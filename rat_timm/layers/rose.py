@@ -6,6 +6,7 @@ Parameters and their names are those of the package ``rotary-spatial-embeddings`
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,9 +33,9 @@ class Rotation(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass."""
         heads = self.table.shape[-3]
-        planes = x[..., :heads, :].unflatten(-1, (-1, 2))  # [B, ..., rotary heads, planes, 2]
-        rotated = _turn(planes, self.table).flatten(-2)
-        return rotated if heads == x.shape[-2] else torch.cat((rotated, x[..., heads:, :]), dim=-2)
+        if heads < x.shape[-2]:
+            return torch.cat((self(x[..., :heads, :]), x[..., heads:, :]), dim=-2)
+        return _turn(x.unflatten(-1, (-1, 2)), self.table).flatten(-2)
 
 
 def _complex_runs(x: Tensor) -> bool:
@@ -42,10 +43,11 @@ def _complex_runs(x: Tensor) -> bool:
 
     Half precisions have none, and compilers fuse the real formula but not complex numbers.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.float64):
         return False
-    fits = x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
-    return fits and x.stride(-1) == 1 and all(step % 2 == 0 for step in (x.storage_offset(), *x.stride()[:-1]))
+    *steps, last = x.stride()
+    all_even = functools.reduce(operator.or_, steps, x.storage_offset()) % 2 == 0
+    return bool(last == 1 and all_even and x.device.type in ("cpu", "cuda"))
 
 
 class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
@@ -151,8 +153,10 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         if self.learnable_scale or self.initial_scaling:
             offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
         # no matrix product, whose precision autocast and TF32 lower
-        phases = [o[..., None, None] * f for o, f in zip(offset, self.freqs.float().unbind(-1), strict=True)]
-        return Rotation(_turns([phase.to(exact_dtype(dtype)) for phase in phases]).to(dtype))
+        phases = [
+            o[..., None, None] * f for o, f in zip(offset, _cast(self.freqs, torch.float32).unbind(-1), strict=True)
+        ]
+        return Rotation(_cast(_turns([_cast(phase, exact_dtype(dtype)) for phase in phases]), dtype))
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Rotates ``x`` ``[B, ..., heads, d]`` by the tokens' positions."""
@@ -170,8 +174,9 @@ def _turns(phases: Sequence[Tensor]) -> Tensor:
     """Returns cosine and sine of the sum of phases that broadcast together, ``[1 or B, ..., heads, planes, 2]``.
 
     Phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a sine.
+    But in programs, where a sum makes fewer nodes.
     """
-    if all(phase.shape == phases[0].shape for phase in phases):
+    if torch.compiler.is_compiling() or all(phase.shape == phases[0].shape for phase in phases):
         phases = [functools.reduce(torch.add, phases)]
     turns = [torch.stack((phase.cos(), phase.sin()), dim=-1) for phase in phases]
     return functools.reduce(_turn, turns)
@@ -183,6 +188,10 @@ def _turn(x: Tensor, by: Tensor) -> Tensor:
         return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(by))
     (real, imaginary), (cos, sin) = x.unbind(-1), by.unbind(-1)
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a cast to the same type is some nodes of a program
 
 
 def check_heads(feature_dims: int, num_heads: int) -> None:

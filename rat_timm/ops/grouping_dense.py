@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..geometry import plans
 from ..geometry.grid import exact_dtype
-from .masking import check_mask, exp_beside_one, need_grad, nothing
+from .masking import check_mask, has_gradient, log_sum_exp, mask_value
 
 _CHUNK_ELEMENTS = 1 << 22  # logits that dense grouping holds at a time
 
@@ -59,7 +59,7 @@ def grouping_attention(
     if chunk_size >= key.shape[2]:
         attention = logits_of(query, key, allowed).log_softmax(dim=-2)  # log A transposed
         if allowed is not None:
-            attention = attention.masked_fill(~allowed, nothing(attention.dtype))
+            attention = attention.masked_fill(~allowed, mask_value(attention.dtype))
         return attention.softmax(dim=-1).to(value.dtype).mT @ value
     if _fused_can_run(query, key, value):
         lower = torch.is_autocast_enabled("cpu")
@@ -69,7 +69,7 @@ def grouping_attention(
     pairs = [None] * len(keys) if allowed is None else allowed.expand(-1, -1, key.shape[2], -1).split(chunk_size, dim=2)
     again = functools.partial(checkpoint, use_reentrant=False)
     sums = [again(_chunk_log_sum, query, k, p) for k, p in zip(keys, pairs, strict=True)]
-    log_sum = log_sum_of(torch.cat(sums, dim=-2))
+    log_sum = log_sum_exp(torch.cat(sums, dim=-2), -2, keepdim=True)
     parts = (again(_chunk_take, query, k, p, log_sum, v) for k, p, v in zip(keys, pairs, values, strict=True))
     return functools.reduce(torch.add, parts)
 
@@ -82,7 +82,7 @@ def _chunk_size(query: Tensor) -> int:
 
 def _fused_can_run(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tells whether PyTorch's fused attention on the CPU can do it; its logarithms of sums have no gradient."""
-    return query.device.type == "cpu" and not need_grad(query, key, value) and not plans.is_traced()
+    return query.device.type == "cpu" and not has_gradient(query, key, value) and not plans.is_traced()
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
@@ -98,12 +98,12 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group
     none = torch.zeros_like(key[..., 0])
     tokens = torch.ones_like(none, dtype=torch.bool) if mask is None else mask[:, None].expand_as(none)
     rows = _attend(query, key, key, none, tokens)[1]  # r, [B, heads, M]
-    groups = rows > nothing(dtype) / 2
+    groups = rows > mask_value(dtype) / 2
     if group_mask is not None:
         groups = groups & group_mask[:, None]
     columns = _attend(key, query, query, rows, groups)[1]  # c, [B, heads, N]
-    out, sums = _attend(query, key, value, columns, tokens & (columns > nothing(dtype) / 2))
-    factor = torch.where(groups, sums - rows, nothing(dtype)).exp()
+    out, sums = _attend(query, key, value, columns, tokens & (columns > mask_value(dtype) / 2))
+    factor = torch.where(groups, sums - rows, mask_value(dtype)).exp()
     return out * factor.unsqueeze(-1)
 
 
@@ -120,7 +120,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, less: Tensor, valid: Tens
     width = query.shape[-1]
     # as one more channel: a mask of this shape is slower, and so are odd numbers of channels
     pad = -(width + 1) % 16
-    bias = torch.where(valid, -less, nothing(less.dtype)).unsqueeze(-1)
+    bias = torch.where(valid, -less, mask_value(less.dtype)).unsqueeze(-1)
     query = F.pad(torch.cat((query, torch.ones_like(query[..., :1])), dim=-1), (0, pad))
     key = F.pad(torch.cat((key, bias), dim=-1), (0, pad))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -139,16 +139,10 @@ def _dense_pairs(mask: Tensor | None, group_mask: Tensor | None) -> Tensor | Non
 
 
 def logits_of(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
-    """Returns ``[..., N, M]``, at least in float32, with `nothing` where a pair is not allowed."""
+    """Returns ``[..., N, M]``, at least in float32, with `mask_value` where a pair is not allowed."""
     logits = key @ query.mT
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if allowed is None else logits.masked_fill_(~allowed, nothing(logits.dtype))
-
-
-def log_sum_of(logits: Tensor) -> Tensor:
-    """Logarithm of the sum of exponentials over the tokens, ``[..., 1, M]``; `nothing` stays about that."""
-    peak = logits.detach().amax(dim=-2, keepdim=True)  # on which no result depends
-    return peak + exp_beside_one(logits - peak).sum(dim=-2, keepdim=True).log()
+    return logits if allowed is None else logits.masked_fill_(~allowed, mask_value(logits.dtype))
 
 
 def shares_of(logits: Tensor, log_sum: Tensor) -> Tensor:
@@ -159,7 +153,7 @@ def shares_of(logits: Tensor, log_sum: Tensor) -> Tensor:
     shares too: its value has to be zero.
     """
     # above what stands for zero, so that a group without tokens is far below any other
-    return (logits - log_sum.clamp(min=nothing(logits.dtype) / 2)).softmax(dim=-1)
+    return (logits - log_sum.clamp(min=mask_value(logits.dtype) / 2)).softmax(dim=-1)
 
 
 def take_shares(logits: Tensor, log_sum: Tensor, value: Tensor) -> Tensor:
@@ -168,7 +162,7 @@ def take_shares(logits: Tensor, log_sum: Tensor, value: Tensor) -> Tensor:
 
 
 def _chunk_log_sum(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
-    return log_sum_of(logits_of(query, key, allowed))
+    return log_sum_exp(logits_of(query, key, allowed), -2, keepdim=True)
 
 
 def _chunk_take(query: Tensor, key: Tensor, allowed: Tensor | None, log_sum: Tensor, value: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from ..geometry import plans
 from ..geometry.grid import integers
 from . import windows
 from .assignment import Assignment
-from .grouping_dense import log_sum_of, logits_of, shares_of, take_shares
-from .masking import check_mask
+from .grouping_dense import logits_of, shares_of, take_shares
+from .masking import check_mask, log_sum_exp
 
 
 def local_grouping_attention(
@@ -110,7 +110,7 @@ class LocalGrouping(NamedTuple):
     def _logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits ``[tiles, B, heads, tokens, groups]``, and the logarithm of their sum over all tokens."""
         logits = logits_of(self.tiles.keys.take(query), self.key, self.allowed)
-        sums = log_sum_of(logits).squeeze(-2)  # over one tile's tokens
+        sums = log_sum_exp(logits, -2)  # over one tile's tokens
         return logits, self.tiles.log_sum_exp(sums).unsqueeze(-2)
 
 
@@ -126,13 +126,9 @@ def _tiles(
 def _axis_tiles(tokens: int, stride: int, reach: int) -> windows.AxisTiles:
     groups = -(-tokens // stride)
     count = -(-groups // max(2, 2 * reach))
-    size = min(-(-groups // count) * stride, tokens)
-    queries = windows.query_tiles(tokens, size)
-    cell = queries // stride  # [T, b]
-    inside = (tokens - size) % stride > 0  # the last tile, moved inwards, starts inside a cell
-    halo = reach if len(queries) == 2 else 2 * reach  # windows at the border reach inwards only
-    keys = windows.stretches(cell[:, 0] - reach, -(-size // stride) + inside + halo, groups)
-    return windows.AxisTiles(queries, keys, np.abs(keys[:, None, :] - cell[:, :, None]) <= reach)
+    cell = np.arange(tokens) // stride
+    first, last = np.maximum(cell - reach, 0), np.minimum(cell + reach, groups - 1)
+    return windows.AxisTiles.create(first, last, -(-groups // count) * stride)
 
 
 def _check_local(

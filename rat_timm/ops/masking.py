@@ -10,12 +10,12 @@ from torch.nn import functional as F
 _FEW = 1 << 20  # logits up to which PyTorch's fused attention takes longer on the CPU, forward and backward
 
 
-def nothing(dtype: torch.dtype) -> float:
+def mask_value(dtype: torch.dtype) -> float:
     """Returns the logarithm that stands for zero: finite, so that no difference of two of them is NaN."""
     return torch.finfo(dtype).min / 4
 
 
-def exp_beside_one(x: Tensor) -> Tensor:
+def exp_clamped(x: Tensor) -> Tensor:
     """``x.exp()`` for ``x <= 0`` to be added to a one, beside which results do not show that are lifted to about 1e-37.
 
     PyTorch's exponential takes ten times as long on the CPU where its result is subnormal or zero.
@@ -23,7 +23,14 @@ def exp_beside_one(x: Tensor) -> Tensor:
     return x.clamp(min=math.log(torch.finfo(x.dtype).tiny) + 1).exp_()
 
 
-def need_grad(*tensors: Tensor) -> bool:
+def log_sum_exp(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """Logarithm of the sum of exponentials along a dimension; of many `mask_value` it is about that."""
+    peak = x.detach().amax(dim, keepdim=True)  # on which no result depends
+    total = peak + exp_clamped(x - peak).sum(dim, keepdim=True).log()
+    return total if keepdim else total.squeeze(dim)
+
+
+def has_gradient(*tensors: Tensor) -> bool:
     """Tells whether a result of these tensors will have a gradient."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 

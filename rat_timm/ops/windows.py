@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry.plans import is_traced
-from .masking import exp_beside_one, nothing
+from .masking import has_gradient, log_sum_exp, mask_value
 
 Array = NDArray[Any]
 
@@ -47,6 +47,21 @@ class AxisTiles(NamedTuple):
     queries: Array
     keys: Array
     allowed: Array
+
+    @classmethod
+    def create(cls, first: Array, last: Array, size: int) -> "AxisTiles":
+        """Cuts an axis into tiles of ``size`` queries, and gives each tile the keys from its first to its last.
+
+        Args:
+            first: The first key in each query's window, ``[queries]``, ascending.
+            last: The last one, likewise.
+            size: Number of queries in a tile.
+        """
+        queries = stretches(range(0, len(first), size), size, len(first))
+        first, last = first[queries], last[queries]  # [T, b]
+        most = int((last[:, -1] - first[:, 0]).max()) + 1
+        keys = stretches(first[:, 0], most, int(last.max()) + 1)
+        return cls(queries, keys, (first[:, :, None] <= keys[:, None]) & (keys[:, None] <= last[:, :, None]))
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -80,7 +95,7 @@ class RowIndex(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """``[rows, C]`` -> ``[entries, C]``."""
-        if self.order is None or is_plain(x):
+        if self.order is None or not has_gradient(x) or is_plain(x):
             return x.index_select(0, self.row)
         return _Take.apply(x, self)
 
@@ -155,6 +170,11 @@ class Gather(NamedTuple):
         rows = x.flatten(1, -3).transpose(0, 1)  # [N, B, heads, d]
         taken = self.rows.take(rows.flatten(1))
         return taken.view(self.tiles, self.places, *rows.shape[1:]).permute(0, 2, 3, 1, 4)
+
+    def take_in_program(self, x: Tensor) -> Tensor:
+        """``[B, *grid, heads, d]`` -> ``[B * tiles, heads, places, d]``: what `take` gives, in few operations."""
+        taken = x.flatten(1, -3).index_select(1, self.rows.row)  # [B, tiles * places, heads, d]
+        return taken.reshape(-1, self.places, *x.shape[-2:]).transpose(1, 2)
 
     def add(self, x: Tensor) -> Tensor:
         """``[tiles, B, heads, places, d]`` -> ``[B, *grid, heads, d]``, summing overlaps: `take` transposed."""
@@ -258,6 +278,11 @@ class Tiles(NamedTuple):
         rows = [_flatten(part) for part in parts]
         return _unflatten(self.once.take(rows[0] if len(rows) == 1 else torch.cat(rows)), self.queries.shape, parts[0])
 
+    def untile_in_program(self, x: Tensor) -> Tensor:
+        """``[B * tiles, heads, queries, d]`` -> ``[B, *grid, heads, d]``: `Gather.take_in_program` undone."""
+        rows = x.transpose(1, 2).reshape(-1, len(self.queries.rows.row), x.shape[1], x.shape[3])
+        return rows.index_select(1, self.once.row).unflatten(1, self.queries.shape)
+
     def add_keys(self, x: Tensor) -> Tensor:
         """``[tiles, B, heads, keys, d]`` -> ``[B, *grid, heads, d]``, summing overlaps."""
         if is_plain(x):
@@ -266,7 +291,7 @@ class Tiles(NamedTuple):
 
     def log_sum_exp(self, x: Tensor) -> Tensor:
         """Adds up overlaps of ``[tiles, B, heads, keys]``, given and returned as logarithms, in all their tiles."""
-        total = self._overlaps().reduce(x.unsqueeze(-1), _log_sum_exp, nothing(x.dtype))
+        total = self._overlaps().reduce(x.unsqueeze(-1), log_sum_exp, mask_value(x.dtype))
         return self.keys.take(total).squeeze(-1)
 
     def _overlaps(self) -> Overlaps:
@@ -311,16 +336,6 @@ class Tiles(NamedTuple):
 def is_plain(x: Tensor) -> bool:
     """Tells whether PyTorch's own operations have to do: a compiler fuses them, and not every device has bags."""
     return is_traced() or x.device.type not in ("cpu", "cuda")
-
-
-def query_tiles(length: int, size: int) -> Array:
-    """Cuts ``length`` queries into tiles of ``size``, ``[T, size]``."""
-    return stretches(range(0, length, size), size, length)
-
-
-def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
-    peak = x.detach().amax(dim, keepdim=True)  # on which no result depends
-    return (peak + exp_beside_one(x - peak).sum(dim, keepdim=True).log()).squeeze(dim)
 
 
 def _flatten(x: Tensor) -> Tensor:

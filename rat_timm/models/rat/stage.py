@@ -265,8 +265,13 @@ class Stage(nn.Module):
         return [part.unflatten(1, level.shape[1:-1]) for part, level in zip(parts, levels, strict=True)], prefix
 
     def _run_blocks(self, x: Tensor, positions: Positions, mask: Tensor | None) -> Tensor:
+        first: Any = next(iter(self.blocks), None)
+        plan = first.attn.plan(x) if first is not None and torch.compiler.is_compiling() else None
         for block in self.blocks:
-            x = checkpoint(block, x, positions, mask) if self.grad_checkpointing else block(x, positions, mask)
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, positions, mask, plan)
+            else:
+                x = block(x, positions, mask, plan)
         return x
 
     def _run(self, module: nn.Module, *inputs: Any) -> Any:

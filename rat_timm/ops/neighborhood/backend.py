@@ -1,37 +1,57 @@
-"""Which implementation of neighbourhood attention runs."""
+"""What a backend of neighbourhood attention is: the files beside this one have one each."""
 
-import os
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
 
-BACKENDS = ("auto", "torch", "natten", "flex")
-VARIABLE = "RAT_TIMM_ATTENTION"
+from torch import Tensor
+
+from ..windows import Tiles
 
 
-def set_attention_backend(name: str) -> None:
-    """Chooses what neighbourhood attention runs on, for the whole process.
+class Call(NamedTuple):
+    """One call of neighbourhood attention, checked.
 
-    Args:
-        name: "auto": NATTEN's kernels where they are built for the tensors' GPU and take the call, PyTorch elsewhere;
-            "torch": tiles through PyTorch's fused attention, on every device; "natten": the package NATTEN; "flex":
-            PyTorch's FlexAttention, compiled at the first call for each size. The environment variable
-            ``RAT_TIMM_ATTENTION`` sets it before the package is imported. A call that the chosen one cannot run is an
-            error that says why.
-
-    Raises:
-        ValueError: If there is no such backend.
+    Attributes:
+        query: ``[B, *grid, heads, head_dim]``.
+        key: Same shape; zero where masked.
+        value: Same shape; zero where masked.
+        kernel: Window per axis; may be larger than the grid.
+        mask: ``[B, *grid]``, bool, True = valid key.
+        dropout_p: Probability of dropping an attention weight.
+        plan: `Backend.plan` of the call's sizes, where the caller has it.
     """
-    global _chosen
-    _chosen = _check(name, "name")
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    kernel: tuple[int, ...]
+    mask: Tensor | None
+    dropout_p: float
+    plan: Tiles | None
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Sizes of the grid."""
+        return tuple(self.query.shape[1:-2])
 
 
-def attention_backend() -> str:
-    """Returns what `set_attention_backend` or the environment variable chose."""
-    return _chosen
+class Backend(NamedTuple):
+    """An implementation of neighbourhood attention.
+
+    Attributes:
+        attend: Attends.
+        obstacle: Says why it cannot run a call; None if it can.
+        is_best: Tells whether "auto" chooses it.
+    """
+
+    attend: Callable[[Call], Tensor]
+    obstacle: Callable[[Call], str | None]
+    is_best: Callable[[Call], bool]
 
 
-def _check(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {BACKENDS}, got {name!r}")
-    return name
-
-
-_chosen = _check(os.environ.get(VARIABLE, "auto"), VARIABLE)
+@functools.cache
+def is_installed(package: str) -> bool:
+    """Tells whether a package can be imported."""
+    return find_spec(package) is not None
