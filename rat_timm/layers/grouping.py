@@ -44,7 +44,7 @@ class SpatialGroupingAttention(nn.Module):
     `Tokens`.
 
     Args:
-        feature_dims: Width.
+        feature_dims: Width of the groups.
         spatial_dims: Number of axes.
         kernel_size: Size of the strided convolution that starts the groups, odd, one number or one per axis.
         num_heads: Number of heads.
@@ -62,6 +62,7 @@ class SpatialGroupingAttention(nn.Module):
         frequency_scaling: See `RotarySpatialEmbedding`.
         learnable_rose_scaling: Whether the scaling of spacings is learnable.
         rose_initial_scaling: How it starts.
+        in_dims: Width of the tokens. Default: that of the groups.
         dilation: Distance of the convolution's taps, one number or one per axis.
         unit: Physical length of one unit of the rotary coordinate, one number or one per axis: the fine side's spacing
             where the input of the network has the reference spacing.
@@ -93,6 +94,7 @@ class SpatialGroupingAttention(nn.Module):
         learnable_rose_scaling: bool = False,
         rose_initial_scaling: str | None = None,
         *,
+        in_dims: int | None = None,
         dilation: int | Sequence[int] = 1,
         unit: float | Sequence[float] = 1.0,
         device: torch.device | str | None = None,
@@ -111,10 +113,11 @@ class SpatialGroupingAttention(nn.Module):
         self.extent = tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, dilation, strict=True))
         self.padding = tuple((extent - 1) // 2 for extent in self.extent)
         self.unit = axis_values(unit, "unit", spatial_dims)
+        in_dims = feature_dims if in_dims is None else in_dims
         self.strider = CONVS[spatial_dims](
-            feature_dims, feature_dims, self.kernel_size, self.stride, self.padding, dilation, **dd
+            in_dims, feature_dims, self.kernel_size, self.stride, self.padding, dilation, **dd
         )
-        self.kv = nn.Linear(feature_dims, 2 * feature_dims, bias=qkv_bias, **dd)
+        self.kv = nn.Linear(in_dims, 2 * feature_dims, bias=qkv_bias, **dd)
         self.q = nn.Linear(feature_dims, feature_dims, bias=qkv_bias, **dd)
         self.mlp = Mlp(
             feature_dims, int(feature_dims * mlp_ratio), act_layer=mlp_activation, drop=mlp_dropout, bias=mlp_bias, **dd
@@ -174,7 +177,7 @@ class SpatialGroupingAttention(nn.Module):
         """Groups tokens whose places are known.
 
         Args:
-            x: ``[B, *fine, C]``.
+            x: ``[B, *fine, in_dims]``.
             fine: Their positions, in the layer's unit.
             coarse: The groups' positions, about the same centre.
             mask: ``[B, *fine]``, True = valid; None if all are.

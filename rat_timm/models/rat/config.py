@@ -11,6 +11,7 @@ from ...layers.rose import check_heads
 from ...layers.stem import share_stride
 
 HEAD_DIM = 32
+GROUP_WIDTHS = ("coarse", "fine")
 SGA_ATTENTION_TYPES = ("dense", "sparse", "none")
 
 
@@ -26,6 +27,7 @@ class StageConfig:
         mlp_ratio: Hidden width of a block's MLP over ``dim``.
         attn_kernel_size: Neighbourhood per axis; None for global attention.
         reg_tokens: Number of prefix tokens that join at this stage.
+        has_prefix: Whether prefix tokens come in.
         total_stride: Pixels per token, per axis.
         unit: Physical length of one rotary unit in the blocks, per axis.
         kernel_size: That of the convolution that starts the groups, per axis.
@@ -34,6 +36,7 @@ class StageConfig:
         neighborhood_kernel: Window of a sparse grouping in stride cells, per axis.
         sga_attention_type: How tokens are grouped at the start: "dense", "sparse", "none" for a strided convolution
             alone; None without a start.
+        sga_dim: Width of the grouping.
         sga_num_heads: Heads of the grouping.
         sga_unit: Physical length of one rotary unit in the grouping (the fine side's), per axis.
     """
@@ -45,6 +48,7 @@ class StageConfig:
     mlp_ratio: float
     attn_kernel_size: tuple[int, ...] | None
     reg_tokens: int
+    has_prefix: bool
     total_stride: tuple[int, ...]
     unit: tuple[float, ...]
     kernel_size: tuple[int, ...]
@@ -52,8 +56,14 @@ class StageConfig:
     dilation: tuple[int, ...]
     neighborhood_kernel: tuple[int, ...]
     sga_attention_type: str | None
+    sga_dim: int
     sga_num_heads: int
     sga_unit: tuple[float, ...]
+
+    @property
+    def needs_projection(self) -> bool:
+        """Whether groups, or prefix tokens that come in, have to be brought to the blocks' width."""
+        return self.sga_dim != self.dim or (self.has_prefix and self.dim_in != self.dim)
 
     @property
     def grouping_conv(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -93,7 +103,10 @@ class RatConfig:
         kernel_size: Kernel of the strided convolution that starts a grouping, one number or one per axis.
         stride: Its stride, one number or one per axis.
         sga_attention_type: "dense", "sparse" or "none" (the strided convolution alone, the control) for all groupings,
-            or one per grouping. Default: sparse, the last dense.
+            or one per grouping. What dense grouping does depends on how many tokens an image has, and it costs the
+            square of their number.
+        group_width: "coarse": groups have the coarser stage's width from the start; "fine": the finer stage's, and are
+            projected after the grouping.
         neighborhood_kernel: Window of sparse grouping, in stride cells.
         sga_mlp_ratio: Hidden width of a grouping's MLP over its width.
         iters: Iterations of a grouping.
@@ -123,15 +136,16 @@ class RatConfig:
     leading_tokens: int = 0
     stem_kernel_size: Sequence[int] = (3, 3)
     stem_stride: int | Sequence[int] = 4
-    physical_stem: bool = False
+    physical_stem: bool = True
     mask_token: bool = False
     output_stride: int | None = None
     kernel_size: int | Sequence[int] = 3
     stride: int | Sequence[int] = 2
-    sga_attention_type: str | Sequence[str] | None = None
+    sga_attention_type: str | Sequence[str] = "sparse"
+    group_width: str = "coarse"
     neighborhood_kernel: int | Sequence[int] = 3
-    sga_mlp_ratio: float = 1.0
-    iters: int = 3
+    sga_mlp_ratio: float = 0.5
+    iters: int = 1
     group_first: bool = False
     learnable_rose: bool = True
     rotary_ratio: float = 1.0
@@ -148,6 +162,8 @@ class RatConfig:
                 object.__setattr__(self, field.name, tuple(value))
         if self.spatial_dims not in (1, 2, 3):
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {self.spatial_dims!r}")
+        if self.group_width not in GROUP_WIDTHS:
+            raise ValueError(f"group_width must be one of {GROUP_WIDTHS}, got {self.group_width!r}")
         if self.reg_tokens and self.leading_tokens:
             raise ValueError("reg_tokens and leading_tokens are two names for one thing: give one of them")
         _check_number("iters", self.iters, Integral, least=1)
@@ -224,6 +240,7 @@ class RatConfig:
         if self.prefix_tokens and first_global is None:
             raise ValueError(f"reg_tokens {self.prefix_tokens} need a stage with global attention (attn_kernel_size 0)")
         kernel_size = integers(self.kernel_size, "kernel_size", self.spatial_dims)
+        wide_groups = self.group_width == "coarse"
         window = integers(self.neighborhood_kernel, "neighborhood_kernel", self.spatial_dims)
         stride = nominal = self.stem_strides
         stages = []
@@ -243,6 +260,7 @@ class RatConfig:
                     mlp_ratio=ratios[i],
                     attn_kernel_size=_widen(kernels[i], wider),
                     reg_tokens=self.prefix_tokens if i == first_global else 0,
+                    has_prefix=self.prefix_tokens > 0 and first_global is not None and i > first_global,
                     total_stride=stride,
                     unit=self._unit(nominal),
                     kernel_size=kernel_size,
@@ -250,7 +268,8 @@ class RatConfig:
                     dilation=dilation,
                     neighborhood_kernel=_widen(window, wider) or window,
                     sga_attention_type=groupings[i],
-                    sga_num_heads=heads[max(i - 1, 0)],
+                    sga_dim=dims[i if wide_groups else max(i - 1, 0)],
+                    sga_num_heads=heads[i if wide_groups else max(i - 1, 0)],
                     sga_unit=self._unit(fine),
                 )
             )
@@ -293,8 +312,6 @@ class RatConfig:
     def _groupings(self, count: int) -> list[str | None]:
         needed = count - 1 + self.group_first
         kinds: Any = self.sga_attention_type
-        if kinds is None:
-            kinds = ["sparse"] * (needed - 1) + ["dense"] * min(needed, 1)
         name = "sga_attention_type"
         kinds = [kinds] * needed if isinstance(kinds, str) else list(_sequence(kinds, name, "one per grouping"))
         if len(kinds) != needed or not set(kinds) <= set(SGA_ATTENTION_TYPES):

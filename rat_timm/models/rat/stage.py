@@ -27,7 +27,7 @@ CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class StridedConv(nn.Module):
-    """What grouping starts from, alone, and the projection to the coarser stage's width: the control.
+    """What grouping starts from, alone: the control.
 
     Args:
         cfg: The model.
@@ -47,14 +47,16 @@ class StridedConv(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         _, stride, padding = stage.grouping_conv
         self.conv = CONVS[cfg.spatial_dims](
-            stage.dim_in, stage.dim_in, stage.kernel_size, stride, padding, stage.dilation, **dd
+            stage.dim_in, stage.sga_dim, stage.kernel_size, stride, padding, stage.dilation, **dd
         )
-        self.norm = nn.LayerNorm(stage.dim_in, **dd)
-        self.proj = None if stage.dim_in == stage.dim else nn.Linear(stage.dim_in, stage.dim, **dd)
+        self.norm = nn.LayerNorm(stage.sga_dim, **dd)
+        self.projects_groups = stage.sga_dim != stage.dim
+        self.proj = nn.Linear(stage.dim_in, stage.dim, **dd) if stage.needs_projection else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, *fine, C]``, zero where masked, -> ``[B, *coarse, C']``."""
-        return self.project(self.norm(self.conv(x.movedim(-1, 1)).movedim(1, -1)))
+        x = self.norm(self.conv(x.movedim(-1, 1)).movedim(1, -1))
+        return self.project(x) if self.projects_groups else x
 
     def project(self, x: Tensor) -> Tensor:
         """Brings tokens to the coarser stage's width."""
@@ -62,7 +64,7 @@ class StridedConv(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Spatial grouping attention at the width of the finer stage, then a projection to the coarser stage's.
+    """Spatial grouping attention at the coarser stage's width, or at the finer stage's with a projection after it.
 
     Args:
         cfg: The model.
@@ -87,7 +89,7 @@ class Downsample(nn.Module):
             window: Any = merge_axes(stage.neighborhood_kernel)
             grouping = partial(SparseSpatialGroupingAttention, neighborhood_kernel=window)
         self.sga: Any = grouping(
-            stage.dim_in,
+            stage.sga_dim,
             cfg.spatial_dims,
             stage.kernel_size,
             stage.sga_num_heads,
@@ -98,13 +100,15 @@ class Downsample(nn.Module):
             mlp_ratio=cfg.sga_mlp_ratio,
             mlp_dropout=proj_drop,
             qkv_bias=cfg.qkv_bias,
+            in_dims=stage.dim_in,
             **cfg.sga_rose,
             **dd,
         )
         for name in ("norm2", "norm3"):
             # at first all groups take nearly the same, which at full weight drowns what tells them apart
             nn.init.constant_(self.sga.get_parameter(f"{name}.weight"), GROUP_SHARE)
-        self.proj = None if stage.dim_in == stage.dim else nn.Linear(stage.dim_in, stage.dim, **dd)
+        self.projects_groups = stage.sga_dim != stage.dim
+        self.proj = nn.Linear(stage.dim_in, stage.dim, **dd) if stage.needs_projection else None
 
     def forward(
         self,
@@ -121,7 +125,8 @@ class Downsample(nn.Module):
             ``[B, *coarse, C']``; with the assignment if asked for.
         """
         grouped, assignment = self.sga.group(x, fine, groups, mask, group_mask, return_assignment)
-        grouped = self.project(grouped)
+        if self.projects_groups:
+            grouped = self.project(grouped)
         return grouped if assignment is None else (grouped, assignment)
 
     def project(self, x: Tensor) -> Tensor:
