@@ -221,7 +221,7 @@ def test_keywords_of_earlier_folders_make_the_models_of_then():
     assert model.cfg.sga_attention_type == ("sparse", "sparse", "dense")
     assert model.stages[1].downsample.proj.weight.shape == (64, 32)
     own = {name: value for name, value in saved.items() if name != "final_norm"} | {"sga_attention_type": "dense"}
-    assert timm.create_model("test_rat", **own).cfg.group_width == "coarse"  # not a whole architecture
+    assert timm.create_model("test_rat", **own).cfg.group_width == "coarse"  # which is no whole architecture
     assert (
         timm.create_model("test_rat", **{**saved, "group_width": "coarse", "sga_attention_type": "sparse"}).cfg.iters
         == 3

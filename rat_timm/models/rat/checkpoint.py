@@ -57,7 +57,7 @@ def _with_mask_token(state_dict: dict[str, Tensor], model: ResolutionAwareTransf
     return {name: own.detach(), **state_dict}
 
 
-_FIRST_FIELDS = {"depths", "embed_dim", "final_norm", "iters", "sga_attention_type", "sga_mlp_ratio", "spatial_dims"}
+_FIRST_FIELDS = {"depths", "embed_dim", "final_norm", "iters", "sga_mlp_ratio", "spatial_dims"}
 
 
 def upgrade_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def upgrade_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
         return keywords
     count = len(keywords["depths"]) - 1 + bool(keywords.get("group_first"))
     by_default = ["sparse"] * (count - 1) + ["dense"] * min(count, 1)
-    kinds = keywords["sga_attention_type"]
+    kinds = keywords.get("sga_attention_type")  # timm drops what is None
     return {**keywords, "group_width": "fine", "sga_attention_type": by_default if kinds is None else kinds}
 
 
