@@ -18,6 +18,7 @@ from ..geometry.grid import Positions, check_exact
 
 FREQUENCY_SCALINGS = ("none", "linear", "sqrt", "adaptive")
 INITIAL_SCALINGS = (None, "log", "rope", "identity", "linear", "power")
+_COMPLEX = ("cpu", "cuda")  # devices that multiply complex numbers
 _SCALE_STARTS = {"log": (0, 1, 1, 1), "rope": (0, 0, 0, 1)}  # of a, b, c, d; (1, 1, 0, 1) is the identity
 
 
@@ -31,12 +32,27 @@ class Rotation(NamedTuple):
     table: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass."""
-        heads = self.table.shape[-3]
-        if heads == x.shape[-2]:
-            return _turn(x.unflatten(-1, (-1, 2)), self.table).flatten(-2)
-        turned = _turn(x[..., :heads, :].unflatten(-1, (-1, 2)), self.table).flatten(-2)
-        return torch.cat((turned, x[..., heads:, :]), dim=-2)
+        """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass.
+
+        Channels are complex numbers: where memory has them side by side they are multiplied in one pass instead of
+        several. Half precisions are no complex numbers, and compilers fuse the real formula only.
+        """
+        by, heads = self.table, self.table.shape[-3]
+        planes = (x if x.shape[-2] == heads else x[..., :heads, :]).unflatten(-1, (-1, 2))
+        (*steps, last), (*more, other) = planes.stride(), by.stride()
+        has_complex = x.dtype == by.dtype and x.dtype in (torch.float32, torch.float64) and x.device.type in _COMPLEX
+        if (
+            has_complex
+            and not torch.compiler.is_compiling()
+            and last == other == 1
+            and math.gcd(planes.storage_offset(), by.storage_offset(), *steps, *more) % 2 == 0
+        ):
+            turned = torch.view_as_real(torch.view_as_complex(planes) * torch.view_as_complex(by))
+        else:
+            (real, imaginary), (cos, sin) = planes.unbind(-1), by.unbind(-1)
+            turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+        turned = turned.flatten(-2)
+        return turned if x.shape[-2] == heads else torch.cat((turned, x[..., heads:, :]), dim=-2)
 
 
 class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
@@ -143,11 +159,22 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         if self.learnable_scale or self.initial_scaling:
             offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
         freqs = self.freqs if self.freqs.dtype == torch.float32 else self.freqs.float()
-        phases = []
+        phases, shapes = [], set()
         for displacement, frequency in zip(offset, freqs.unbind(-1), strict=True):
-            phase = displacement[..., None, None] * frequency  # no matrix product: autocast and TF32 lower its precision
+            phase = (
+                displacement[..., None, None] * frequency
+            )  # no matrix product: autocast and TF32 lower its precision
             phases.append(phase.double() if dtype == torch.float64 else phase)
-        table = _turns(phases)
+            shapes.add(phase.shape)
+        # phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a
+        # sine. But in programs, where a sum makes fewer nodes
+        if torch.compiler.is_compiling() or len(shapes) == 1:
+            phases = [functools.reduce(torch.add, phases)]
+        first, *others = phases
+        table = torch.stack((first.cos(), first.sin()), dim=-1)
+        for phase in others:
+            turn = Rotation(torch.stack((phase.cos(), phase.sin()), dim=-1))
+            table = turn(table.flatten(-2)).unflatten(-1, (-1, 2))
         return Rotation(table if table.dtype == dtype else table.to(dtype))  # each cast is some nodes of a program
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
@@ -160,35 +187,6 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         a, b, c, d = (getattr(self, f"scale_{name}").float().expand(len(spacing)).unbind() for name in "abcd")
         parts = zip(spacing, a, b, c, d, strict=True)
         return [(a * s**b + c * torch.log(s / d.clamp(min=1e-8))) / s for s, a, b, c, d in parts]
-
-
-def _turns(phases: Sequence[Tensor]) -> Tensor:
-    """Returns cosine and sine of the sum of phases that broadcast together, ``[1 or B, ..., heads, planes, 2]``.
-
-    Phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a sine.
-    But in programs, where a sum makes fewer nodes.
-    """
-    if torch.compiler.is_compiling() or len({phase.shape for phase in phases}) == 1:
-        phases = [functools.reduce(torch.add, phases)]
-    turns = []
-    for phase in phases:
-        turns.append(torch.stack((phase.cos(), phase.sin()), dim=-1))
-    return functools.reduce(_turn, turns)
-
-
-def _turn(x: Tensor, by: Tensor) -> Tensor:
-    """Multiplies complex numbers ``[..., 2]``.
-
-    Where memory has them side by side, in one pass instead of several. Half precisions are no complex numbers, and
-    compilers fuse the real formula only.
-    """
-    complex_runs = x.dtype == by.dtype and x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
-    if complex_runs and not torch.compiler.is_compiling():
-        (*steps, last), (*more, other_last) = x.stride(), by.stride()
-        if last == other_last == 1 and math.gcd(x.storage_offset(), by.storage_offset(), *steps, *more) % 2 == 0:
-            return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(by))
-    (real, imaginary), (cos, sin) = x.unbind(-1), by.unbind(-1)
-    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
 
 
 def check_heads(feature_dims: int, num_heads: int) -> None:
