@@ -7,7 +7,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from ..geometry.grid import Positions
-from ..ops.neighborhood import neighborhood_attention
+from ..ops.neighborhood import neighborhood_attention, neighborhood_plan
 from ..ops.windows import Tiles, attend_in_tiles, masked_attention
 from .rose import RotarySpatialEmbedding
 from .tracing import compiled_once
@@ -117,6 +117,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """See `Attention.forward`."""
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            kernel = self.attn.attn_kernel_size
+            if tiles is None and kernel is not None:
+                tiles = neighborhood_plan(x.shape[1:-1], kernel, x.device)
             return _compiled_block(self, x, positions, mask, tiles)
         return _run_block(self, x, positions, mask, tiles)
 

@@ -26,7 +26,7 @@ from .masking import check_mask
 from .tiling import AxisTiles
 from .windows import Overlaps, Tiles, has_gradient, is_plain
 
-MASK_VALUE = {dtype: torch.finfo(dtype).min / 4 for dtype in (torch.float32, torch.float64)}
+MASK_VALUE = torch.finfo(torch.float32).min / 4
 """The logarithm that stands for zero: finite, so that no difference of two of them is NaN."""
 
 _CHUNK_ELEMENTS = 1 << 22  # logits that dense grouping holds at a time
@@ -82,7 +82,7 @@ def _take_dense(
     if chunk_size >= key.shape[2]:
         attention = logits_of(query, key, allowed).log_softmax(dim=-2)  # log A transposed
         if allowed is not None:
-            attention = attention.masked_fill(~allowed, MASK_VALUE[attention.dtype])
+            attention = attention.masked_fill(~allowed, MASK_VALUE)
         return attention.softmax(dim=-1).to(value.dtype).mT @ value
     if _fused_can_run(query, key, value):
         lower = torch.is_autocast_enabled("cpu")
@@ -121,12 +121,12 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group
     none = torch.zeros_like(key[..., 0])
     tokens = torch.ones_like(none, dtype=torch.bool) if mask is None else mask[:, None].expand_as(none)
     rows = _attend(query, key, key, none, tokens)[1]  # r, [B, heads, M]
-    groups = rows > MASK_VALUE[dtype] / 2
+    groups = rows > MASK_VALUE / 2
     if group_mask is not None:
         groups = groups & group_mask[:, None]
     columns = _attend(key, query, query, rows, groups)[1]  # c, [B, heads, N]
-    out, sums = _attend(query, key, value, columns, tokens & (columns > MASK_VALUE[dtype] / 2))
-    factor = torch.where(groups, sums - rows, MASK_VALUE[dtype]).exp()
+    out, sums = _attend(query, key, value, columns, tokens & (columns > MASK_VALUE / 2))
+    factor = torch.where(groups, sums - rows, MASK_VALUE).exp()
     return out * factor.unsqueeze(-1)
 
 
@@ -143,7 +143,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, less: Tensor, valid: Tens
     width = query.shape[-1]
     # as one more channel: a mask of this shape is slower, and so are odd numbers of channels
     pad = -(width + 1) % 16
-    bias = torch.where(valid, -less, MASK_VALUE[less.dtype]).unsqueeze(-1)
+    bias = torch.where(valid, -less, MASK_VALUE).unsqueeze(-1)
     query = F.pad(torch.cat((query, torch.ones_like(query[..., :1])), dim=-1), (0, pad))
     key = F.pad(torch.cat((key, bias), dim=-1), (0, pad))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -175,7 +175,7 @@ def logits_of(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
     """Returns ``[..., N, M]``, at least in float32, with `MASK_VALUE` where a pair is not allowed."""
     logits = key @ query.mT
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if allowed is None else logits.masked_fill_(~allowed, MASK_VALUE[logits.dtype])
+    return logits if allowed is None else logits.masked_fill_(~allowed, MASK_VALUE)
 
 
 def shares_of(logits: Tensor, log_sum: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def shares_of(logits: Tensor, log_sum: Tensor) -> Tensor:
     shares too: its value has to be zero.
     """
     # above what stands for zero, so that a group without tokens is far below any other
-    return (logits - log_sum.clamp(min=MASK_VALUE[logits.dtype] / 2)).softmax(dim=-1)
+    return (logits - log_sum.clamp(min=MASK_VALUE / 2)).softmax(dim=-1)
 
 
 def _chunk_log_sum(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
@@ -330,7 +330,7 @@ class LocalGrouping(NamedTuple):
         """Returns logits ``[tiles, B, heads, tokens, groups]``, and the logarithm of their sum over all tokens."""
         logits = logits_of(self.tiles.keys.take(query), self.key, self.allowed)
         sums = log_sum_exp(logits, -2)  # over one tile's tokens
-        per_tile = self.overlaps.take(sums.unsqueeze(-1), MASK_VALUE[sums.dtype])  # [groups, tiles that have one, C]
+        per_tile = self.overlaps.take(sums.unsqueeze(-1), MASK_VALUE)  # [groups, tiles that have one, C]
         total = self.tiles.keys.rows.take(log_sum_exp(per_tile, 1))  # [tiles * groups, B * heads], over all tiles
         return logits, total.view(*sums.movedim(-1, 1).shape).movedim(1, -1).unsqueeze(-2)
 

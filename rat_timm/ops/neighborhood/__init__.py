@@ -66,11 +66,10 @@ def neighborhood_plan(grid: Sequence[int], kernel_size: Sequence[int], device: d
     Returns:
         The tiles; None where another backend may be chosen for a call, which is then one of `neighborhood_attention`.
     """
-    if _chosen != "torch":
-        others = [b for b in BACKENDS.values() if b.is_best_on(device) and _is_there(b)] if _chosen == "auto" else []
-        if others[:1] != [BACKENDS["torch"]]:
-            return None
-    return tiled.make_plan(tuple(grid), tuple(kernel_size), device)
+    name = _chosen
+    if name == "auto":
+        name = next(n for n, backend in BACKENDS.items() if backend.is_best_on(device) and _is_there(backend))
+    return tiled.make_plan(tuple(grid), tuple(kernel_size), device) if name == "torch" else None
 
 
 def _is_there(backend: Backend) -> bool:
