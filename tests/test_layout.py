@@ -26,7 +26,7 @@ ALLOWED = {
     "data": {"geometry"},
     "cost": set(),
     "evaluation": set(),
-    "adapters": {"geometry", "ops", "layers"},
+    "adapters": {"geometry", "ops", "models"},
     "huggingface": {"data", "geometry"},
     "__main__": {"cost", "timm_api"},
 }
