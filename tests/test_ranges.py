@@ -9,10 +9,12 @@ import timm
 import torch
 
 import rat_timm
+from rat_timm.geometry import Grid, Pyramid, Tokens
 from rat_timm.geometry.ranges import describe_range, range_of_json, read_range
+from rat_timm.geometry.read import Told
 
-NAMES = ("test_rat", "test_rat_3d", "rat_vit_tiny_patch16_rope", "apvit_tiny_patch16_224")
-SMALL = {"rat_vit_tiny_patch16_rope": {"depth": 1}, "apvit_tiny_patch16_224": {"depth": 1}}
+NAMES = ("test_rat", "test_rat_3d", "rat_eva02_tiny_patch14_224", "apvit_tiny_patch16_224")
+SMALL = {"rat_eva02_tiny_patch14_224": {"depth": 1}, "apvit_tiny_patch16_224": {"depth": 1}}
 
 
 def create(name, **kwargs):
@@ -74,8 +76,8 @@ def test_axes_have_ranges_of_their_own():
 def test_of_a_pyramid_level_0_counts():
     model = create("test_rat", spacing_range=(0.5, 2.0))
     levels = [torch.rand(1, 3, 64, 64), torch.rand(1, 3, 16, 16)]
-    assert told(model, levels, spacing=[1.0, 4.0]) == []
-    assert len(told(model, levels, spacing=[4.0, 16.0])) == 1
+    assert told(model, levels, spacing=[(1.0, 1.0), (4.0, 4.0)]) == []
+    assert len(told(model, levels, spacing=[(4.0, 4.0), (8.0, 8.0)])) == 1
 
 
 def test_contexts_and_wrappers_tell_it_too():
@@ -93,32 +95,37 @@ def test_contexts_and_wrappers_tell_it_too():
 
 def test_replicas_warn_once_together():
     model = create("test_rat", spacing_range=(0.5, 2.0))
-    replicas = [model._replicate_for_data_parallel() for _ in range(2)]
-    image = torch.rand(1, 3, 32, 32)
-    assert [len(told(replica.stem and model, image, spacing=4.0)) for replica in replicas] == [1, 0]
-    assert all(replica._watch is model._watch for replica in replicas)
+    images = Pyramid([Tokens(torch.rand(1, 8, 8, 3), Grid.create((8, 8), 4.0))])
+    replicas = [
+        model._replicate_for_data_parallel() for _ in range(2)
+    ]  # anew in each call; their parameters are copies
+    with pytest.warns(UserWarning, match="A model warns once") as caught:
+        for replica in replicas:
+            replica._check_range(Told(spacing=4.0), images)
+    assert len(caught) == 1
     assert pickle.loads(pickle.dumps(model)).spacing_range == model.spacing_range
 
 
-def test_traced_models_have_no_trace_of_it():
-    """One graph, the same as without, and no warning; a vmapped spacing has no value to look at."""
-    image = torch.rand(1, 3, 32, 32)
+@pytest.mark.parametrize("name", ["rat_eva02_tiny_patch14_224", "test_rat"])
+def test_compiled_models_have_no_trace_of_it(name):
+    """One graph, and no warning, which would break it."""
+    options = {"features_only": True, "out_indices": (0,), "physical_stem": False} if name == "test_rat" else {}
+    model = timm.create_model(name, spacing_range=(0.5, 2.0), **SMALL.get(name, {}), **options).eval()
     graphs = []
-    for known in (None, (0.5, 2.0)):
-        model = create("test_rat", spacing_range=known, physical_stem=False)
-        backend = []
 
-        def keep(graph, _, into=backend):
-            into.append([node.target for node in graph.graph.nodes])
-            return graph
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
 
-        assert told(torch.compile(model, backend=keep, fullgraph=True), image, spacing=4.0) == []
-        exported = torch.export.export(model, (image,), {"spacing": torch.full((1, 2), 4.0)})
-        graphs.append((len(backend), len(backend[0]), len(exported.graph.nodes)))
-        rows = torch.full((3, 1, 2), 4.0)
-        assert told(torch.func.vmap(lambda row, m=model: m(image, spacing=row)), rows) == []
-    assert graphs[0] == graphs[1]
-    assert graphs[0][0] == 1
+    compiled = torch.compile(model, backend=keep, fullgraph=True)
+    assert told(compiled, torch.rand(1, 3, 32, 32), spacing=4.0) == []
+    assert len(graphs) == 1
+
+
+def test_a_spacing_that_is_mapped_over_has_no_value_to_look_at():
+    model, image = create("rat_eva02_tiny_patch14_224", spacing_range=(0.5, 2.0)), torch.rand(1, 3, 28, 28)
+    rows = torch.tensor([[[1.0, 1.0]], [[4.0, 4.0]]])
+    assert told(torch.func.vmap(lambda row: model(image, spacing=row)), rows) == []
 
 
 @pytest.mark.parametrize(
