@@ -63,9 +63,8 @@ def test_everything_stays_where_it_is(axes, factor):
     np.testing.assert_allclose(done.image.numpy()[:, valid], expected[:, valid], rtol=1e-5, atol=1e-5)
     inner = where[-1] > (7 + 1 + factor) * steps[-1]  # else filters reach over the mask's border, or the image's
     for axis, step in enumerate(steps):
-        inner &= (
-            np.abs(where[axis] - GRIDS[axes][axis] * step / 2) < GRIDS[axes][axis] * step / 2 - factor * step - step
-        )
+        middle = GRIDS[axes][axis] * step / 2
+        inner &= np.abs(where[axis] - middle) < middle - factor * step - step
     off = np.abs(done.image.numpy()[:, inner] - where[:, inner]).max(axis=1)
     assert (off <= 0.15 * steps).all()  # between pixels the triangle's taps are not quite even
     assert numbers.target.dtype == torch.float64

@@ -36,9 +36,8 @@ class Spacings:
 
     def save(self) -> None:
         """Writes them; every process calls this."""
-        for pairs in gather([self.pairs]):
-            for each in pairs:
-                self._extend(each or self.pairs)
+        for pairs in gather(self.pairs):
+            self._extend(pairs or self.pairs)
         if rank() == 0:
             unfinished = self.file.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(self.pairs))

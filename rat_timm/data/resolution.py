@@ -157,7 +157,8 @@ def noise_level(image: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: ``[*grid]``, bool, True = valid.
 
     Returns:
-        Standard deviations ``[C]``; of zero where there are no three valid pixels in a row, along each axis that has so many.
+        Standard deviations ``[C]``, taken along the axes of three pixels or more; zero where no three in a row are
+        valid.
     """
     valid = torch.ones(image.shape[1:], dtype=torch.bool) if mask is None else mask
     axes = [axis for axis, n in enumerate(valid.shape) if n > 2]
