@@ -31,7 +31,7 @@ from ..geometry.resample import resample
 from .samples import Sample, Target, Transform, check_sample, is_map
 from .targets import check_target, from_corners, from_planes, to_corners, to_planes
 
-_MEASURED = 2**18  # how many places the noise is measured at; the median of more is no better
+_MEASURED = 2**16  # how many places the noise is measured at; the median of more is no better
 _MAD = 0.6745  # the median of the absolute values of a normal distribution of variance 1
 
 
@@ -88,10 +88,11 @@ def at_factor(sample: Sample, factor: float) -> Sample:
     planes = to_planes(target, axes) if is_map(target, grid) else None
     numbers = planes.values if planes is not None and planes.labels is None else None
     channels = sample.image.float() if numbers is None else torch.cat((sample.image.float(), numbers))
-    mask = None if sample.mask is None else sample.mask[None]
+    mask = None if sample.mask is None else sample.mask.expand(len(channels), *grid)
     steps = [step * factor for step in sample.spacing.tolist()]
-    tokens = Tokens(channels.movedim(0, -1)[None], Grid.create(grid, sample.spacing.tolist()), mask)
-    done = resample(tokens, steps).x[0].movedim(-1, 0)
+    # channels as samples of one channel, which lie side by side in memory
+    tokens = Tokens(channels.unsqueeze(-1), Grid.create(grid, sample.spacing.tolist()), mask)
+    done = resample(tokens, steps).x.squeeze(-1)
     size = done.shape[1:]
     if sample.mask is not None:
         mask = _nearest(sample.mask, size, factor)
