@@ -25,7 +25,7 @@ ALLOWED = {
     "models": {"geometry", "ops", "layers", "timm_api"},
     "data": {"geometry"},
     "cost": set(),
-    "evaluation": set(),
+    "evaluation": {"data"},
     "adapters": {"geometry", "ops", "models"},
     "huggingface": {"data", "geometry"},
     "__main__": {"cost", "timm_api"},

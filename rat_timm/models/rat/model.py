@@ -20,6 +20,7 @@ from torch.fx import Proxy
 from ...geometry.grid import Pyramid, Tokens, fill, integers, merge_axes
 from ...geometry.parts import Part, join_parts, parts_at_reference, to_reference
 from ...geometry.plans import keep
+from ...geometry.ranges import KnowsRange, RangeLike, range_of_json
 from ...geometry.read import read_images, what_is_told
 from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 from ...layers.head import carried_mask, with_mask
@@ -70,7 +71,7 @@ class Maps(NamedTuple):
     masks: list[Tensor | None]
 
 
-class ResolutionAwareTransformer(nn.Module):
+class ResolutionAwareTransformer(KnowsRange, nn.Module):
     """Hierarchical RAT.
 
     Args:
@@ -84,6 +85,8 @@ class ResolutionAwareTransformer(nn.Module):
         drop_path_rate: Stochastic depth rate of the last block.
         device: PyTorch's.
         dtype: PyTorch's.
+        spacing_range: Pixel sizes that the model was trained and validated at: (low, high), or one pair per axis; calls
+            outside warn (see `rat_timm.geometry.ranges`).
         **overrides: Any field of `RatConfig`, to change ``cfg``.
 
     Raises:
@@ -103,6 +106,7 @@ class ResolutionAwareTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        spacing_range: RangeLike = None,
         **overrides: Any,
     ) -> None:
         super().__init__()
@@ -121,6 +125,7 @@ class ResolutionAwareTransformer(nn.Module):
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.reference_spacing = self.cfg.reference
         """Pixel size per axis at which tokens sit one rotary unit apart."""
+        self.spacing_range = spacing_range
         self._min_size = (1,) * self.cfg.spatial_dims if self.cfg.physical_stem else self.cfg.stem_strides
 
         self.stem = Stem(
@@ -201,6 +206,7 @@ class ResolutionAwareTransformer(nn.Module):
         """Reads a batch; samples whose images are brought to grids of their own are parts of their own."""
         told = what_is_told(x, spacing, mask, origin)
         images = read_images(x, told, self.reference_spacing, self.in_chans, self._min_size)
+        self._check_range(told, images)
         if not self.cfg.physical_stem:
             return [Part(None, images)]
         if isinstance(images, Proxy):
@@ -417,6 +423,7 @@ class ResolutionAwareTransformer(nn.Module):
         args = dataclasses.asdict(self.cfg)
         args["reg_tokens"], args["leading_tokens"] = self.cfg.prefix_tokens, 0
         args["spacing"] = merge_axes(self.reference_spacing)
+        args["spacing_range"] = range_of_json(self.spacing_range)
         return {**args, "in_chans": self.in_chans, "global_pool": self.head.pool_type}
 
     def _check_pool(self, global_pool: str | None) -> None:
