@@ -31,7 +31,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyrami
 
 from .geometry.read import Told, geometry, what_is_told
 from .geometry.types import OriginLike, SpacingLike
-from .layers.stem import Stem
+from .models.rat.stage import Stem
 from .ops.masking import check_mask
 from .optional import import_optional
 

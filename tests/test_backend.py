@@ -104,7 +104,7 @@ def test_a_backend_is_one_line_of_the_table(monkeypatch):
     ones = neighborhood.Backend(
         attend=lambda call: torch.ones_like(call.query),
         obstacle=lambda call: "it has no masks" if call.mask is not None else None,
-        is_best=lambda call: call.mask is None,
+        best_on=("cpu",),
     )
     monkeypatch.setattr(neighborhood, "BACKENDS", {"ones": ones, **neighborhood.BACKENDS})
     tensors, mask = inputs((9, 12)), torch.ones(2, 9, 12, dtype=torch.bool)

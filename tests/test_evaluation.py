@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import timm
@@ -7,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import rat_timm  # noqa: F401
-from rat_timm.evaluation import sliding_window
+from rat_timm.data import Sample, collate
+from rat_timm.evaluation import Sensitivity, plot_sensitivity, sliding_window, spacing_sensitivity
 
 inferers = pytest.importorskip("monai.inferers")
 IMAGES = {2: (3, 1, 40, 56), 3: (3, 1, 20, 24, 28)}
@@ -126,3 +128,95 @@ def test_what_does_not_fit(case):
             sliding_window(model, image, window, spacing=spacing, mask=wrong)
     with pytest.raises(ValueError, match="with_coord must not be given"):
         sliding_window(model, image, window, spacing=spacing, with_coord=True)
+
+
+class Ruler(nn.Module):
+    """Tells large discs from small ones by the physical size that it is told; 1 is the reference spacing."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, spacing=None, mask=None):
+        self.calls.append((spacing, mask))
+        step = torch.ones(len(x)) if spacing is None else spacing[:, 0]
+        diameter = x.flatten(1).sum(1) ** (1 / (x.ndim - 2)) * step
+        return torch.stack((12 - diameter, diameter - 12), dim=1)
+
+
+def discs(axes):
+    """Batches of squares, or cubes, of 8 and 16 units, at pixel sizes of 1 and 2; the last one has masks."""
+    samples = []
+    for spacing, length, size in ((1.0, 8, 20), (1.0, 16, 20), (2.0, 8, 20), (2.0, 16, 20), (2.0, 16, 16)):
+        image = torch.zeros(1, *[size] * axes)
+        image[(0, *[slice(0, int(length / spacing))] * axes)] = 1
+        samples.append(Sample(image, torch.full((axes,), spacing), target=int(length > 12)))
+    return [collate(samples[:3]), collate(samples[3:])]
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_a_wrong_pixel_size_shows(axes):
+    """8 and 16 are told apart at 12: by factors within 0.75 and 1.5 all, beyond them the small or the large ones."""
+    model = Ruler().eval()
+    factors = (0.5, 0.8, 1.0, 1.4, 1.6, None)
+    rows = spacing_sensitivity(model, iter(discs(axes)), factors)  # read once
+    assert [row.factor for row in rows] == list(factors)
+    expected = [0.4, 1.0, 1.0, 1.0, 0.6, 0.6]  # none: two of three at a pixel size of 2 look small
+    assert [row.metric for row in rows] == pytest.approx(expected)
+    told, masks = zip(*model.calls, strict=True)
+    assert masks[:6] == (None,) * 6
+    assert all(mask is not None for mask in masks[6:])
+    torch.testing.assert_close(told[1], 0.8 * discs(axes)[0].spacing)
+    assert torch.is_grad_enabled()
+
+
+def test_it_takes_metrics_of_torchmetrics():
+    classification = pytest.importorskip("torchmetrics.classification")
+    metric = classification.MulticlassAccuracy(2, average="macro")
+    rows = spacing_sensitivity(Ruler().eval(), discs(2), (1.0, 0.5, 1.6), metric)
+    assert [row.metric for row in rows] == pytest.approx([1.0, 0.5, 0.5])
+    assert not metric.update_called
+
+
+def test_a_model_of_ours_and_its_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    pandas = pytest.importorskip("pandas")
+    torch.manual_seed(0)
+    model = timm.create_model("test_rat", pretrained=True).eval()
+    batch = collate([Sample(torch.rand(3, 32, 32), torch.ones(2), target=label) for label in range(6)])
+    with torch.no_grad():
+        target = model(batch.image, spacing=1.0).argmax(1)
+    rows = spacing_sensitivity(model, [batch._replace(target=target)], device="cpu")
+    assert {row.factor: row.metric for row in rows}[1.0] == 1.0
+    assert list(pandas.DataFrame(rows).columns) == ["factor", "metric"]
+    figure = plot_sensitivity(rows, "accuracy")
+    (axes,) = figure.axes
+    assert axes.lines[0].get_xdata().tolist() == [row.factor for row in rows if row.factor]
+    assert axes.lines[0].get_ydata().tolist() == [row.metric for row in rows if row.factor]
+    assert len(axes.lines) == 2
+    figure.savefig(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_plots_need_matplotlib(monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(ImportError, match=r"matplotlib\.figure is not installed: pip install 'rat-timm\[examples\]'"):
+        plot_sensitivity([Sensitivity(1.0, 0.5)])
+
+
+def test_sensitivity_to_what_does_not_fit():
+    model, batches = Ruler().eval(), discs(2)
+    for factors in ((0,), (-1.0, 1), (math.nan,), (math.inf,), ()):
+        with pytest.raises(ValueError, match="factors must be positive and finite numbers, or None"):
+            spacing_sensitivity(model, batches, factors)
+    with pytest.raises(ValueError, match=r"model must be in evaluation mode: call model\.eval\(\)"):
+        spacing_sensitivity(Ruler(), batches)
+    with pytest.raises(ValueError, match="loader must give batches, got none"):
+        spacing_sensitivity(model, [])
+    with pytest.raises(ValueError, match="whose target is a tensor, got NoneType"):
+        spacing_sensitivity(model, [batches[0]._replace(target=None)])
+    with pytest.raises(ValueError, match="metric must be given where outputs are not logits"):
+        spacing_sensitivity(model, [batches[0]._replace(target=torch.zeros(3, 20, 20))])

@@ -13,6 +13,7 @@ from rat_timm.layers import (
     grouping_attention,
     local_grouping_attention,
 )
+from rat_timm.ops.grouping import MASK_VALUE, log_sum_exp
 from test_neighborhood import gradients
 
 GRIDS = [((9,), 2, 3), ((7, 9), 2, 3), ((11, 6), (3, 2), 3), ((5, 20), 2, (5, 1)), ((5, 7, 4), 2, 3), ((1, 1), 2, 3)]
@@ -55,6 +56,17 @@ def assert_same(ours, expected):
         torch.testing.assert_close(grad, other, rtol=0, atol=1e-8)
 
 
+def test_logarithms_of_sums_are_right_where_they_show():
+    x = torch.linspace(-80, 0, 81)
+    assert torch.equal(log_sum_exp(torch.stack((torch.zeros(81), x)), 0), (1 + x.exp()).log())
+    low = torch.tensor([-90.0, MASK_VALUE, -torch.inf])
+    assert torch.equal(log_sum_exp(torch.stack((torch.zeros(3), low)), 0), torch.zeros(3))
+    small = torch.tensor([0.0, -700.0], dtype=torch.float64)
+    assert log_sum_exp(small + 700, 0, keepdim=True) == 700
+    many = torch.full((4,), MASK_VALUE)
+    torch.testing.assert_close(log_sum_exp(many, 0), many[0])
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])
 @pytest.mark.parametrize("masked", ["nothing", "tokens", "groups and tokens"])
 def test_dense_agrees_with_explicit_matrices(chunk_size, masked):
@@ -75,7 +87,7 @@ def test_dense_agrees_with_explicit_matrices(chunk_size, masked):
 )
 @torch.no_grad()
 def test_without_gradients_dense_is_fused(masked, width, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr("rat_timm.ops.grouping_dense._chunk_take", None)
+    monkeypatch.setattr("rat_timm.ops.grouping._chunk_take", None)
     tensors = [torch.randn(3, 2, n, width).to(dtype) / width**0.25 for n in (7, 23, 23)]
     mask = torch.rand(3, 23) > 0.4 if "tokens" in masked else None
     group_mask = torch.rand(3, 7) > 0.4 if "groups" in masked else None

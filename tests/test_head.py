@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from rat_timm.layers.head import Head, average
+from rat_timm.layers.head import average
+from rat_timm.models.rat.stage import Head
 
 
 def test_average_over_valid_places_of_all_levels():

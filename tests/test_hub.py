@@ -200,6 +200,65 @@ def test_what_is_written(tmp_path, name):
     assert (folder / "README.md").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["test_rat", "test_rat_3d", "apvit_tiny_patch16_224", "rat_eva02_tiny_patch14_224"])
+def test_the_range_of_pixel_sizes_is_saved_and_known_again(tmp_path, name):
+    model = timm.create_model(name, num_classes=2, **({} if name.startswith("test") else {"depth": 1}))
+    axes = model.spatial_dims
+    pairs = [[1.0, 4.0], [0.25, 0.5], [0.25, 0.75]][-axes:]
+    hub.save(model, tmp_path / "a", spacing_range=pairs)
+    assert model.spacing_range is None
+    config = config_of(tmp_path / "a")
+    assert config["model_args"]["spacing_range"] == pairs
+    words = "1 to 4 along z, " * (axes == 3) + "0.25 to 0.5 along y, 0.25 to 0.75 along x"
+    assert f"**Pixel sizes in training and validation:** {words}\n" in (tmp_path / "a" / "README.md").read_text()
+    first = load(tmp_path / "a")
+    assert first.spacing_range == tuple(map(tuple, pairs))
+    hub.save(first, tmp_path / "b")  # a model's own range, unless another is said
+    assert load(tmp_path / "b").spacing_range == first.spacing_range
+    hub.save(first, tmp_path / "c", spacing_range=(1.0, 1.0))
+    assert config_of(tmp_path / "c")["model_args"]["spacing_range"] == [1.0, 1.0]
+    assert load(tmp_path / "c").spacing_range == ((1.0, 1.0),) * axes
+    assert load(tmp_path / "a", spacing_range=(2, 3)).spacing_range == ((2.0, 3.0),) * axes
+    first.spacing_range = None
+    hub.save(first, tmp_path / "d")
+    assert load(tmp_path / "d").spacing_range is None
+    assert "training and validation:** not stated" in (tmp_path / "d" / "README.md").read_text()
+    for wrong in ((2, 1), (0, 1), [[1, 2]] * (axes + 1), 1.0):
+        with pytest.raises(ValueError, match="spacing_range must be two positive numbers"):
+            hub.save(model, tmp_path / "e", spacing_range=wrong)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.filterwarnings("ignore:nothing vouches")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_range_that_cannot_be_is_refused_and_a_changed_one_is_damage(saved, tmp_path, kind):
+    weights, config = load_file(saved / "model.safetensors"), config_of(saved)
+    for wrong in ([2.0, 1.0], [0.0, 1.0], [[1.0, 2.0]] * 3, "wide", {"low": 1}):
+        config["model_args"]["spacing_range"] = wrong
+        with pytest.raises(ValueError, match="spacing_range must be two positive numbers"):
+            load(write(tmp_path / "wrong", config, weights, kind))
+    config["model_args"]["spacing_range"] = [0.5, 2.0]
+    folder = write(tmp_path / "right", config, weights, kind)
+    assert load(folder).spacing_range == ((0.5, 2.0), (0.5, 2.0))
+    if kind == "now":
+        changed = config_of(folder)
+        changed["model_args"]["spacing_range"] = [0.05, 20.0]
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"is damaged: its config\.json is not the one that was saved"):
+            load(folder)
+
+
+def test_folders_without_a_range_load(saved, tmp_path):
+    weights, config = load_file(saved / "model.safetensors"), config_of(saved)
+    del config["model_args"]["spacing_range"]
+    assert load(write(tmp_path / "old", config, weights, "now")).spacing_range is None
+
+
+def test_volumes_of_images_keep_a_range_that_axes_share(tmp_path):
+    hub.save(timm.create_model("test_rat"), tmp_path, spacing_range=(0.5, 2.0))
+    assert load(tmp_path, spatial_dims=3).spacing_range == ((0.5, 2.0),) * 3
+
+
 def test_preprocessing_can_be_stated(tmp_path):
     model = timm.create_model("test_rat_3d")
     stated = {"mean": [0.5], "std": [0.1], "input_size": (1, 8, 64, 64), "crop_pct": 0.8}

@@ -364,7 +364,9 @@ def train(model, sizes, steps, autocast):
     ("name", "sizes", "steps", "autocast"),
     [
         ("rat_tiny", (256, 128, 64), 6, False),
-        ("rat_tiny", (64, 32, 16), 3, True),  # a CPU without bfloat16 units takes half a minute for a step of 256
+        # a CPU without bfloat16 units takes half a minute for a step of 256; of 16 pixels stage 4 would have one place,
+        # where PyTorch 2.14's gradient of a convolution in bfloat16 on a CPU is uninitialised memory
+        ("rat_tiny", (64, 32, 24), 3, True),
         ("test_rat", (256, 128, 64), 20, True),
     ],
 )

@@ -25,8 +25,8 @@ ALLOWED = {
     "models": {"geometry", "ops", "layers", "timm_api"},
     "data": {"geometry"},
     "cost": set(),
-    "evaluation": set(),
-    "adapters": {"geometry", "ops", "layers"},
+    "evaluation": {"data"},
+    "adapters": {"geometry", "ops", "models"},
     "huggingface": {"data", "geometry"},
     "__main__": {"cost", "timm_api"},
 }

@@ -2,7 +2,7 @@ import torch
 
 from rat_timm import Grid, RatConfig
 from rat_timm.geometry.grid import Pyramid, Tokens
-from rat_timm.models.rat.places import stage_inputs
+from rat_timm.models.rat.model import stage_inputs
 
 
 def images(*sizes, mask=None, **geometry):

@@ -1,7 +1,10 @@
+import collections
 import copy
 import inspect
 import pickle
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +44,27 @@ def test_any_size(name, sizes):
         for features, channels, stride in zip(maps, backbone.feature_info.channels(), (4, 8, 16, 32), strict=True):
             assert features.shape == (1, channels, *(-(-n // stride) for n in size))
             assert torch.isfinite(features).all()
+
+
+@torch.no_grad()
+def test_an_image_passes_few_functions_in_few_files():
+    """What a reader has to follow from pixels to features, and what an eager forward spends outside of PyTorch."""
+    model, x = timm.create_model("test_rat").eval(), torch.randn(1, 3, 224, 224)
+    model(x)
+    package, calls = str(Path(rat_timm.__file__).parent), collections.Counter()
+
+    def count(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            calls[frame.f_code.co_filename] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        model(x)
+    finally:
+        sys.setprofile(before)
+    assert 0 < calls.total() <= 350, calls
+    assert len(calls) <= 9, calls
 
 
 @torch.no_grad()

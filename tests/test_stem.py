@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from rat_timm.layers import Stem
-from rat_timm.layers.stem import share_stride
+from rat_timm.models.rat.config import share_stride
+from rat_timm.models.rat.stage import Stem
 
 
 @pytest.mark.parametrize(

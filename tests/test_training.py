@@ -26,7 +26,7 @@ accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_ac
 tifffile = pytest.importorskip("tifffile")
 
 from helpers import call, finish, start
-from training import checkpoints, data, processes, trainer
+from training import checkpoints, data, processes, spacings, trainer
 from training.config import Config, remember
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -229,10 +229,13 @@ def test_no_process_waits_where_all_checkpoints_are_damaged(tmp_path):
     checkpoints.Checkpoints(tmp_path / "checkpoints").save(engine, 1)
     damage(tmp_path / "checkpoints" / "00000001" / "manifest.json")
     both = torch.multiprocessing.start_processes(load_last, (tmp_path,), 2, join=False, start_method="fork")
-    done = both.join(timeout=120)
-    for process in both.processes:
+    deadline = time.monotonic() + 120
+    while not both.join(timeout=5) and time.monotonic() < deadline:
+        pass  # it returns when one of them ends
+    waiting = [process for process in both.processes if process.is_alive()]
+    for process in waiting:
         process.kill()
-    assert done
+    assert waiting == []
     assert re.match("ValueError: .*checkpoints: all checkpoints are damaged", (tmp_path / "0").read_text())
     assert re.match("RuntimeError: in the first process: ValueError: .*are damaged", (tmp_path / "1").read_text())
 
@@ -413,6 +416,33 @@ def test_volumes(tmp_path):
     assert len(losses(tmp_path)) == 4
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     assert model.spatial_dims == 3
+
+
+@pytest.mark.parametrize("model", ["test_rat", "test_rat_3d"])
+def test_pixel_sizes_vary_and_the_model_knows_them(tmp_path, model):
+    """Crops of a field of view of 32 units keep at least 0.81 of it in training; validation sees all of it."""
+    size = [32, 32] if model == "test_rat" else [16, 32, 32]
+    config = Config(tmp_path, model=model, size=size, scale=(0.81, 1.0), factors=(0.8, 2.0), quick=True, workers=0)
+    trainer.train(config)
+    known = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).spacing_range
+    for low, high in known[-2:]:
+        assert 0.6 < low < 0.9  # factors of 32 samples in two epochs come close to the least and the largest
+        assert 1.6 < high <= 2.2
+    assert trainer.train(config) > 0  # of a run that is done, which goes on with what it has seen
+    again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert again.spacing_range == known
+
+
+def test_pixel_sizes_of_several_processes_count(tmp_path, monkeypatch):
+    seen = spacings.Spacings(tmp_path / "a.json", again=False)
+    assert seen.range() is None
+    for rows in ([[1.0, 2.0], [0.5, 2.5]], [[0.75, 3.0]]):
+        batch = rat_data.Batch(torch.zeros(len(rows), 1, 4, 4), torch.tensor(rows), None, None)
+        assert list(seen.watch([batch])) == [batch]
+    monkeypatch.setattr(spacings, "gather", lambda own: [own, [[0.25, 0.5], [2.0, 2.0]], []])
+    seen.save()
+    assert seen.range() == spacings.Spacings(tmp_path / "a.json", again=True).range() == [[0.25, 1.0], [2.0, 3.0]]
+    assert spacings.Spacings(tmp_path / "a.json", again=False).range() is None
 
 
 def test_a_run_goes_on_with_the_same_config_only(tmp_path):

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rat_timm.geometry import plans
 from rat_timm.layers import local_grouping_attention, neighborhood_attention
-from rat_timm.ops import grouping_local, windows
+from rat_timm.ops import grouping, tiling, windows
 from rat_timm.ops.neighborhood import neighborhood_plan
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def make(axes):
 
     def axis(length, size):
         place = np.arange(length)
-        return windows.AxisTiles.create(np.maximum(place - 1, 0), np.minimum(place + 1, length - 1), size)
+        return tiling.AxisTiles.create(np.maximum(place - 1, 0), np.minimum(place + 1, length - 1), size)
 
     return windows.Tiles.create([axis(*entry) for entry in axes], CPU, True), [length for length, _ in axes]
 
@@ -78,7 +78,7 @@ def test_add_is_take_transposed(axes):
     torch.testing.assert_close(grad, added)
     (grad,) = torch.autograd.grad((x * added).sum(), other)
     torch.testing.assert_close(grad, taken)
-    torch.testing.assert_close(tiles.overlaps.reduce(other, torch.sum, 0.0), added)
+    torch.testing.assert_close(tiles.overlaps.add(other), added)
 
 
 def test_take_and_add_have_second_derivatives():
@@ -88,11 +88,11 @@ def test_take_and_add_have_second_derivatives():
 
 
 @given(axes)
-def test_log_sum_exp_adds_up_overlaps(axes):
+def test_overlaps_lay_what_tiles_hold_of_a_place_side_by_side(axes):
     tiles, _ = make(axes)
-    x = torch.randn(tiles.keys.tiles, 2, 3, tiles.keys.places, dtype=torch.float64)
-    expected = tiles.keys.take(tiles.keys.add(x.exp().unsqueeze(-1)).log())[..., 0]
-    torch.testing.assert_close(tiles.log_sum_exp(x), expected)
+    x = torch.randn(tiles.keys.tiles, 2, 3, tiles.keys.places, 1, dtype=torch.float64)
+    expected = tiles.keys.add(x.exp()).log().flatten(1, -3).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(tiles.overlaps.take(x, -torch.inf).logsumexp(1), expected)
 
 
 @given(axes, st.integers(1, 9), st.integers(1, 9))
@@ -174,7 +174,7 @@ def test_plans_of_a_model_stay_small(kept):
     """Eight sizes of 1024 x 1024 pixels and less at the first stage of rat_base, heads and batch left out."""
     for size in range(200, 264, 8):
         neighborhood_plan((size, size), (7, 7), CPU)
-        grouping_local._tiles((size, size), (2, 2), (3, 3), CPU)
+        grouping.local_tiles((size, size), (2, 2), (3, 3), CPU)
     assert 0 < plans.plan_bytes() < 1 << 27
 
 
@@ -248,3 +248,33 @@ def test_a_torchscript_trace_gives_what_the_layer_gives(layer, grid):
     traced = torch.jit.trace(function, inputs())
     given = inputs()
     torch.testing.assert_close(traced(*given), function(*given), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("places", [3, 300])  # either side of what is few
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_agrees_with_its_definition(places, biased):
+    tensors = [torch.randn(2, 8, places, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    query, key, value = tensors
+    bias = torch.randn(2, 1, places, places, dtype=torch.float64) if biased else None
+    weights = ((query[..., None, :] * key[..., None, :, :]).sum(-1) / 2 + (bias if biased else 0)).exp()
+    expected = (weights / weights.sum(-1, keepdim=True)) @ value
+    out = windows.attention(query, key, value, bias)
+    torch.testing.assert_close(out, expected)
+    grads = (torch.autograd.grad(o.square().sum(), tensors, retain_graph=True) for o in (out, expected))
+    for ours, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, reference)
+    with torch.no_grad():
+        torch.testing.assert_close(windows.attention(query, key, value, bias), expected)
+
+
+def test_attention_leaves_out_what_is_not_allowed():
+    query, key, value = (torch.randn(2, 3, n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7))
+    allowed = torch.rand(2, 1, 5, 7) > 0.5
+    allowed[0, 0, 2] = False
+    weights = (query @ key.mT * 0.5).exp() * allowed
+    expected = torch.nan_to_num(weights / weights.sum(-1, keepdim=True)) @ value
+    out = windows.masked_attention(query, key, value, allowed)
+    torch.testing.assert_close(out, expected)
+    assert out[0, :, 2].abs().max() == 0
+    out.sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in (query, key, value))

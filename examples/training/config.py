@@ -32,6 +32,8 @@ class Config:
             tried before training begins; those that it leaves out are listed in the output.
         intensity: "model" scales integers to 0..1 and uses the model's mean and deviation; "sample" uses each sample's.
         scale: Least and largest share of an image that a training crop keeps.
+        factors: Least and largest factor of the pixel size of training crops, drawn log-uniformly: a crop has so many
+            more or fewer pixels in the same field of view, and the noise of such pixels. Default: all have the size.
         flip: Whether to flip training crops along each axis, half of the time.
         epochs: Number of epochs.
         batch_size: Samples in a step, over all processes.
@@ -65,6 +67,7 @@ class Config:
     skip_unreadable: bool = False
     intensity: Literal["model", "sample"] = "model"
     scale: tuple[float, float] = (0.6, 1.0)
+    factors: tuple[float, float] | None = None
     flip: bool = False
     epochs: int = 10
     batch_size: int = 16

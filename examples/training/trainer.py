@@ -24,6 +24,7 @@ from training.config import Config, remember
 from training.data import Augmented, open_data
 from training.engines import Engine, create_engine
 from training.processes import count, locked, rank
+from training.spacings import Spacings
 from training.steps import fit
 
 
@@ -45,15 +46,18 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
             config.model, pretrained=config.pretrained, num_classes=len(classes), **config.model_args
         )
         size = config.size or model.pretrained_cfg["input_size"][1:]
-        augmented = Augmented(training, training_transform(size, config.scale, config.flip), model, config)
+        transform = training_transform(size, config.scale, config.flip, config.factors)
+        augmented = Augmented(training, transform, model, config)
         held_out = Augmented(validation, evaluation_transform(size), model, config)
         engine = create_engine(model, config)
-        accuracy = Trainer(config, engine, augmented, held_out, len(classes), report).run()
+        trainer = Trainer(config, engine, augmented, held_out, len(classes), report)
+        accuracy = trainer.run()
         weights = engine.weights()  # every process has a part in it
         if rank() == 0:
             model = timm.create_model(config.model, num_classes=len(classes), **config.model_args)
             model.load_state_dict(weights)
-            hub.save(model, config.output / "model", label_names=classes)
+            seen = trainer.spacings.range()
+            hub.save(model, config.output / "model", label_names=classes, spacing_range=seen)
         return accuracy
 
 
@@ -116,6 +120,7 @@ class Trainer:
         remember(config, write=rank() == 0)
         self.checkpoints = Checkpoints(config.output / "checkpoints")
         self.step = self.checkpoints.load_last(engine)
+        self.spacings = Spacings(config.output / "spacings.json", again=self.step > 0)
         done = -(-self.step // self.steps)
         if config.epochs < done:
             raise ValueError(f"epochs must be at least the {done} begun in {config.output}, got {config.epochs}")
@@ -127,11 +132,13 @@ class Trainer:
         with Progress(disable=rank() > 0) as progress:
             bar = progress.add_task(self.config.model, total=self.config.epochs * self.steps, completed=self.step)
             for epoch in range(self.step // self.steps, self.config.epochs):
-                batches = (batch.to(self.config.device, non_blocking=True) for batch in self._batches(epoch))
+                seen = self.spacings.watch(self._batches(epoch))
+                batches = (batch.to(self.config.device, non_blocking=True) for batch in seen)
                 fit(self.engine, batches, self._prepare, functools.partial(self._finish, progress, bar), self.step)
                 accuracy = self._evaluate()
                 self.report({"epoch": epoch, "loss": self.loss, "accuracy": accuracy})
-                self.checkpoints.save(self.engine, self.step)  # an epoch is done once it is evaluated
+                self._save()  # an epoch is done once it is evaluated
+        self.spacings.save()
         if self.writer is not None:
             self.writer.close()
         return accuracy
@@ -165,14 +172,18 @@ class Trainer:
             self.writer.add_scalar("train/loss", self.loss, self.step)
             self.writer.add_scalar("train/lr", max(g["lr"] for g in self.engine.optimizer.param_groups), self.step)
         if self.step % self.config.checkpoint_every == 0 and self.step % self.steps:
-            self.checkpoints.save(self.engine, self.step)
+            self._save()
+
+    def _save(self) -> None:
+        self.spacings.save()
+        self.checkpoints.save(self.engine, self.step)
 
     @torch.no_grad()
     def _evaluate(self) -> float:
         """Returns the share of the validation data that is right, each sample counted once."""
         self.accuracy.reset()
         place, samples = rank(), len(self.held_out.dataset)
-        for batch in self.evaluation:
+        for batch in self.spacings.watch(self.evaluation):
             batch = batch.to(self.config.device)
             logits = self.engine.predict(batch)
             places = place + count() * torch.arange(len(logits))  # the last ones may be repeats of the first

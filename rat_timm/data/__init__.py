@@ -16,11 +16,16 @@ Spacing is physical, in array-axis order (z, y, x), as everywhere in this packag
   hidden files, texts and files of other kinds are left out; every other file must be a readable slice.
 - Targets that are maps or boxes are transformed along. `Spacing` follows images through torchvision's transforms (v2)
   as key points do; `metatensor_spacing` reads what MONAI's transforms did to a ``MetaTensor``.
-- Images too large for one call: `rat_timm.evaluation.sliding_window`.
+- Pixel sizes at random in training: ``training_transform(size, factors=(0.5, 2.0))``, or `resolution_transform` by
+  itself. `spacing_from_objects` where files do not tell, but the size of an object is known.
+- Images too large for one call: `rat_timm.evaluation.sliding_window`. What a wrong pixel size does:
+  `rat_timm.evaluation.spacing_sensitivity`.
 """
 
 from .errors import ReadError
+from .objects import spacing_from_objects
 from .readers import LazyScan, Scan, read, read_lazy, read_spacing
+from .resolution import resolution_transform
 from .samples import Batch, Sample, collate
 from .spacing import Spacing
 from .transforms import evaluation_transform, training_transform
@@ -39,6 +44,8 @@ __all__ = [
     "read",
     "read_lazy",
     "read_spacing",
+    "resolution_transform",
+    "spacing_from_objects",
     "to_metatensor",
     "training_transform",
 ]

@@ -1,6 +1,6 @@
 """Samples of different pixel size, and batches of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -33,6 +33,9 @@ class Sample(NamedTuple):
     spacing: Tensor
     mask: Tensor | None = None
     target: Target = None
+
+
+Transform: TypeAlias = Callable[[Sample], Sample]
 
 
 class Batch(NamedTuple):

@@ -9,9 +9,8 @@ none, such as the index of a class, is of the whole and stays. Any other is an e
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -19,15 +18,22 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from ..optional import import_optional
-from .samples import Objects, Sample, Target, check_sample, is_map
+from .resolution import check_variation, draw_factor, with_noise
+from .samples import Objects, Sample, Target, Transform, check_sample, is_map
 from .spacing import Spacing
+from .targets import check_target, from_corners, from_planes, to_corners, to_planes
 from .volumes import to_metatensor
 
-Transform: TypeAlias = Callable[[Sample], Sample]
 _Parts: TypeAlias = Sequence[Any]  # image, spacing and mask (or None), as kinds of torchvision's tensors
 
 
-def training_transform(size: Sequence[int], scale: tuple[float, float] = (0.35, 1.0), flip: bool = True) -> Transform:
+def training_transform(
+    size: Sequence[int],
+    scale: tuple[float, float] = (0.35, 1.0),
+    flip: bool = True,
+    factors: tuple[float, float] | None = None,
+    noise: float | None = None,
+) -> Transform:
     """Returns a random crop, of a share of the image within ``scale``, resized to ``size``, and flips along all axes.
 
     The spacing becomes that of the resized crop, so that a network given the spacing sees the same physical sizes.
@@ -38,17 +44,51 @@ def training_transform(size: Sequence[int], scale: tuple[float, float] = (0.35, 
         size: Pixels along each axis: two for images, three for volumes.
         scale: Least and largest share of the image's area, or the volume's, that is kept.
         flip: Whether to flip.
+        factors: Least and largest factor of the pixel size, drawn log-uniformly: crops are resized to ``size`` divided
+            by it, and have the noise of such pixels (see `rat_timm.data.resolution`). Samples then differ in size,
+            which `collate` fills up. Default: all have ``size``, and no noise is added.
+        noise: With ``factors``, see `rat_timm.data.resolution_transform`.
 
     Raises:
-        ValueError: If sizes or shares are not allowed.
+        ValueError: If sizes, shares, factors or noise are not allowed.
     """
-    axes = _check_size(size)
+    _check_size(size)
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale must be two shares between 0 and 1, the lesser first, got {scale}")
+    if factors is not None:
+        return _AtRandomSize(size, scale, flip, factors, noise)
+    if noise is not None:
+        raise ValueError(f"noise goes with factors, got {noise} and no factors")
+    return _random_crop(size, scale, flip)
+
+
+def _random_crop(size: Sequence[int], scale: tuple[float, float], flip: bool) -> Transform:
+    axes = len(size)
     if axes == 2:
         flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()] if flip else []
         return _Images(v2.Compose([v2.RandomResizedCrop(list(size), scale, antialias=True), *flips]))
     return _Volumes(size, (scale[0] ** (1 / axes), scale[1] ** (1 / axes)), flip)
+
+
+class _AtRandomSize:
+    """`_random_crop` with a size that is drawn for each sample."""
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        scale: tuple[float, float],
+        flip: bool,
+        factors: tuple[float, float],
+        noise: float | None,
+    ) -> None:
+        check_variation(factors, noise)
+        self.size, self.scale, self.flip, self.factors, self.noise = size, scale, flip, factors, noise
+
+    def __call__(self, sample: Sample) -> Sample:
+        check_sample(sample, len(self.size))
+        factor = draw_factor(self.factors)
+        size = [max(1, round(n / factor)) for n in self.size]
+        return with_noise(_random_crop(size, self.scale, self.flip), sample, self.noise)
 
 
 def evaluation_transform(size: Sequence[int]) -> Transform:
@@ -63,43 +103,6 @@ def _check_size(size: Sequence[int]) -> int:
     if len(size) not in (2, 3) or any(n < 1 for n in size):
         raise ValueError(f"size must be two or three positive numbers of pixels, got {tuple(size)}")
     return len(size)
-
-
-def _check_target(target: Target, grid: Sequence[int]) -> None:
-    """Raises ``ValueError`` unless a transform can treat a target."""
-    if isinstance(target, Mapping):
-        if len(grid) != 2:
-            raise ValueError("target must be no dict of objects in a volume: its boxes cannot be transformed")
-        if "boxes" not in target or not set(target) <= {"boxes", "labels", "masks"}:
-            raise ValueError(f"target must be a dict of boxes, labels and masks to be transformed, got {list(target)}")
-        return
-    shape = np.shape(cast(np.ndarray, target))  # () of None
-    if not is_map(target, grid) and len(shape) > 1:
-        raise ValueError(
-            f"target must be a map of the image's size {tuple(grid)} or have at most one axis to be transformed, "
-            f"got {shape}"
-        )
-
-
-class _Planes(NamedTuple):
-    """A map as images are: ``[C, *grid]``, float32; of whole numbers, their places in ``labels``."""
-
-    values: Tensor
-    labels: Tensor | None
-
-
-def _to_planes(target: Target, axes: int) -> _Planes:
-    values, labels = torch.as_tensor(target), None
-    if not values.is_floating_point():  # float32 does not hold all of them
-        labels, values = values.long().unique(return_inverse=True)
-    return _Planes(values.float().reshape(-1, *values.shape[-axes:]), labels)
-
-
-def _from_planes(planes: _Planes, target: Target, axes: int) -> Tensor:
-    """Returns a transformed map in the layout and the type of the one before."""
-    before, (values, labels) = torch.as_tensor(target), planes
-    values = values if labels is None else labels[values.long()]
-    return values.reshape(*before.shape[:-axes], *values.shape[1:]).to(before.dtype)
 
 
 class _Labels(tv_tensors.Mask):
@@ -124,7 +127,7 @@ class _Images:
     def __call__(self, sample: Sample) -> Sample:
         check_sample(sample, 2)
         grid = tuple(sample.image.shape[-2:])
-        _check_target(sample.target, grid)
+        check_target(sample.target, grid)
         parts = (
             tv_tensors.Image(sample.image.float()),
             Spacing(sample.spacing, canvas_size=grid),
@@ -140,30 +143,15 @@ class _Images:
         return self._with_map(parts, target) if is_map(target, grid) else (self.transform(*parts), target)
 
     def _with_map(self, parts: _Parts, target: Target) -> tuple[_Parts, Tensor]:
-        planes = _to_planes(target, 2)
+        planes = to_planes(target, 2)
         kind = tv_tensors.Image if planes.labels is None else _Labels
         *parts, done = self.transform(*parts, kind(planes.values))
-        return parts, _from_planes(planes._replace(values=done.as_subclass(Tensor)), target, 2)
+        return parts, from_planes(planes._replace(values=done.as_subclass(Tensor)), target, 2)
 
     def _with_objects(self, parts: _Parts, target: Objects, grid: tuple[int, ...]) -> tuple[_Parts, dict[str, Tensor]]:
-        given = target["boxes"]
-        if isinstance(given, tv_tensors.BoundingBoxes):
-            boxes, is_plain = given, False
-        else:
-            boxes, is_plain = tv_tensors.BoundingBoxes(given, format="XYXY", canvas_size=grid), True
         masks = {"masks": _Labels(target["masks"])} if "masks" in target else {}
-        *parts, done = self.transform(*parts, {**target, "boxes": v2.ConvertBoundingBoxFormat("XYXY")(boxes), **masks})
-        kept = _CLEAN(done)
-        plain = {name: value.as_subclass(Tensor) for name, value in kept.items()}
-        if is_plain:
-            return parts, plain
-        return parts, {**plain, "boxes": v2.ConvertBoundingBoxFormat(boxes.format)(kept["boxes"])}
-
-
-# clamping first: a box that rounding moved out of the image by a millionth of a pixel would be dropped
-_CLEAN = v2.Compose(
-    [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=lambda objects: objects.get("labels"))]
-)
+        *parts, done = self.transform(*parts, {**to_corners(target, grid), **masks})
+        return parts, from_corners(done, target)
 
 
 class _Volumes:
@@ -182,8 +170,8 @@ class _Volumes:
     def __call__(self, sample: Sample) -> Sample:
         check_sample(sample, 3)
         grid, target = tuple(sample.image.shape[1:]), sample.target
-        _check_target(target, grid)
-        planes = _to_planes(target, 3) if is_map(target, grid) else None
+        check_target(target, grid)
+        planes = to_planes(target, 3) if is_map(target, grid) else None
         parts = {"image": sample.image.float()}
         if sample.mask is not None:
             parts["mask"] = sample.mask[None].float()
@@ -193,7 +181,7 @@ class _Volumes:
         done = self.transform({name: to_metatensor(part, sample.spacing) for name, part in parts.items()})
         if planes is not None:
             moved = done["numbers" if planes.labels is None else "labels"].as_tensor()
-            target = _from_planes(planes._replace(values=moved), target, 3)
+            target = from_planes(planes._replace(values=moved), target, 3)
         spacing = torch.as_tensor(done["image"].pixdim, dtype=sample.spacing.dtype)
         mask = None if sample.mask is None else done["mask"].as_tensor()[0] > 0.5
         return Sample(done["image"].as_tensor(), spacing, mask, target)

@@ -60,6 +60,13 @@ def set_plan_limit(size: int) -> None:
         _kept.shrink()
 
 
+def forget() -> None:
+    """Drops all plans that are kept."""
+    with _kept.lock:
+        _kept.plans.clear()
+        _kept.size = 0
+
+
 def plan_bytes() -> int:
     """Returns how many bytes of index plans are kept."""
     return _kept.size

@@ -18,13 +18,12 @@ shares = compose(out["assignments"])  # [1, 16, 16, 4]: of each stage-1 token in
 labels = to_pixels(shares.argmax(-1), (4, 4), (64, 64))  # [1, 64, 64]
 ```
 
-In a RAT an image passes through `rat_timm.geometry.read` (checks), `rat_timm.layers.stem`, the stages of
-`rat_timm.models.rat.stage` and `rat_timm.layers.head`; `rat_timm.geometry.Grid` carries where its tokens are.
+In a RAT an image passes through `rat_timm.geometry.read` (checks) and what `rat_timm.models.rat.stage` has: the stem,
+the stages and the head; `rat_timm.geometry.Grid` carries where its tokens are.
 """
 
 from ..ops.assignment import Assignment, carry_up, compose, to_pixels
-from ..ops.grouping_dense import grouping_attention
-from ..ops.grouping_local import local_grouping_attention
+from ..ops.grouping import grouping_attention, local_grouping_attention
 from ..ops.neighborhood import neighborhood_attention
 from .adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
 from .attention import Attention, Block
@@ -34,7 +33,6 @@ from .grouping import (
     SpatialGroupingAttention,
 )
 from .rose import RotarySpatialEmbedding, Rotation
-from .stem import Stem
 
 __all__ = [
     "AdaptivePatching",
@@ -47,7 +45,6 @@ __all__ = [
     "Rotation",
     "SparseSpatialGroupingAttention",
     "SpatialGroupingAttention",
-    "Stem",
     "carry_up",
     "compose",
     "grouping_attention",

@@ -7,9 +7,8 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from ..geometry.grid import Positions
-from ..ops.masking import masked_attention
 from ..ops.neighborhood import neighborhood_attention, neighborhood_plan
-from ..ops.windows import Tiles
+from ..ops.windows import Tiles, attend_in_tiles, masked_attention
 from .rose import RotarySpatialEmbedding
 from .tracing import compiled_once
 
@@ -50,35 +49,31 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def plan(self, x: Tensor) -> Tiles | None:
-        """Returns what attention over the grid of ``x`` ``[B, *grid, C]`` needs that depends on sizes alone.
-
-        For programs, where several modules are to share it; None elsewhere, where it is kept.
-        """
-        if self.attn_kernel_size is None or not torch.compiler.is_compiling():
-            return None
-        return neighborhood_plan(x.shape[1:-1], self.attn_kernel_size, x.device)
-
-    def forward(self, x: Tensor, positions: Positions, mask: Tensor | None = None, plan: Tiles | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Positions, mask: Tensor | None = None, tiles: Tiles | None = None
+    ) -> Tensor:
         """Attends.
 
         Args:
             x: ``[B, *grid, C]``, or ``[B, N, C]`` without a neighbourhood.
             positions: Where the tokens are.
             mask: ``[B, *grid]`` or ``[B, N]``, bool, True = valid: others are not attended to.
-            plan: See `plan`; None makes or finds it.
+            tiles: What `rat_timm.ops.neighborhood.neighborhood_plan` returned for the grid, so that it is not asked
+                again; None: `neighborhood_attention` chooses what it runs on.
         """
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, ..., heads, d]
         rotation = self.rose.rotation(positions, query.dtype)
         if rotation is not None:
             query, key = rotation(query), rotation(key)
         dropout_p = self.attn_drop if self.training else 0.0
-        if self.attn_kernel_size is not None:
-            out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p, plan)
-        else:
+        if self.attn_kernel_size is None:
             allowed = None if mask is None else mask[:, None, None, :]
-            query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, heads, N, d]
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, N, d]
             out = masked_attention(query, key, value, allowed, dropout_p).transpose(1, 2)
+        elif tiles is not None:
+            out = attend_in_tiles(query, key, value, tiles, mask, dropout_p)
+        else:
+            out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def extra_repr(self) -> str:
@@ -117,12 +112,21 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(self, x: Tensor, positions: Positions, mask: Tensor | None = None, plan: Tiles | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Positions, mask: Tensor | None = None, tiles: Tiles | None = None
+    ) -> Tensor:
         """See `Attention.forward`."""
-        return _run_block(self, x, positions, mask, self.attn.plan(x) if plan is None else plan)
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            kernel = self.attn.attn_kernel_size
+            if tiles is None and kernel is not None:
+                tiles = neighborhood_plan(x.shape[1:-1], kernel, x.device)
+            return _compiled_block(self, x, positions, mask, tiles)
+        return _run_block(self, x, positions, mask, tiles)
 
 
-@compiled_once
-def _run_block(block: Block, x: Tensor, positions: Positions, mask: Tensor | None, plan: Tiles | None) -> Tensor:
-    x = x + block.drop_path1(block.attn(block.norm1(x), positions, mask, plan))
+def _run_block(block: Block, x: Tensor, positions: Positions, mask: Tensor | None, tiles: Tiles | None) -> Tensor:
+    x = x + block.drop_path1(block.attn(block.norm1(x), positions, mask, tiles))
     return x + block.drop_path2(block.mlp(block.norm2(x)))
+
+
+_compiled_block = compiled_once(_run_block)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..geometry.grid import Positions, Tokens, axis_values, field_center, fill, integers
 from ..ops.assignment import Assignment
-from ..ops.grouping_dense import DenseGrouping
-from ..ops.grouping_local import LocalGrouping
+from ..ops.grouping import DenseGrouping, LocalGrouping, local_tiles
 from ..ops.masking import pool_mask
+from ..ops.windows import Tiles
 from .rose import RotarySpatialEmbedding, Rotation, check_heads
 from .tracing import compiled_once
 
@@ -140,14 +140,21 @@ class SpatialGroupingAttention(nn.Module):
         self.norm2 = nn.LayerNorm(feature_dims, **dd)
         self.norm3 = nn.LayerNorm(feature_dims, **dd)
 
-    def prepare(self, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Grouping:
+    def prepare(
+        self,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        group_mask: Tensor | None = None,
+        tiles: Tiles | None = None,
+    ) -> Grouping:
         """Makes ready to take values ``[B, *fine, heads, d]``; masks ``[B, *fine]`` and ``[B, *coarse]``."""
         raise NotImplementedError
 
     def assign(self, query: Tensor, key: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Assignment:
         """Returns the matrices behind what groups ``[B, *coarse, heads, d]`` take."""
-        window = self._window(query.shape[1:-2])
-        return LocalGrouping.create(key, key, self.stride, window, mask, group_mask).assign(query)
+        tiles = local_tiles(key.shape[1:-2], self.stride, self._window(query.shape[1:-2]), key.device)
+        return LocalGrouping.create(key, key, tiles, mask, group_mask).assign(query)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         raise NotImplementedError
@@ -173,6 +180,7 @@ class SpatialGroupingAttention(nn.Module):
         mask: Tensor | None = None,
         group_mask: Tensor | None = None,
         return_assignment: bool = False,
+        tiles: Tiles | None = None,
     ) -> tuple[Tensor, Assignment | None]:
         """Groups tokens whose places are known.
 
@@ -183,22 +191,22 @@ class SpatialGroupingAttention(nn.Module):
             mask: ``[B, *fine]``, True = valid; None if all are.
             group_mask: ``[B, *coarse]``: the groups over whose cell a valid token stands.
             return_assignment: Whether to return the matrices of the last iteration.
+            tiles: Of a sparse grouping, the tokens' grid in `rat_timm.ops.grouping.local_tiles`; None: cut here.
 
         Returns:
             ``[B, *coarse, C]``, and the matrices if asked for.
         """
-        x = fill(x, mask)
-        key, value = self._split_heads(self.kv(x), 2)
+        x = x if mask is None else fill(x, mask)
+        key, value = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)  # [B, *fine, heads, d]
         key = self.temp.to(key.dtype) * self.rose(key, fine)
         groups = self.norm1(self.strider(x.movedim(-1, 1)).movedim(1, -1))
         rotation = self.rose.rotation(coarse, key.dtype)
-        grouping = self.prepare(key, value, mask, group_mask)
+        grouping = self.prepare(key, value, mask, group_mask, tiles)
+        compiles = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        iterate = _compiled_iteration if compiles else _iterate
         for _ in range(self.iters):
-            groups, query = _iterate(self, groups, rotation, grouping)
+            groups, query = iterate(self, groups, rotation, grouping)
         return groups, self.assign(query, key, mask, group_mask) if return_assignment else None
-
-    def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)  # parts of [B, *grid, heads, d]
 
     def extra_repr(self) -> str:
         """Describes the module in a printed model."""
@@ -208,9 +216,16 @@ class SpatialGroupingAttention(nn.Module):
 class DenseSpatialGroupingAttention(SpatialGroupingAttention):
     """Spatial grouping attention between all groups and all tokens."""
 
-    def prepare(self, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Grouping:
+    def prepare(
+        self,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        group_mask: Tensor | None = None,
+        tiles: Tiles | None = None,
+    ) -> Grouping:
         """See the base class."""
-        return DenseGrouping(key, value, mask, group_mask)
+        return DenseGrouping.create(key, value, mask, group_mask)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         return tuple(2 * n + 1 for n in coarse)
@@ -229,20 +244,31 @@ class SparseSpatialGroupingAttention(SpatialGroupingAttention):
         super().__init__(*args, **kwargs)
         self.neighborhood_kernel = neighborhood_kernel
 
-    def prepare(self, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Grouping:
+    def prepare(
+        self,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        group_mask: Tensor | None = None,
+        tiles: Tiles | None = None,
+    ) -> Grouping:
         """See the base class."""
-        window = self._window(key.shape[1:-2])
-        return LocalGrouping.create(key, value, self.stride, window, mask, group_mask)
+        if tiles is None:
+            fine = key.shape[1:-2]
+            tiles = local_tiles(fine, self.stride, self._window(fine), key.device)
+        return LocalGrouping.create(key, value, tiles, mask, group_mask)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         return integers(self.neighborhood_kernel, "neighborhood_kernel", len(coarse))
 
 
-@compiled_once
 def _iterate(
     sga: SpatialGroupingAttention, groups: Tensor, rotation: Rotation | None, grouping: Grouping
 ) -> tuple[Tensor, Tensor]:
-    (query,) = sga._split_heads(sga.q(groups), 1)
+    query = sga.q(groups).unflatten(-1, (sga.num_heads, -1))  # [B, *coarse, heads, d]
     query = query if rotation is None else rotation(query)
     groups = groups + sga.norm2(grouping.take(query).flatten(-2))
     return groups + sga.norm3(sga.mlp(groups)), query
+
+
+_compiled_iteration = compiled_once(_iterate)

@@ -1,122 +1,16 @@
-"""The head: pooling over all valid tokens of all levels, then a classifier."""
+"""Pooling over all valid tokens of all levels, and features that carry their mask."""
 
 import functools
 import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Proxy
 
-from ..geometry.grid import channels_first, fill
-from ..geometry.types import MapOrMaps
-from ..ops.masking import check_mask
-from .tracing import as_one_node
+from ..geometry.grid import fill
 
-POOLS = ("avg", "token", "")
 _MASK = "_rat_timm_mask"  # an attribute of tensors
-
-
-class Head(nn.Module):
-    """Pools features and classifies them.
-
-    Args:
-        in_features: Width.
-        num_classes: Number of classes; 0 leaves the features as they are.
-        pool_type: "avg" over the valid tokens of all levels, "token" for the first prefix token, "" for none.
-        drop_rate: Dropout before the classifier.
-        device: PyTorch's.
-        dtype: PyTorch's.
-
-    Raises:
-        ValueError: If the pooling is unknown.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        pool_type: str = "avg",
-        drop_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, pool_type, device, dtype)
-
-    def reset(
-        self,
-        num_classes: int,
-        pool_type: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Makes a new classifier; ``pool_type`` None keeps the pooling."""
-        if pool_type is not None:
-            if pool_type not in POOLS:
-                raise ValueError(f"global_pool must be one of {POOLS}, got {pool_type!r}")
-            self.pool_type = pool_type
-        linear = nn.Linear(self.in_features, num_classes, device=device, dtype=dtype) if num_classes > 0 else None
-        self.fc = nn.Identity() if linear is None else linear
-        if linear is not None:
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-        self.train(self.training)
-
-    def forward(
-        self,
-        x: MapOrMaps,
-        masks: Sequence[Tensor | None] | None = None,
-        prefix: Tensor | None = None,
-        pre_logits: bool = False,
-    ) -> MapOrMaps:
-        """Classifies.
-
-        Args:
-            x: Map ``[B, C, *grid]``, or one per level.
-            masks: ``[B, *grid]``, True = valid, or None, for each level.
-            prefix: ``[B, P, C]``, for "token".
-            pre_logits: Whether to stop before the classifier.
-
-        Returns:
-            ``[B, classes]``; without pooling ``[B, classes, *grid]``, or one per level for a list.
-
-        Raises:
-            ValueError: If a mask does not fit its map, or a token is to be pooled and there is none.
-        """
-        if isinstance(x, Proxy):
-            return as_one_node(self, x, masks, prefix, pre_logits)
-        maps = [x] if isinstance(x, Tensor) else x
-        features = [level.movedim(1, -1) for level in maps]
-        masks = masks or [None] * len(maps)
-        if any(mask is not None for mask in masks):
-            _check_masks(features, masks)
-        if self.pool_type == "":
-            classified = [self._classify(level, pre_logits) for level in features]
-            out = [channels_first(fill(level, mask)) for level, mask in zip(classified, masks, strict=True)]
-            return out[0] if isinstance(x, Tensor) else out
-        if self.pool_type == "token":
-            if prefix is None:
-                raise ValueError("global_pool 'token' needs prefix tokens (reg_tokens), and forward_head their values")
-            return self._classify(prefix[:, 0], pre_logits)
-        return self._classify(average(features, masks), pre_logits)
-
-    def _classify(self, x: Tensor, pre_logits: bool) -> Tensor:
-        x = self.drop(x)
-        return x if pre_logits else self.fc(x)
-
-    def extra_repr(self) -> str:
-        """Describes the module in a printed model."""
-        return f"pool_type={self.pool_type!r}"
-
-
-def _check_masks(features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
-    if len(masks) != len(features):
-        raise ValueError(f"mask must have one entry per map ({len(features)}), got {len(masks)}")
-    for level, (x, mask) in enumerate(zip(features, masks, strict=True)):
-        check_mask(mask, x.shape[:-1], f"mask of level {level}" if len(features) > 1 else "mask")
 
 
 def with_mask(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ Parameters and their names are those of the package ``rotary-spatial-embeddings`
 """
 
 import functools
-import operator
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,10 +14,11 @@ import RoSE
 import torch
 from torch import Tensor
 
-from ..geometry.grid import Positions, check_exact, exact_dtype
+from ..geometry.grid import Positions, check_exact
 
 FREQUENCY_SCALINGS = ("none", "linear", "sqrt", "adaptive")
 INITIAL_SCALINGS = (None, "log", "rope", "identity", "linear", "power")
+_COMPLEX = ("cpu", "cuda")  # devices that multiply complex numbers
 _SCALE_STARTS = {"log": (0, 1, 1, 1), "rope": (0, 0, 0, 1)}  # of a, b, c, d; (1, 1, 0, 1) is the identity
 
 
@@ -31,23 +32,27 @@ class Rotation(NamedTuple):
     table: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass."""
-        heads = self.table.shape[-3]
-        if heads < x.shape[-2]:
-            return torch.cat((self(x[..., :heads, :]), x[..., heads:, :]), dim=-2)
-        return _turn(x.unflatten(-1, (-1, 2)), self.table).flatten(-2)
+        """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass.
 
-
-def _complex_runs(x: Tensor) -> bool:
-    """Tells whether planes ``[..., 2]`` can be turned as complex numbers: one pass over memory instead of several.
-
-    Half precisions have none, and compilers fuse the real formula but not complex numbers.
-    """
-    if torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.float64):
-        return False
-    *steps, last = x.stride()
-    all_even = functools.reduce(operator.or_, steps, x.storage_offset()) % 2 == 0
-    return bool(last == 1 and all_even and x.device.type in ("cpu", "cuda"))
+        Channels are complex numbers: where memory has them side by side they are multiplied in one pass instead of
+        several. Half precisions are no complex numbers, and compilers fuse the real formula only.
+        """
+        by, heads = self.table, self.table.shape[-3]
+        planes = (x if x.shape[-2] == heads else x[..., :heads, :]).unflatten(-1, (-1, 2))
+        (*steps, last), (*more, other) = planes.stride(), by.stride()
+        has_complex = x.dtype == by.dtype and x.dtype in (torch.float32, torch.float64) and x.device.type in _COMPLEX
+        if (
+            has_complex
+            and not torch.compiler.is_compiling()
+            and last == other == 1
+            and math.gcd(planes.storage_offset(), by.storage_offset(), *steps, *more) % 2 == 0
+        ):
+            turned = torch.view_as_real(torch.view_as_complex(planes) * torch.view_as_complex(by))
+        else:
+            (real, imaginary), (cos, sin) = planes.unbind(-1), by.unbind(-1)
+            turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+        turned = turned.flatten(-2)
+        return turned if x.shape[-2] == heads else torch.cat((turned, x[..., heads:, :]), dim=-2)
 
 
 class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
@@ -149,14 +154,28 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         if self.rotary_dim == 0:
             return None
         offset = positions.offset
-        check_exact(offset[0], "positions")
+        if offset[0].dtype.itemsize < 4:
+            check_exact(offset[0], "positions")
         if self.learnable_scale or self.initial_scaling:
             offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
-        # no matrix product, whose precision autocast and TF32 lower
-        phases = [
-            o[..., None, None] * f for o, f in zip(offset, _cast(self.freqs, torch.float32).unbind(-1), strict=True)
-        ]
-        return Rotation(_cast(_turns([_cast(phase, exact_dtype(dtype)) for phase in phases]), dtype))
+        freqs = self.freqs if self.freqs.dtype == torch.float32 else self.freqs.float()
+        phases, shapes = [], set()
+        for displacement, frequency in zip(offset, freqs.unbind(-1), strict=True):
+            phase = (
+                displacement[..., None, None] * frequency
+            )  # no matrix product: autocast and TF32 lower its precision
+            phases.append(phase.double() if dtype == torch.float64 else phase)
+            shapes.add(phase.shape)
+        # phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a
+        # sine. But in programs, where a sum makes fewer nodes
+        if torch.compiler.is_compiling() or len(shapes) == 1:
+            phases = [functools.reduce(torch.add, phases)]
+        first, *others = phases
+        table = torch.stack((first.cos(), first.sin()), dim=-1)
+        for phase in others:
+            turn = Rotation(torch.stack((phase.cos(), phase.sin()), dim=-1))
+            table = turn(table.flatten(-2)).unflatten(-1, (-1, 2))
+        return Rotation(table if table.dtype == dtype else table.to(dtype))  # each cast is some nodes of a program
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Rotates ``x`` ``[B, ..., heads, d]`` by the tokens' positions."""
@@ -168,30 +187,6 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         a, b, c, d = (getattr(self, f"scale_{name}").float().expand(len(spacing)).unbind() for name in "abcd")
         parts = zip(spacing, a, b, c, d, strict=True)
         return [(a * s**b + c * torch.log(s / d.clamp(min=1e-8))) / s for s, a, b, c, d in parts]
-
-
-def _turns(phases: Sequence[Tensor]) -> Tensor:
-    """Returns cosine and sine of the sum of phases that broadcast together, ``[1 or B, ..., heads, planes, 2]``.
-
-    Phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a sine.
-    But in programs, where a sum makes fewer nodes.
-    """
-    if torch.compiler.is_compiling() or all(phase.shape == phases[0].shape for phase in phases):
-        phases = [functools.reduce(torch.add, phases)]
-    turns = [torch.stack((phase.cos(), phase.sin()), dim=-1) for phase in phases]
-    return functools.reduce(_turn, turns)
-
-
-def _turn(x: Tensor, by: Tensor) -> Tensor:
-    """Multiplies complex numbers ``[..., 2]``."""
-    if _complex_runs(x) and _complex_runs(by) and x.dtype == by.dtype:
-        return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(by))
-    (real, imaginary), (cos, sin) = x.unbind(-1), by.unbind(-1)
-    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # a cast to the same type is some nodes of a program
 
 
 def check_heads(feature_dims: int, num_heads: int) -> None:

@@ -1,6 +1,5 @@
 """How compilers and tracers see the package: repeated parts as one program, parts that geometry steers as a whole."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -14,24 +13,17 @@ R = TypeVar("R")
 
 
 def compiled_once(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes `torch.compile` compile a function once for all calls with inputs of the same sizes.
+    """Returns a function for `torch.compile`, which compiles it once for all calls with inputs of the same sizes.
 
     Modules, tensors, numbers and (named) tuples of them can be given to it. Constant tensors that it needs have to be
-    given to it too.
+    given to it too. Exports want the function itself, and so do calls without a compiler.
     """
     mark = torch.compiler.nested_compile_region
     # by default more than 8 sizes, as a pyramid in four stages has, are an error
     has_limit = "max_reuse_entries" in inspect.signature(mark).parameters
     limit: dict[str, Any] = {"max_reuse_entries": 1 << 10} if has_limit else {}
-    region = mark(function, **limit)
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            return region(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
+    region: Callable[P, R] = mark(function, **limit)
+    return region
 
 
 def as_one_node(module: nn.Module, *args: Any) -> Proxy:

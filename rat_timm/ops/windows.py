@@ -18,61 +18,20 @@ place. It depends on sizes only; it is made once by NumPy and kept. Programs (to
 constant.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry.plans import is_traced
-from .masking import has_gradient, log_sum_exp, mask_value
+from .tiling import Array, AxisTiles, by_row, distinct, outer_and, ravel
 
-Array = NDArray[Any]
-
-
-class AxisTiles(NamedTuple):
-    """How one axis is cut: T tiles of b queries, each with w keys. Every place of the axis stands in a tile.
-
-    Attributes:
-        queries: Place of each query, ``[T, b]``.
-        keys: Place of each key, ``[T, w]``.
-        allowed: Which key lies in which query's window, ``[T, b, w]``, bool.
-    """
-
-    queries: Array
-    keys: Array
-    allowed: Array
-
-    @classmethod
-    def create(cls, first: Array, last: Array, size: int) -> "AxisTiles":
-        """Cuts an axis into tiles of ``size`` queries, and gives each tile the keys from its first to its last.
-
-        Args:
-            first: The first key in each query's window, ``[queries]``, ascending.
-            last: The last one, likewise.
-            size: Number of queries in a tile.
-        """
-        queries = stretches(range(0, len(first), size), size, len(first))
-        first, last = first[queries], last[queries]  # [T, b]
-        most = int((last[:, -1] - first[:, 0]).max()) + 1
-        keys = stretches(first[:, 0], most, int(last.max()) + 1)
-        return cls(queries, keys, (first[:, :, None] <= keys[:, None]) & (keys[:, None] <= last[:, :, None]))
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Numbers of places of the queries' and of the keys' axis."""
-        return int(self.queries.max()) + 1, int(self.keys.max()) + 1
-
-
-def stretches(starts: Sequence[int] | Array, size: int, length: int) -> Array:
-    """Returns stretches of ``size`` places of an axis, ``[T, size]``: moved inwards at the border, cut to the axis."""
-    size = min(size, length)
-    return np.clip(np.asarray(starts), 0, length - size)[:, None] + np.arange(size)
+_FEW = 1 << 20  # logits up to which PyTorch's fused attention takes longer on the CPU, forward and backward
+_NUMBERS = 1 << 23  # entries of keys that are gathered at a time
+_NUMBERS_CPU = 1 << 21  # the same per thread of a CPU: parts that stay near its cache, and are not too many
 
 
 class RowIndex(NamedTuple):
@@ -91,17 +50,13 @@ class RowIndex(NamedTuple):
     @classmethod
     def create(cls, index: Array, rows: int, device: torch.device) -> "RowIndex":
         """Sorts an index of ``rows`` rows."""
-        return cls(*(_tensor(part, device) for part in (index, *_by_row(index, rows))))
+        return cls(*(_tensor(part, device) for part in (index, *by_row(index, rows))))
 
     def take(self, x: Tensor) -> Tensor:
         """``[rows, C]`` -> ``[entries, C]``."""
-        if self.order is None or not has_gradient(x) or is_plain(x):
+        if self.order is None or not (torch.is_grad_enabled() and x.requires_grad) or is_plain(x):
             return x.index_select(0, self.row)
         return _Take.apply(x, self)
-
-    def add(self, x: Tensor) -> Tensor:
-        """``[entries, C]`` -> ``[rows, C]``, summing repetitions: `take` transposed."""
-        return _Add.apply(x, self)
 
 
 class _OfRows(torch.autograd.Function):
@@ -129,7 +84,7 @@ class _Take(_OfRows):
 
 
 class _Add(_OfRows):
-    """`RowIndex.add`."""
+    """``[entries, C]`` -> ``[rows, C]``, summing repetitions: `RowIndex.take` transposed."""
 
     @staticmethod
     def forward(x: Tensor, rows: RowIndex) -> Tensor:
@@ -167,9 +122,11 @@ class Gather(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``, in memory ``[tiles, places, B, heads, d]``."""
-        rows = x.flatten(1, -3).transpose(0, 1)  # [N, B, heads, d]
-        taken = self.rows.take(rows.flatten(1))
-        return taken.view(self.tiles, self.places, *rows.shape[1:]).permute(0, 2, 3, 1, 4)
+        sizes = x.shape[0], *x.shape[-2:]
+        x = x.flatten(1, -3).transpose(0, 1).flatten(1)  # [N, B * heads * d]
+        own_gradient = x.requires_grad and torch.is_grad_enabled() and not is_plain(x)  # see `RowIndex.take`
+        taken = self.rows.take(x) if own_gradient else x.index_select(0, self.rows.row)
+        return taken.view(self.tiles, self.places, *sizes).permute(0, 2, 3, 1, 4)
 
     def take_in_program(self, x: Tensor) -> Tensor:
         """``[B, *grid, heads, d]`` -> ``[B * tiles, heads, places, d]``: what `take` gives, in few operations."""
@@ -178,7 +135,7 @@ class Gather(NamedTuple):
 
     def add(self, x: Tensor) -> Tensor:
         """``[tiles, B, heads, places, d]`` -> ``[B, *grid, heads, d]``, summing overlaps: `take` transposed."""
-        return _unflatten(self.rows.add(_flatten(x)), self.shape, x)
+        return _unflatten(_Add.apply(_flatten(x), self.rows), self.shape, x)
 
     def take_mask(self, mask: Tensor) -> Tensor:
         """``[B, *grid]`` -> ``[tiles, B, places]``."""
@@ -206,22 +163,25 @@ class Overlaps(NamedTuple):
     @classmethod
     def create(cls, place: Array, shape: tuple[int, ...], device: torch.device) -> "Overlaps":
         """Takes places of the flat grid, ``[tiles, places]``."""
-        order, starts = _by_row(place.ravel(), math.prod(shape))
+        order, starts = by_row(place.ravel(), math.prod(shape))
         counts = np.diff(starts)[:, None]
         number = np.arange(counts.max())
         entry = order[np.minimum(starts[:-1, None] + number, len(order) - 1)]
         return cls(_tensor(entry, device), _tensor(number < counts, device), shape)
 
-    def reduce(self, x: Tensor, combine: Callable[[Tensor, int], Tensor], absent: float) -> Tensor:
-        """Combines overlaps of ``[tiles, B, heads, places, d]`` into ``[B, *grid, heads, d]``.
+    def take(self, x: Tensor, absent: float) -> Tensor:
+        """Lays what tiles hold of a place side by side: ``[tiles, B, heads, places, d]`` -> ``[N, K, B * heads * d]``.
 
         Args:
             x: What the tiles hold.
-            combine: Reduces the dimension that it is given, in which one place's values stand.
-            absent: What changes no result of it.
+            absent: What stands for tiles that do not have a place.
         """
-        rows = _flatten(x).index_select(0, self.entry.flatten()).unflatten(0, self.entry.shape)  # [N, K, C]
-        return _unflatten(combine(torch.where(self.held.unsqueeze(-1), rows, absent), 1), self.shape, x)
+        rows = _flatten(x).index_select(0, self.entry.flatten()).unflatten(0, self.entry.shape)
+        return torch.where(self.held.unsqueeze(-1), rows, absent)
+
+    def add(self, x: Tensor) -> Tensor:
+        """``[tiles, B, heads, places, d]`` -> ``[B, *grid, heads, d]``: `Gather.add` by PyTorch's own operations."""
+        return _unflatten(self.take(x, 0.0).sum(1), self.shape, x)
 
 
 class Tiles(NamedTuple):
@@ -250,11 +210,11 @@ class Tiles(NamedTuple):
     @classmethod
     def create(cls, axes: Sequence[AxisTiles], device: torch.device, with_overlaps: bool = False) -> "Tiles":
         """Combines the tiles of all axes."""
-        patterns, pattern = zip(*(_distinct(axis.allowed) for axis in axes), strict=True)
-        kind = _ravel(pattern, [len(each) for each in patterns])
+        patterns, pattern = zip(*(distinct(axis.allowed) for axis in axes), strict=True)
+        kind = ravel(pattern, [len(each) for each in patterns])
         order, (shape, key_shape) = kind.argsort(kind="stable"), zip(*(axis.lengths for axis in axes), strict=True)
-        queries = _ravel([axis.queries for axis in axes], shape).reshape(len(kind), -1)[order]
-        keys = _ravel([axis.keys for axis in axes], key_shape).reshape(len(kind), -1)[order]
+        queries = ravel([axis.queries for axis in axes], shape).reshape(len(kind), -1)[order]
+        keys = ravel([axis.keys for axis in axes], key_shape).reshape(len(kind), -1)[order]
         once = np.unique(queries, return_index=True)[1]
         repeated = np.ones(queries.shape, bool)
         repeated.flat[once] = False
@@ -263,7 +223,7 @@ class Tiles(NamedTuple):
             keys=Gather.create(keys, key_shape, device),
             once=RowIndex.create(once, queries.size, device),
             repeated=_tensor(repeated, device) if repeated.any() else None,
-            kinds=_tensor(_outer_and(patterns), device),
+            kinds=_tensor(outer_and(patterns), device),
             kind=_tensor(kind[order], device),
             counts=tuple(np.bincount(kind).tolist()),
             overlaps=Overlaps.create(keys, key_shape, device) if with_overlaps else None,
@@ -275,28 +235,13 @@ class Tiles(NamedTuple):
         Args:
             *parts: What `split` parts of the tiles hold, in order.
         """
-        rows = [_flatten(part) for part in parts]
-        return _unflatten(self.once.take(rows[0] if len(rows) == 1 else torch.cat(rows)), self.queries.shape, parts[0])
+        rows = _flatten(parts[0]) if len(parts) == 1 else torch.cat([_flatten(part) for part in parts])
+        return _unflatten(self.once.take(rows), self.queries.shape, parts[0])
 
     def untile_in_program(self, x: Tensor) -> Tensor:
         """``[B * tiles, heads, queries, d]`` -> ``[B, *grid, heads, d]``: `Gather.take_in_program` undone."""
         rows = x.transpose(1, 2).reshape(-1, len(self.queries.rows.row), x.shape[1], x.shape[3])
         return rows.index_select(1, self.once.row).unflatten(1, self.queries.shape)
-
-    def add_keys(self, x: Tensor) -> Tensor:
-        """``[tiles, B, heads, keys, d]`` -> ``[B, *grid, heads, d]``, summing overlaps."""
-        if is_plain(x):
-            return self._overlaps().reduce(x, torch.sum, 0.0)
-        return self.keys.add(x)
-
-    def log_sum_exp(self, x: Tensor) -> Tensor:
-        """Adds up overlaps of ``[tiles, B, heads, keys]``, given and returned as logarithms, in all their tiles."""
-        total = self._overlaps().reduce(x.unsqueeze(-1), log_sum_exp, mask_value(x.dtype))
-        return self.keys.take(total).squeeze(-1)
-
-    def _overlaps(self) -> Overlaps:
-        assert self.overlaps is not None
-        return self.overlaps
 
     def split(self, size: int, mixed: int) -> "list[Tiles]":
         """Returns the tiles in parts, from which to take without a gradient.
@@ -326,6 +271,11 @@ class Tiles(NamedTuple):
         """Returns which key lies in which query's window, ``[tiles, queries, keys]``, bool."""
         return self.of_tiles(self.kinds)
 
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """Returns what to add to logits, so that keys out of a query's window have no weight, ``[tiles, 1, q, k]``."""
+        forbidden = self.kinds.logical_not()
+        return self.of_tiles(torch.zeros_like(forbidden, dtype=dtype).masked_fill(forbidden, -math.inf)).unsqueeze(1)
+
     def of_tiles(self, x: Tensor) -> Tensor:
         """``[kinds, ...]`` -> ``[tiles, ...]``, without a copy if the tiles are of one kind."""
         if len(self.counts) == 1:
@@ -333,9 +283,143 @@ class Tiles(NamedTuple):
         return x.index_select(0, self.kind)
 
 
+def attend_in_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: Tiles,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attends from every place of a grid to the keys in its window, ``[B, *grid, heads, d]``.
+
+    Args:
+        query: ``[B, *grid, heads, d]``.
+        key: Same shape. What is masked may hold anything.
+        value: Likewise.
+        tiles: How the grid is cut.
+        mask: ``[B, *grid]``, bool, True = valid key. A query whose window has none gives zeros.
+        dropout_p: Probability of dropping an attention weight.
+    """
+    if mask is not None:
+        valid = mask[..., None, None]
+        key, value = torch.where(valid, key, 0.0), torch.where(valid, value, 0.0)
+    if torch.compiler.is_compiling() or is_transformed():
+        return _attend_in_program(query, key, value, tiles, mask, dropout_p)
+    size, mixed = _part_sizes(tiles, query)
+    samples = max(1, size // tiles.keys.tiles)
+    is_small = tiles.keys.tiles <= mixed and len(query) <= samples
+    if is_small or has_gradient(query, key, value):
+        return tiles.untile(_attend(query, key, value, tiles, tiles.bias(query.dtype), mask, dropout_p))
+    inputs = [[_places_first(part) for part in x.split(samples)] for x in (query, key, value)]
+    masks = [None] * len(inputs[0]) if mask is None else mask.split(samples)
+    calls = list(zip(*inputs, masks, strict=True))
+    outs: list[list[Tensor]] = [[] for _ in calls]
+    for part in tiles.split(size, mixed):
+        bias = part.bias(query.dtype)
+        for out, (q, k, v, m) in zip(outs, calls, strict=True):
+            out.append(_attend(q, k, v, part, bias, m, dropout_p))
+    return torch.cat([tiles.untile(*parts) for parts in outs])
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, bias: Tensor, mask: Tensor | None, dropout_p: float
+) -> Tensor:
+    """Attends from the tiles' queries to the keys in their windows, ``[tiles, B, heads, queries, d]``."""
+    q, k, v = tiles.queries.take(query), tiles.keys.take(key), tiles.keys.take(value)
+    if mask is not None:
+        valid = tiles.keys.take_mask(mask)[:, :, None]  # [tiles, B, 1, keys]
+        allowed = (tiles.allowed()[:, None] & valid).flatten(0, 1).unsqueeze(1)  # [tiles * B, 1, queries, keys]
+        out = masked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), allowed, dropout_p)
+        return out.unflatten(0, q.shape[:2])
+    # samples count as heads, since their windows are the same: one bias per tile serves all of them
+    out = attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias, dropout_p)
+    return out.unflatten(1, q.shape[1:3])
+
+
+def _part_sizes(tiles: Tiles, query: Tensor) -> tuple[int, int]:
+    """Returns how many tiles of a sample to attend to at a time: of one kind, and of several, with a bias each."""
+    limit = _NUMBERS_CPU * torch.get_num_threads() if query.device.type == "cpu" else _NUMBERS
+    numbers = max(1, tiles.keys.places * query.shape[-2:].numel())
+    return max(1, limit // numbers), max(1, limit // max(numbers, tiles.kinds[0].numel()))
+
+
+def _places_first(x: Tensor) -> Tensor:
+    """Lays ``[B, *grid, heads, d]`` out in memory as gathers read it, ``[*grid, B, heads, d]``."""
+    return x.movedim(0, -3).contiguous().movedim(-3, 0)
+
+
+def _attend_in_program(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, mask: Tensor | None, dropout_p: float
+) -> Tensor:
+    """Attends in as few operations as there can be: a program's time to compile or convert grows with them."""
+    q = tiles.queries.take_in_program(query)
+    k, v = tiles.keys.take_in_program(key), tiles.keys.take_in_program(value)
+    if mask is None:
+        bias = tiles.bias(q.dtype).expand(query.shape[0], -1, -1, -1, -1).flatten(0, 1)
+        return tiles.untile_in_program(attention(q, k, v, bias, dropout_p))
+    valid = tiles.keys.take_in_program(mask[..., None, None]).transpose(2, 3)  # [B * tiles, 1, 1, keys]
+    allowed = tiles.allowed().expand(query.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1) & valid
+    return tiles.untile_in_program(masked_attention(q, k, v, allowed, dropout_p))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        query: ``[B, heads, M, d]``.
+        key: ``[B, heads, N, d]``.
+        value: ``[B, heads, N, d]``.
+        bias: What is added to the logits, broadcastable to ``[B, heads, M, N]``.
+        dropout_p: Probability of dropping an attention weight.
+    """
+    if dropout_p > 0.0 or not query.requires_grad or not _explicit_is_best(query, key):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
+    logits = (query * query.shape[-1] ** -0.5) @ key.mT
+    logits = logits if bias is None else logits + bias
+    return logits.softmax(dim=-1) @ value
+
+
+def _explicit_is_best(query: Tensor, key: Tensor) -> bool:
+    """Tells whether training is faster with weights that are made: few, on the CPU, in a precision products keep."""
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return exact and query.shape[:3].numel() * key.shape[2] <= _FEW
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention; a query without an allowed key gives zeros.
+
+    Args:
+        query: ``[B, heads, M, d]``.
+        key: ``[B, heads, N, d]``.
+        value: ``[B, heads, N, d]``; finite also where it is not allowed.
+        allowed: Bool, broadcastable to ``[B, heads, M, N]``; None allows all.
+        dropout_p: Probability of dropping an attention weight.
+    """
+    if allowed is None:
+        return attention(query, key, value, dropout_p=dropout_p)
+    reached = allowed.any(dim=-1, keepdim=True)  # [B, heads, M, 1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | ~reached, dropout_p=dropout_p)
+    return torch.where(reached, out, 0.0)
+
+
+def has_gradient(*tensors: Tensor) -> bool:
+    """Tells whether a result of these tensors will have a gradient."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def is_plain(x: Tensor) -> bool:
     """Tells whether PyTorch's own operations have to do: a compiler fuses them, and not every device has bags."""
-    return is_traced() or x.device.type not in ("cpu", "cuda")
+    return x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling() or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Tells whether a tracer or `torch.func` takes apart what runs here."""
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _flatten(x: Tensor) -> Tensor:
@@ -349,31 +433,6 @@ def _unflatten(rows: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
     return rows.unflatten(1, (batch, heads, width)).transpose(0, 1).unflatten(1, tuple(shape))
 
 
-def _by_row(index: Array, rows: int) -> tuple[Array, Array]:
-    """Returns the entries of an index sorted by row, and where each row's begin, ``[rows + 1]``."""
-    starts = np.concatenate(([0], np.bincount(index, minlength=rows).cumsum()))
-    return index.argsort(kind="stable"), starts
-
-
-def _spread(axes: Sequence[Array]) -> list[Array]:
-    """Makes ``[T, n, ...]`` of each axis broadcast to ``[T, T', ..., n, n', ...]`` of all axes."""
-    shapes = [np.ones(axis.ndim * len(axes), int) for axis in axes]
-    for number, (axis, shape) in enumerate(zip(axes, shapes, strict=True)):
-        shape[number :: len(axes)] = axis.shape
-    return [axis.reshape(shape) for axis, shape in zip(axes, shapes, strict=True)]
-
-
-def _ravel(axes: Sequence[Array], shape: Sequence[int]) -> Array:
-    """Combines indices of each axis into one of the flat grid, ``[T * T' * n * n']``."""
-    return np.ravel_multi_index(_spread(axes), tuple(shape)).ravel()
-
-
-def _distinct(allowed: Array) -> tuple[Array, Array]:
-    """Returns the distinct patterns of ``[T, b, w]`` as they come, and which of them each tile has, ``[T]``."""
-    _, first, kind = np.unique(allowed, axis=0, return_index=True, return_inverse=True)
-    return allowed[np.sort(first)], first.argsort().argsort()[kind.ravel()]
-
-
 def _bundles(counts: Sequence[int], most: int) -> Iterator[slice]:
     """Bundles kinds, of which each has so many tiles, into slices of no more than ``most`` tiles, or of one kind."""
     first = tiles = 0
@@ -383,12 +442,6 @@ def _bundles(counts: Sequence[int], most: int) -> Iterator[slice]:
             first, tiles = kind, 0
         tiles += count
     yield slice(first, len(counts))
-
-
-def _outer_and(axes: Sequence[Array]) -> Array:
-    """Combines patterns ``[kinds, b, w]`` of each axis into ``[kinds, queries, keys]``."""
-    both = functools.reduce(np.logical_and, _spread(axes))
-    return both.reshape([math.prod(sizes) for sizes in zip(*(axis.shape for axis in axes), strict=True)])
 
 
 def _tensor(array: Array, device: torch.device) -> Tensor:

@@ -8,6 +8,8 @@ metadata hold a SHA-256 of the config. `checkpoints` compares both whenever a mo
     hub.save(model, "digits")
     again = timm.create_model("local-dir:digits", pretrained=True)
 
+    hub.save(model, "digits", spacing_range=(0.5, 2.0))  # what it was trained and validated at; warns of others
+
     hub.push(model, "me/digits")  # private=True, token=..., label_names=[...], description="..."
     again = timm.create_model("hf-hub:me/digits", pretrained=True)  # or hf-hub:me/digits@revision
     overlay = {"hf_hub_id": "me/digits"}
@@ -36,6 +38,7 @@ from timm.models._hub import download_from_hf, load_cfg_from_json, save_config_f
 from timm.models._input import get_model_args
 from torch import nn
 
+from ..geometry.ranges import RangeLike, SpacingRange, describe_range, range_of_json, read_range
 from .checkpoints import CONFIG, KEY, METADATA, WEIGHTS, Checkpoint, Place, config_digest, read
 
 README = "README.md"
@@ -49,6 +52,7 @@ def save(
     description: str = "",
     label_names: Sequence[str] | None = None,
     data_config: Mapping[str, Any] | None = None,
+    spacing_range: RangeLike = None,
     model_name: str | None = None,
 ) -> Path:
     """Saves a model so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes it again.
@@ -62,22 +66,26 @@ def save(
         label_names: Names of the classes.
         data_config: Preprocessing, where it is not that of ``model.pretrained_cfg``: any of timm's ``mean``, ``std``,
             ``input_size``, ``interpolation``, ``crop_pct``.
+        spacing_range: Smallest and largest pixel size that the model was trained and validated at: a pair for all axes,
+            or one per axis, in array-axis order. The loaded model warns of others (`rat_timm.geometry.ranges`).
+            Default: ``model.spacing_range``.
         model_name: What the model card hands to ``create_model``. Default: "local-dir:FOLDER".
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the model is not one of this package's, or wrapped.
+        ValueError: If the model is not one of this package's, or wrapped, or an argument does not fit it.
     """
     _check_model(model)
     _check_labels(label_names, model)
+    known = _known_range(spacing_range, model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as temporary:  # if saving fails, a good folder stays as it is
         new = Path(temporary)
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-        config = _describe(model, new / CONFIG, label_names, data_config)
+        config = _describe(model, new / CONFIG, label_names, data_config, known)
         metadata = {"format": "pt", METADATA: config_digest(config)}
         safetensors.torch.save_file(tensors, new / WEIGHTS, metadata=metadata)
         with (new / WEIGHTS).open("rb") as stream:
@@ -112,6 +120,10 @@ def _check_labels(label_names: Sequence[str] | None, model: Any) -> None:
         raise ValueError(f"label_names must be {model.num_classes} strings, one per class, got {label_names!r}")
 
 
+def _known_range(spacing_range: RangeLike, model: Any) -> SpacingRange | None:
+    return model.spacing_range if spacing_range is None else read_range(spacing_range, model.spatial_dims)
+
+
 def _model_args(model: Any) -> dict[str, Any]:
     """Returns the model's keywords as JSON gives them back; NumPy's scalars are numbers."""
     return json.loads(json.dumps(model.model_args(), default=lambda value: value.item()))
@@ -130,6 +142,7 @@ def push(
     description: str = "",
     label_names: Sequence[str] | None = None,
     data_config: Mapping[str, Any] | None = None,
+    spacing_range: RangeLike = None,
 ) -> CommitInfo:
     """Saves a model to a Hub repository, from which ``hf-hub:REPO_ID`` makes it again.
 
@@ -145,6 +158,7 @@ def push(
         description: See `save`.
         label_names: See `save`.
         data_config: See `save`.
+        spacing_range: See `save`.
 
     Raises:
         ValueError: See `save`.
@@ -158,6 +172,7 @@ def push(
             description=description,
             label_names=label_names,
             data_config=data_config,
+            spacing_range=spacing_range,
             model_name=f"hf-hub:{repo_id}",
         )
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -216,7 +231,11 @@ def _download(repo: str, name: str, cache_dir: str | Path | None) -> Path | None
 
 
 def _describe(
-    model: Any, config_file: Path, label_names: Sequence[str] | None, data_config: Mapping[str, Any] | None
+    model: Any,
+    config_file: Path,
+    label_names: Sequence[str] | None,
+    data_config: Mapping[str, Any] | None,
+    spacing_range: SpacingRange | None,
 ) -> dict[str, Any]:
     from .. import __version__  # at the end of the package's import
 
@@ -225,7 +244,8 @@ def _describe(
     size = tuple(data.get("input_size", model.pretrained_cfg["input_size"]))[1:]
     if "input_size" in data:
         data["input_size"] = data["input_size"][:3]  # timm knows sizes of two axes
-    save_config_for_hf(model, str(config_file), model_config, model_args=_model_args(model), data_config=data)
+    args = {**_model_args(model), "spacing_range": range_of_json(spacing_range)}
+    save_config_for_hf(model, str(config_file), model_config, model_args=args, data_config=data)
     config = load_cfg_from_json(config_file)
     # at the root only: transformers hands it over beside model_args
     config["model_args"].pop("num_classes", None)
@@ -255,6 +275,7 @@ _CARD = """\
 - **Classes:** {{ num_classes or "none, pooled features" }}
 - **Reference spacing:** {{ model_args.spacing }}, the pixel size in array-axis order that an image has whose spacing is
   not given
+- **Pixel sizes in training and validation:** {{ known_range }}
 - **Preprocessing:** size {{ size | join(" x ") }}, mean {{ pretrained_cfg.mean }}, std {{ pretrained_cfg.std }},
   {{ pretrained_cfg.interpolation }} interpolation, crop {{ pretrained_cfg.crop_pct }}
 - **Licence:** {{ license or "not stated" }}
@@ -283,6 +304,7 @@ def _card(config: dict[str, Any], name: str, card_data: ModelCardData | None, de
     data.library_name = "timm"
     data.pipeline_tag = data.pipeline_tag or ("image-classification" if config["num_classes"] else None)
     data.tags = data.tags or ["timm", "rat_timm", *(["transformers"] if len(size) == 2 else [])]
-    return ModelCard.from_template(
-        data, template_str=_CARD, name=name, description=description, channels=channels, size=size, **config
-    )
+    spacing_range = read_range(config["model_args"]["spacing_range"], len(size))
+    known_range = describe_range(spacing_range) if spacing_range else "not stated"
+    words = {"name": name, "description": description, "known_range": known_range}
+    return ModelCard.from_template(data, template_str=_CARD, channels=channels, size=size, **words, **config)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...geometry.grid import Positions, Tokens, merge_axes
+from ...geometry.ranges import RangeLike, range_of_json
 from ...geometry.read import Told, read_images
 from ...geometry.types import MaskLike, OriginLike, SpacingLike
 from ...layers.adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
@@ -83,6 +84,8 @@ class AdaptiveVit(VitBase, vision_transformer.VisionTransformer):
         jitter: How far patches are moved at random in training, in parts of their distance.
         spacing: Reference spacing: pixel size per axis in array order (y, x), at which neighbouring patches are one
             rotary unit apart, and which an image has whose spacing is not given.
+        spacing_range: Pixel sizes that the model was trained and validated at: (low, high), or one pair per axis; calls
+            outside warn (see `rat_timm.geometry.ranges`).
         **kwargs: Of `timm.models.VisionTransformer`. Every image size is taken, so that ``dynamic_img_size`` is always
             on.
 
@@ -100,6 +103,7 @@ class AdaptiveVit(VitBase, vision_transformer.VisionTransformer):
         rotate: bool = False,
         jitter: float = 0.0,
         spacing: float | Sequence[float] = 1.0,
+        spacing_range: RangeLike = None,
         **kwargs: Any,
     ) -> None:
         if positions not in POSITIONS:
@@ -113,7 +117,7 @@ class AdaptiveVit(VitBase, vision_transformer.VisionTransformer):
             kwargs = {**kwargs, "pos_embed": "none", "block_fn": RoseBlock, "attn_layer": RoseAttention}
         super().__init__(**{**kwargs, **ANY_SIZE})
         self.positions = positions
-        self._set_space(2, spacing)
+        self._set_space(2, spacing, spacing_range)
         self.patching = AdaptivePatching(
             self.in_chans,
             self.patch_embed.patch_size,
@@ -249,12 +253,15 @@ class AdaptiveVit(VitBase, vision_transformer.VisionTransformer):
         """Returns the keywords beside timm's that make this model again, as JSON has them."""
         names = ("num_patches", "scaling", "max_scale", "rotate", "jitter")
         args = {name: getattr(self.patching, name) for name in names}
-        return {**args, "positions": self.positions, "spacing": merge_axes(self.reference_spacing)}
+        args |= {"positions": self.positions, "spacing": merge_axes(self.reference_spacing)}
+        return {**args, "spacing_range": range_of_json(self.spacing_range)}
 
     def _read(self, x: Tensor, told: Told) -> Tokens:
         if isinstance(x, (list, tuple)):
             raise ValueError("x must be an image: adaptive patches are cut out of one image, not of a pyramid")
-        return read_images(x, told, self.reference_spacing, self.in_chans, (1, 1)).levels[0]
+        images = read_images(x, told, self.reference_spacing, self.in_chans, (1, 1))
+        self._check_range(told, images)
+        return images.levels[0]
 
     def _encode(self, x: Tensor, told: Told) -> PatchSequence:
         """Cuts patches out of images; returns their tokens."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from ...geometry.grid import axis_values, integers
 from ...layers.rose import check_heads
-from ...layers.stem import share_stride
 
 HEAD_DIM = 32
 GROUP_WIDTHS = ("coarse", "fine")
@@ -346,3 +345,30 @@ def _check_number(name: str, value: Any, kind: type, least: float = -math.inf, a
     if not valid or not (least <= value < math.inf and value > above):
         bound = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
         raise ValueError(f"{name} must be {'whole and ' if kind is Integral else ''}{bound}, got {value!r}")
+
+
+def share_stride(stride: Sequence[int], kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
+    """Splits the total stride of each axis into one stride per convolution, none larger than its kernel allows."""
+    if any(k < 1 or k % 2 == 0 for k in kernel_size):
+        raise ValueError(f"stem_kernel_size must be odd, got {tuple(kernel_size)}")
+    axes = []
+    for total in stride:
+        shares = _share_axis(total, kernel_size)
+        if shares is None:
+            raise ValueError(
+                f"stem_stride {tuple(stride)} is not a product of {len(kernel_size)} strides "
+                f"that kernels {tuple(kernel_size)} cover without gaps"
+            )
+        axes.append(shares)
+    return list(zip(*axes, strict=True))
+
+
+def _share_axis(total: int, kernel_size: Sequence[int]) -> tuple[int, ...] | None:
+    if not kernel_size:
+        return () if total == 1 else None
+    for step in range(min(total, kernel_size[0]), 0, -1):
+        if total % step == 0:
+            rest = _share_axis(total // step, kernel_size[1:])
+            if rest is not None:
+                return step, *rest
+    return None

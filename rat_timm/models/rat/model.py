@@ -5,6 +5,7 @@ Follows the seed packages ``resolution-aware-transformer``, ``spatial-grouping-a
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,15 +19,16 @@ from torch.fx import Proxy
 
 from ...geometry.grid import Pyramid, Tokens, fill, integers, merge_axes
 from ...geometry.parts import Part, join_parts, parts_at_reference, to_reference
+from ...geometry.plans import keep
+from ...geometry.ranges import KnowsRange, RangeLike, range_of_json
 from ...geometry.read import read_images, what_is_told
 from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
-from ...layers.head import Head, carried_mask, with_mask
+from ...layers.head import carried_mask, with_mask
 from ...layers.rose import RotarySpatialEmbedding
-from ...layers.stem import Stem
 from ...ops.assignment import Assignment
 from .config import RatConfig
-from .places import StageInput, stage_inputs
-from .stage import MapNorm, NoNorm, Stage, StageOutput, whole_output
+from .places import StageInput, pool_masks, stage_places
+from .stage import Head, MapNorm, NoNorm, Stage, StageOutput, Stem, whole_output
 
 # geometry steers these functions, so that symbolic tracing has to take each as a whole
 for _function in (
@@ -35,7 +37,6 @@ for _function in (
     "to_reference",
     "stage_inputs",
     "whole_output",
-    "_pixels",
     "_on_grids",
     "_with_output",
     "_maps",
@@ -58,7 +59,19 @@ class Run(NamedTuple):
     assignments: list[list[Assignment | None]]
 
 
-class ResolutionAwareTransformer(nn.Module):
+class Maps(NamedTuple):
+    """What convolutions and norms take of a pyramid.
+
+    Attributes:
+        maps: ``[B, C, *grid]``, or one per level for a list.
+        masks: ``[B, *grid]``, True = valid, or None, for each level.
+    """
+
+    maps: MapOrMaps
+    masks: list[Tensor | None]
+
+
+class ResolutionAwareTransformer(KnowsRange, nn.Module):
     """Hierarchical RAT.
 
     Args:
@@ -72,6 +85,8 @@ class ResolutionAwareTransformer(nn.Module):
         drop_path_rate: Stochastic depth rate of the last block.
         device: PyTorch's.
         dtype: PyTorch's.
+        spacing_range: Pixel sizes that the model was trained and validated at: (low, high), or one pair per axis; calls
+            outside warn (see `rat_timm.geometry.ranges`).
         **overrides: Any field of `RatConfig`, to change ``cfg``.
 
     Raises:
@@ -91,6 +106,7 @@ class ResolutionAwareTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        spacing_range: RangeLike = None,
         **overrides: Any,
     ) -> None:
         super().__init__()
@@ -109,6 +125,7 @@ class ResolutionAwareTransformer(nn.Module):
         self.num_features = self.head_hidden_size = stages[-1].dim
         self.reference_spacing = self.cfg.reference
         """Pixel size per axis at which tokens sit one rotary unit apart."""
+        self.spacing_range = spacing_range
         self._min_size = (1,) * self.cfg.spatial_dims if self.cfg.physical_stem else self.cfg.stem_strides
 
         self.stem = Stem(
@@ -166,8 +183,9 @@ class ResolutionAwareTransformer(nn.Module):
             ValueError: If an argument does not fit the model or another argument.
         """
         last = self._run(self._read(x, spacing, mask, origin)).last
-        maps, prefix, _ = whole_output(self.norm(_maps(last), last.prefix))
-        return self.head(maps, last.masks, prefix)
+        given = _maps(last)
+        maps, prefix, _ = whole_output(self.norm(given.maps, last.prefix))
+        return self.head(maps, given.masks, prefix)
 
     def forward_features(
         self,
@@ -188,6 +206,7 @@ class ResolutionAwareTransformer(nn.Module):
         """Reads a batch; samples whose images are brought to grids of their own are parts of their own."""
         told = what_is_told(x, spacing, mask, origin)
         images = read_images(x, told, self.reference_spacing, self.in_chans, self._min_size)
+        self._check_range(told, images)
         if not self.cfg.physical_stem:
             return [Part(None, images)]
         if isinstance(images, Proxy):
@@ -209,12 +228,14 @@ class ResolutionAwareTransformer(nn.Module):
         return_assignments: bool = False,
     ) -> Run:
         """Runs the first ``count`` stages on each part of a batch; keeps those in ``take``."""
-        runs = [self._run_stages(part.images, take, count, return_assignments) for part in parts]
-        return runs[0] if len(runs) == 1 else _join(runs, parts)
+        if len(parts) == 1:
+            return self._run_stages(parts[0].images, take, count, return_assignments)
+        return _join([self._run_stages(part.images, take, count, return_assignments) for part in parts], parts)
 
     def _run_stages(self, images: Pyramid, take: Sequence[int], count: int | None, return_assignments: bool) -> Run:
         inputs = stage_inputs(self.cfg, images)
-        x, prefix, last = self.stem(_pixels(images), images.masks), None, 0
+        given = _maps(images)
+        x, prefix, last = self.stem(given.maps, given.masks), None, 0
         kept: list[Pyramid] = []
         assignments: list[list[Assignment | None]] = []
         for last, stage in enumerate(itertools.islice(self.stages, count)):
@@ -226,7 +247,7 @@ class ResolutionAwareTransformer(nn.Module):
         return Run(_on_grids(x, inputs[last], prefix), kept, assignments)
 
     def _normalized(self, pyramid: Pyramid) -> Pyramid:
-        return _with_output(pyramid, whole_output(self.norm(_maps(pyramid), pyramid.prefix)))
+        return _with_output(pyramid, whole_output(self.norm(_maps(pyramid).maps, pyramid.prefix)))
 
     def forward_head(
         self, x: MapOrMaps, pre_logits: bool = False, mask: MaskLike = None, prefix: Tensor | None = None
@@ -305,7 +326,7 @@ class ResolutionAwareTransformer(nn.Module):
             pyramid = self._normalized(pyramid)
             if norm and count - 1 in kept_stages:
                 kept[-1] = pyramid
-        maps = [_maps(stage) if output_fmt == "NCHW" else stage.unwrap(stage.features) for stage in kept]
+        maps = [_maps(stage).maps if output_fmt == "NCHW" else stage.unwrap(stage.features) for stage in kept]
         if not output_dict:
             return maps if intermediates_only else (_features(pyramid), maps)
         final = {} if intermediates_only else {"image_features": _features(pyramid), "prefix": pyramid.prefix}
@@ -402,6 +423,7 @@ class ResolutionAwareTransformer(nn.Module):
         args = dataclasses.asdict(self.cfg)
         args["reg_tokens"], args["leading_tokens"] = self.cfg.prefix_tokens, 0
         args["spacing"] = merge_axes(self.reference_spacing)
+        args["spacing_range"] = range_of_json(self.spacing_range)
         return {**args, "in_chans": self.in_chans, "global_pool": self.head.pool_type}
 
     def _check_pool(self, global_pool: str | None) -> None:
@@ -409,16 +431,33 @@ class ResolutionAwareTransformer(nn.Module):
             raise ValueError("global_pool 'token' needs reg_tokens > 0")
 
 
-def _pixels(images: Pyramid) -> MapOrMaps:
-    """Returns the images, ``[B, C, *size]``, or a list of them for a list."""
-    return images.unwrap([tokens.x.movedim(-1, 1) for tokens in images.levels])
+def stage_inputs(cfg: RatConfig, images: Pyramid) -> list[StageInput]:
+    """Returns where each stage's tokens are and which are valid.
+
+    What is worked out of numbers is kept for the next images of the kind.
+    """
+    grids, masks, kinds = [], [], []
+    for _, grid, mask in images.levels:
+        grids.append(grid)
+        masks.append(mask)
+        kinds.append((grid.shape, grid.numbers) if None not in grid.numbers else None)
+    if None in kinds:
+        places = stage_places(cfg, grids)
+    else:
+        key = (cfg, tuple(kinds), grids[0].spacing.device)
+        places = keep(key, functools.partial(stage_places, cfg, grids))
+    whole = [None] * len(masks)
+    if cfg.mask_token or masks.count(None) == len(masks):
+        return [StageInput(here, whole, whole) for here in places]
+    return pool_masks(places, masks, cfg)
 
 
 def _on_grids(x: MapOrMaps, at: StageInput, prefix: Tensor | None) -> Pyramid:
     """Puts a stage's maps on their grids."""
     maps = [x] if isinstance(x, Tensor) else x
-    where = zip(maps, at.places.grids, at.masks, strict=True)
-    levels = [Tokens(level.movedim(1, -1), grid, mask) for level, grid, mask in where]
+    levels = []
+    for level, grid, mask in zip(maps, at.places.grids, at.masks, strict=True):
+        levels.append(Tokens(level.movedim(1, -1), grid, mask))
     return Pyramid(levels, prefix, isinstance(x, Tensor))
 
 
@@ -432,9 +471,13 @@ def _with_output(pyramid: Pyramid, output: StageOutput) -> Pyramid:
     return Pyramid(levels, output.prefix, pyramid.single)
 
 
-def _maps(pyramid: Pyramid) -> MapOrMaps:
-    """Returns a pyramid's maps, ``[B, C, *grid]``, zero where masked; a list of them for a list."""
-    return pyramid.unwrap([tokens.x.movedim(-1, 1) for tokens in pyramid.levels])
+def _maps(pyramid: Pyramid) -> Maps:
+    """Returns a pyramid's maps, zero where masked, and its masks."""
+    maps, masks = [], []
+    for tokens in pyramid.levels:
+        maps.append(tokens.x.movedim(-1, 1))
+        masks.append(tokens.mask)
+    return Maps(maps[0] if pyramid.single else maps, masks)
 
 
 def _features(pyramid: Pyramid) -> MapOrMaps:

@@ -1,17 +1,17 @@
 """Where the tokens of every stage are: worked out of the images' grids once, before the first layer runs."""
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...geometry.grid import Grid, Positions, Pyramid, field_center
-from ...geometry.plans import keep
-from ...layers.stem import share_stride
+from ...geometry.grid import Grid, Positions, field_center
+from ...ops.grouping import local_tiles
 from ...ops.masking import pool_mask
-from .config import RatConfig, StageConfig
+from ...ops.neighborhood import neighborhood_plan
+from ...ops.windows import Tiles
+from .config import RatConfig, StageConfig, share_stride
 
 
 class StagePlaces(NamedTuple):
@@ -19,18 +19,23 @@ class StagePlaces(NamedTuple):
 
     Attributes:
         grids: The tokens' grids.
-        stride: That of the grouping, per axis; None without one.
         tokens: Positions for the blocks, in the stage's unit; of a global stage, those of all tokens of all levels in
             one sequence, prefix tokens first.
+        windows: How the blocks' neighbourhoods cut each level's grid; None where another backend than PyTorch attends.
+            Empty for a global stage.
+        stride: That of the grouping, per axis; None without one.
         fine: Positions of the tokens that are grouped, in the grouping's unit; empty without a grouping.
         groups: Positions of the groups, likewise.
+        cells: How a sparse grouping cuts the tokens' grid; None for another one.
     """
 
     grids: tuple[Grid, ...]
-    stride: tuple[int, ...] | None
     tokens: tuple[Positions, ...]
-    fine: tuple[Positions, ...]
-    groups: tuple[Positions, ...]
+    windows: tuple[Tiles | None, ...]
+    stride: tuple[int, ...] | None = None
+    fine: tuple[Positions, ...] = ()
+    groups: tuple[Positions, ...] = ()
+    cells: tuple[Tiles | None, ...] = ()
 
 
 class StageInput(NamedTuple):
@@ -47,24 +52,8 @@ class StageInput(NamedTuple):
     masks: Sequence[Tensor | None]
 
 
-def stage_inputs(cfg: RatConfig, images: Pyramid) -> list[StageInput]:
-    """Follows images through the stem and all stages.
-
-    What is worked out of numbers is kept for the next images of the kind.
-    """
-    grids = [tokens.grid for tokens in images.levels]
-    follow = functools.partial(_follow, cfg, grids)
-    masks = [tokens.mask for tokens in images.levels]
-    if any(None in grid.numbers for grid in grids):
-        return _with_masks(follow(), masks, cfg)
-    key = (cfg, tuple([(grid.shape, grid.numbers) for grid in grids]), grids[0].spacing.device)
-    return _with_masks(keep(key, follow), masks, cfg)
-
-
-def _with_masks(places: Sequence[StagePlaces], masks: Sequence[Tensor | None], cfg: RatConfig) -> list[StageInput]:
-    if all(mask is None for mask in masks) or cfg.mask_token:
-        whole = [None] * len(masks)
-        return [StageInput(here, whole, whole) for here in places]
+def pool_masks(places: Sequence[StagePlaces], masks: Sequence[Tensor | None], cfg: RatConfig) -> list[StageInput]:
+    """Follows the masks of images, ``[B, *size]`` or None for each level, through the stem and all stages."""
     inputs = []
     masks = [None if mask is None else pool_mask(mask, cfg.stem_strides) for mask in masks]
     for here in places:
@@ -75,27 +64,41 @@ def _with_masks(places: Sequence[StagePlaces], masks: Sequence[Tensor | None], c
     return inputs
 
 
-def _follow(cfg: RatConfig, grids: Sequence[Grid]) -> tuple[StagePlaces, ...]:
+def stage_places(cfg: RatConfig, grids: Sequence[Grid]) -> tuple[StagePlaces, ...]:
+    """Follows the grids of images through the stem and all stages."""
     places: list[StagePlaces] = []
     prefix = 0
     grids = [_embedded(grid, cfg) for grid in grids]
     for stage in cfg.stages():
         fine, grids, prefix = grids, [_grouped(grid, stage) for grid in grids], stage.reg_tokens or prefix
-        tokens: Sequence[Positions]
-        if stage.attn_kernel_size is None:
-            tokens = [_sequence_positions(grids, stage.unit, prefix)]
-        else:
-            tokens = [grid.positions(field_center([grid]), stage.unit) for grid in grids]
-        if stage.sga_attention_type is None:
-            places.append(StagePlaces(tuple(grids), None, tuple(tokens), (), ()))
-            continue
-        # about the centre of the tokens, for groups too: rotations are relative
-        sides = (
-            [side.positions(field_center([grid]), stage.sga_unit) for side, grid in zip(sides, fine, strict=True)]
-            for sides in (fine, grids)
-        )
-        places.append(StagePlaces(tuple(grids), stage.stride, tuple(tokens), *map(tuple, sides)))
+        here = StagePlaces(tuple(grids), *_of_blocks(stage, grids, prefix))
+        places.append(here if stage.sga_attention_type is None else here._replace(**_of_grouping(stage, fine, grids)))
     return tuple(places)
+
+
+def _of_blocks(
+    stage: StageConfig, grids: Sequence[Grid], prefix: int
+) -> tuple[tuple[Positions, ...], tuple[Tiles | None, ...]]:
+    """Returns the positions of the tokens and the windows for a stage's blocks."""
+    kernel = stage.attn_kernel_size
+    if kernel is None:
+        return (_sequence_positions(grids, stage.unit, prefix),), ()
+    tokens = [grid.positions(field_center([grid]), stage.unit) for grid in grids]
+    return tuple(tokens), tuple([neighborhood_plan(grid.shape, kernel, grid.spacing.device) for grid in grids])
+
+
+def _of_grouping(stage: StageConfig, fine: Sequence[Grid], coarse: Sequence[Grid]) -> dict[str, Any]:
+    """Returns the fields of `StagePlaces` that a grouping has."""
+    # about the centre of the tokens, for groups too: rotations are relative
+    sides = (
+        [side.positions(field_center([grid]), stage.sga_unit) for side, grid in zip(sides, fine, strict=True)]
+        for sides in (fine, coarse)
+    )
+    cells: list[Tiles | None] = [None] * len(fine)
+    if stage.sga_attention_type == "sparse":
+        cells = [local_tiles(g.shape, stage.stride, stage.neighborhood_kernel, g.spacing.device) for g in fine]
+    tokens, groups = map(tuple, sides)
+    return {"stride": stage.stride, "fine": tokens, "groups": groups, "cells": tuple(cells)}
 
 
 def _embedded(grid: Grid, cfg: RatConfig) -> Grid:

@@ -1,4 +1,4 @@
-"""The parts of RAT that take and give maps: downsampling, stages, the final norm."""
+"""The parts of RAT that take and give maps, as an image meets them: stem, downsampling, stages, final norm, head."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,21 +9,98 @@ from timm.layers import trunc_normal_
 from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn import functional as F
 
-from ...geometry.grid import Positions, fill, merge_axes
+from ...geometry.grid import Positions, channels_first, fill, merge_axes
 from ...geometry.types import MapOrMaps
 from ...layers.attention import Attention, Block
 from ...layers.grouping import DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
+from ...layers.head import average
 from ...layers.rose import RotarySpatialEmbedding
 from ...layers.tracing import as_one_node
 from ...ops.assignment import Assignment
-from ...ops.masking import join_masks
-from .config import RatConfig, StageConfig
+from ...ops.masking import check_mask, join_masks, pool_mask
+from ...ops.windows import Tiles
+from .config import RatConfig, StageConfig, share_stride
 from .places import StageInput
 
 GROUP_SHARE = 0.1
 """Weight of what groups take over what they start from, when training starts (after Swin V2, arXiv 2111.09883)."""
-CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+POOLS = ("avg", "token", "")
+CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class Stem(nn.Module):
+    """Convolutions with a norm after each and GELU between; a single convolution stands alone.
+
+    Args:
+        in_chans: Number of image channels.
+        embed_dim: Width of the tokens; earlier convolutions have half of it.
+        spatial_dims: Number of axes.
+        kernel_size: Kernel size of each convolution, odd.
+        stride: Total stride per axis, shared out among the convolutions from the first on.
+        mask_token: Whether a learnable token stands at masked places, and is valid there.
+        device: PyTorch's.
+        dtype: PyTorch's.
+
+    Raises:
+        ValueError: If a kernel is even or the stride is more than the kernels can cover.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        spatial_dims: int = 2,
+        kernel_size: Sequence[int] = (3, 3),
+        stride: Sequence[int] = (4, 4),
+        mask_token: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.strides = share_stride(stride, kernel_size)
+        widths = [in_chans, *[embed_dim // 2] * (len(kernel_size) - 1), embed_dim]
+        conv = CONVS[spatial_dims]
+        self.convs = nn.ModuleList(
+            conv(a, b, kernel_size=k, stride=s, padding=k // 2, **dd)
+            for a, b, k, s in zip(widths[:-1], widths[1:], kernel_size, self.strides, strict=True)
+        )
+        norms = widths[1:] if len(kernel_size) > 1 else []
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6, **dd) for width in norms)
+        self.mask_token = nn.Parameter(torch.empty(embed_dim, **dd)) if mask_token else None
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, x: MapOrMaps, masks: Sequence[Tensor | None] | None = None) -> MapOrMaps:
+        """Turns pixels into tokens.
+
+        Args:
+            x: Image ``[B, in_chans, *size]``, or a list of them.
+            masks: ``[B, *size]``, True = valid, or None, for each image: what is masked influences nothing.
+
+        Returns:
+            ``[B, embed_dim, *ceil(size / stride)]``, or a list of them for a list.
+        """
+        if isinstance(x, Proxy):
+            return as_one_node(self, x, masks)
+        if isinstance(x, Tensor):
+            return self._embed(x, masks[0] if masks else None)
+        return [self._embed(*pair) for pair in zip(x, masks or [None] * len(x), strict=True)]
+
+    def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        for index, (conv, stride) in enumerate(zip(self.convs, self.strides, strict=True)):
+            x = conv(x if mask is None else torch.where(mask.unsqueeze(1), x, 0.0)).movedim(1, -1)
+            if self.norms:
+                x = self.norms[index](x)
+            if index < len(self.convs) - 1:
+                x = F.gelu(x)
+            x = x.movedim(-1, 1)
+            mask = None if mask is None else pool_mask(mask, stride)
+        if self.mask_token is None or mask is None:
+            return x
+        return torch.where(mask.unsqueeze(1), x, self.mask_token.view(-1, *[1] * (x.ndim - 2)))
 
 
 class StridedConv(nn.Module):
@@ -118,13 +195,14 @@ class Downsample(nn.Module):
         mask: Tensor | None = None,
         group_mask: Tensor | None = None,
         return_assignment: bool = False,
+        cells: Tiles | None = None,
     ) -> Tensor | tuple[Tensor, Assignment]:
         """Groups tokens; see `SpatialGroupingAttention.group`.
 
         Returns:
             ``[B, *coarse, C']``; with the assignment if asked for.
         """
-        grouped, assignment = self.sga.group(x, fine, groups, mask, group_mask, return_assignment)
+        grouped, assignment = self.sga.group(x, fine, groups, mask, group_mask, return_assignment, cells)
         if self.projects_groups:
             grouped = self.project(grouped)
         return grouped if assignment is None else (grouped, assignment)
@@ -219,7 +297,7 @@ class Stage(nn.Module):
         """
         if isinstance(x, Proxy):
             return as_one_node(self, x, at, prefix, return_assignments)
-        levels = [level.movedim(1, -1) for level in ([x] if isinstance(x, Tensor) else x)]
+        levels = [x.movedim(1, -1)] if isinstance(x, Tensor) else [level.movedim(1, -1) for level in x]
         assignments = None
         if self.downsample is not None:
             levels, assignments = self._group(levels, at, return_assignments)
@@ -230,9 +308,12 @@ class Stage(nn.Module):
         if self.is_global:
             levels, prefix = self._attend_together(levels, at, prefix)
         else:
-            levels = [self._run_blocks(*level) for level in zip(levels, at.places.tokens, at.masks, strict=True)]
-        filled = [level if mask is None else fill(level, mask) for level, mask in zip(levels, at.masks, strict=True)]
-        maps = [level.movedim(-1, 1) for level in filled]
+            places = at.places
+            inputs = zip(levels, places.tokens, at.masks, places.windows, strict=True)
+            levels = [self._run_blocks(*level) for level in inputs]
+        maps = []
+        for level, mask in zip(levels, at.masks, strict=True):
+            maps.append((level if mask is None else fill(level, mask)).movedim(-1, 1))
         output = maps[0] if isinstance(x, Tensor) else maps
         if prefix is None and assignments is None:
             return output
@@ -246,9 +327,13 @@ class Stage(nn.Module):
                 level if mask is None else fill(level, mask) for level, mask in zip(levels, at.fine_masks, strict=True)
             ]
             return [self._run(self.downsample, level) for level in filled], None
-        sides = zip(levels, at.places.fine, at.places.groups, at.fine_masks, at.masks, strict=True)
         assert self.downsample is not None
-        grouped = [self._run(self.downsample, *side, return_assignments) for side in sides]
+        places, grouped = at.places, []
+        for tokens, fine, groups, mask, group_mask, cells in zip(
+            levels, places.fine, places.groups, at.fine_masks, at.masks, places.cells, strict=True
+        ):
+            side = tokens, fine, groups, mask, group_mask, return_assignments, cells
+            grouped.append(self._run(self.downsample, *side))
         if not return_assignments:
             return grouped, None
         return [tokens for tokens, _ in grouped], [assignment for _, assignment in grouped]
@@ -262,21 +347,21 @@ class Stage(nn.Module):
         if prefix is not None:
             parts, masks = [prefix, *parts], [None, *masks]
         sizes = [part.shape[1] for part in parts]
-        mask = None if all(m is None for m in masks) else join_masks(masks, [part.shape[:-1] for part in parts])
+        mask = None
+        if masks.count(None) < len(masks):
+            mask = join_masks(masks, [part.shape[:-1] for part in parts])
         sequence = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         sequence = self._run_blocks(sequence, at.places.tokens[0], mask)
         parts = list(sequence.split(sizes, dim=1)) if len(parts) > 1 else [sequence]
         prefix = None if prefix is None else parts.pop(0)
         return [part.unflatten(1, level.shape[1:-1]) for part, level in zip(parts, levels, strict=True)], prefix
 
-    def _run_blocks(self, x: Tensor, positions: Positions, mask: Tensor | None) -> Tensor:
-        first: Any = next(iter(self.blocks), None)
-        plan = first.attn.plan(x) if first is not None and torch.compiler.is_compiling() else None
+    def _run_blocks(self, x: Tensor, positions: Positions, mask: Tensor | None, windows: Tiles | None = None) -> Tensor:
         for block in self.blocks:
             if self.grad_checkpointing:
-                x = checkpoint(block, x, positions, mask, plan)
+                x = checkpoint(block, x, positions, mask, windows)
             else:
-                x = block(x, positions, mask, plan)
+                x = block(x, positions, mask, windows)
         return x
 
     def _run(self, module: nn.Module, *inputs: Any) -> Any:
@@ -293,8 +378,11 @@ class MapNorm(nn.LayerNorm):
         if isinstance(x, Proxy):
             return as_one_node(self, x, prefix)
         normalize = super().forward
-        maps = [normalize(level.movedim(1, -1)).movedim(-1, 1) for level in ([x] if isinstance(x, Tensor) else x)]
-        output = maps[0] if isinstance(x, Tensor) else maps
+        output: MapOrMaps
+        if isinstance(x, Tensor):
+            output = normalize(x.movedim(1, -1)).movedim(-1, 1)
+        else:
+            output = [normalize(level.movedim(1, -1)).movedim(-1, 1) for level in x]
         return output if prefix is None else StageOutput(output, normalize(prefix), None)
 
 
@@ -308,3 +396,107 @@ class NoNorm(nn.Identity):
         if isinstance(x, Proxy):
             return as_one_node(self, x, prefix)
         return x if prefix is None else StageOutput(x, prefix, None)
+
+
+class Head(nn.Module):
+    """Pools features and classifies them.
+
+    Args:
+        in_features: Width.
+        num_classes: Number of classes; 0 leaves the features as they are.
+        pool_type: "avg" over the valid tokens of all levels, "token" for the first prefix token, "" for none.
+        drop_rate: Dropout before the classifier.
+        device: PyTorch's.
+        dtype: PyTorch's.
+
+    Raises:
+        ValueError: If the pooling is unknown.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        pool_type: str = "avg",
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type, device, dtype)
+
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Makes a new classifier; ``pool_type`` None keeps the pooling."""
+        if pool_type is not None:
+            if pool_type not in POOLS:
+                raise ValueError(f"global_pool must be one of {POOLS}, got {pool_type!r}")
+            self.pool_type = pool_type
+        linear = nn.Linear(self.in_features, num_classes, device=device, dtype=dtype) if num_classes > 0 else None
+        self.fc = nn.Identity() if linear is None else linear
+        if linear is not None:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.train(self.training)
+
+    def forward(
+        self,
+        x: MapOrMaps,
+        masks: Sequence[Tensor | None] | None = None,
+        prefix: Tensor | None = None,
+        pre_logits: bool = False,
+    ) -> MapOrMaps:
+        """Classifies.
+
+        Args:
+            x: Map ``[B, C, *grid]``, or one per level.
+            masks: ``[B, *grid]``, True = valid, or None, for each level.
+            prefix: ``[B, P, C]``, for "token".
+            pre_logits: Whether to stop before the classifier.
+
+        Returns:
+            ``[B, classes]``; without pooling ``[B, classes, *grid]``, or one per level for a list.
+
+        Raises:
+            ValueError: If a mask does not fit its map, or a token is to be pooled and there is none.
+        """
+        if isinstance(x, Proxy):
+            return as_one_node(self, x, masks, prefix, pre_logits)
+        maps = [x] if isinstance(x, Tensor) else x
+        features = [level.movedim(1, -1) for level in maps]
+        masks = masks or [None] * len(maps)
+        if list(masks) != [None] * len(masks):
+            _check_masks(features, masks)
+        if self.pool_type == "":
+            classified = [self._classify(level, pre_logits) for level in features]
+            out = [channels_first(fill(level, mask)) for level, mask in zip(classified, masks, strict=True)]
+            return out[0] if isinstance(x, Tensor) else out
+        if self.pool_type == "token":
+            if prefix is None:
+                raise ValueError("global_pool 'token' needs prefix tokens (reg_tokens), and forward_head their values")
+            return self._classify(prefix[:, 0], pre_logits)
+        whole = len(features) == 1 and masks[0] is None
+        pooled = features[0].flatten(1, -2).mean(dim=1) if whole else average(features, masks)
+        return self._classify(pooled, pre_logits)
+
+    def _classify(self, x: Tensor, pre_logits: bool) -> Tensor:
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+    def extra_repr(self) -> str:
+        """Describes the module in a printed model."""
+        return f"pool_type={self.pool_type!r}"
+
+
+def _check_masks(features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
+    if len(masks) != len(features):
+        raise ValueError(f"mask must have one entry per map ({len(features)}), got {len(masks)}")
+    for level, (x, mask) in enumerate(zip(features, masks, strict=True)):
+        check_mask(mask, x.shape[:-1], f"mask of level {level}" if len(features) > 1 else "mask")

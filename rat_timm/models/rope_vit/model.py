@@ -14,6 +14,7 @@ from timm.models import eva
 from torch import Tensor, nn
 
 from ...geometry.grid import Grid, Pyramid, Tokens, field_center, integers, merge_axes
+from ...geometry.ranges import RangeLike, range_of_json
 from ...geometry.read import Told, read_images
 from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 from ...timm_api.state_dict import inflate
@@ -38,6 +39,8 @@ class RatVit(VitBase, eva.Eva):
         patch_depth: Patch size along z. Default: that along y.
         physical_patches: Whether a patch covers the same physical size at any spacing: the kernel is resampled (see
             `rat_timm.models.rope_vit.patches.physical_patchify`). Takes one spacing per batch and level.
+        spacing_range: Pixel sizes that the model was trained and validated at: (low, high), or one pair per axis; calls
+            outside warn (see `rat_timm.geometry.ranges`).
         **kwargs: Of `timm.models.Eva`. Every image size is taken, so that ``dynamic_img_size`` is always on.
 
     Raises:
@@ -52,6 +55,7 @@ class RatVit(VitBase, eva.Eva):
         reference_size: int | Sequence[int] | None = None,
         patch_depth: int | None = None,
         physical_patches: bool = False,
+        spacing_range: RangeLike = None,
         **kwargs: Any,
     ) -> None:
         if spatial_dims not in (2, 3):
@@ -59,7 +63,7 @@ class RatVit(VitBase, eva.Eva):
         super().__init__(**{**kwargs, **ANY_SIZE})
         if not isinstance(self.rope, TimmRotary):
             raise ValueError(f"rope_type must be 'cat', 'mixed' or 'dinov3', got {kwargs.get('rope_type')!r}")
-        self._set_space(spatial_dims, spacing)
+        self._set_space(spatial_dims, spacing, spacing_range)
         size = self.patch_embed.img_size if reference_size is None else reference_size
         self.reference_size = integers(size, "reference_size", 2)
         self.physical_patches = physical_patches
@@ -267,6 +271,7 @@ class RatVit(VitBase, eva.Eva):
             "reference_size": list(self.reference_size),
             "patch_depth": self.patch_embed.proj.kernel_size[0] if deep else None,
             "physical_patches": self.physical_patches,
+            "spacing_range": range_of_json(self.spacing_range),
         }
 
     @property
@@ -301,6 +306,7 @@ class RatVit(VitBase, eva.Eva):
         if self.training and self.patch_drop is not None:
             raise ValueError("patch_drop_rate goes with one image, without spacing, mask, origin and output_dict")
         images = read_images(x, told, self.reference_spacing, self.in_chans, (1,) * self.spatial_dims)
+        self._check_range(told, images)
         levels = self._patches(images)
         frame = self._frame(levels, [tokens.grid for tokens in images.levels], told.spacing is not None)
         places = [level.grid.coordinates().flatten(1, -2) for level in levels]

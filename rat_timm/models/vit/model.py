@@ -10,6 +10,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ...geometry.grid import axis_values, fill
+from ...geometry.ranges import KnowsRange, RangeLike
 from ...geometry.read import Told, what_is_told
 from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 from ...layers.head import carried_mask
@@ -39,7 +40,7 @@ class Wanted(NamedTuple):
     output_dict: bool
 
 
-class VitBase:
+class VitBase(KnowsRange):
     """The half of a plain ViT that is ours; a class of timm's, the next base, makes the parts.
 
     It knows blocks, prefix tokens and the head; a family turns images into a `VitSequence`.
@@ -64,9 +65,10 @@ class VitBase:
     grad_checkpointing: bool
     training: bool
 
-    def _set_space(self, spatial_dims: int, spacing: float | Sequence[float]) -> None:
+    def _set_space(self, spatial_dims: int, spacing: float | Sequence[float], spacing_range: RangeLike) -> None:
         self.spatial_dims = spatial_dims
         self.reference_spacing = axis_values(spacing, "spacing", spatial_dims)
+        self.spacing_range = spacing_range
         self._traits = {"first_conv": None}  # timm adapts no channels: checkpoint_filter_fn does, in 3D too
 
     def _told(self, x: ImageOrPyramid, spacing: SpacingLike, mask: MaskLike, origin: OriginLike) -> Told:

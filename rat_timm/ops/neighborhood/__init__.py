@@ -7,14 +7,15 @@ table `BACKENDS`.
 import os
 from collections.abc import Sequence
 
-from torch import Tensor, device, where  # not torch itself: a module of this package has its name
+from torch import Tensor, compiler, device  # not torch itself: a module of this package has its name
 
 from ...geometry.grid import integers
+from ...geometry.plans import forget
 from ..masking import check_mask
 from ..windows import Tiles
 from . import flex, natten
 from . import torch as tiled
-from .backend import Backend, Call
+from .backend import Backend, Call, is_installed
 
 BACKENDS: dict[str, Backend] = {"natten": natten.BACKEND, "torch": tiled.BACKEND, "flex": flex.BACKEND}
 """By name, in the order in which "auto" asks them."""
@@ -29,7 +30,6 @@ def neighborhood_attention(
     kernel_size: int | Sequence[int],
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    plan: Tiles | None = None,
 ) -> Tensor:
     """Attends from every place to the window of places around it, with scale ``head_dim ** -0.5``.
 
@@ -43,7 +43,6 @@ def neighborhood_attention(
         kernel_size: Window, one number or one per axis.
         mask: ``[B, *grid]``, bool, True = valid key. Masked keys and values may hold anything, NaN included.
         dropout_p: Probability of dropping an attention weight.
-        plan: What `neighborhood_plan` returned for these sizes; None: it is asked here.
 
     Returns:
         ``[B, *grid, heads, head_dim]``; zero for a query whose window has no valid key.
@@ -52,22 +51,30 @@ def neighborhood_attention(
         ValueError: If shapes, the kernel or the mask's dtype do not fit, or the chosen backend cannot run.
     """
     kernel = _check(query, key, value, kernel_size, mask)
-    if mask is not None:
-        valid = mask[..., None, None]
-        key, value = where(valid, key, 0.0), where(valid, value, 0.0)
-    call = Call(query, key, value, kernel, mask, dropout_p, plan)
+    call = Call(query, key, value, kernel, mask, dropout_p)
     return _backend(call).attend(call)
 
 
-def neighborhood_plan(grid: Sequence[int], kernel_size: Sequence[int], device: device) -> Tiles:
-    """Returns what neighbourhood attention needs that depends on sizes alone.
+def neighborhood_plan(grid: Sequence[int], kernel_size: Sequence[int], device: device) -> Tiles | None:
+    """Returns how PyTorch alone cuts a grid, for `rat_timm.ops.windows.attend_in_tiles`.
 
     Args:
         grid: Shape of the grid.
         kernel_size: Window per axis.
         device: Where queries are.
+
+    Returns:
+        The tiles; None where another backend may be chosen for a call, which is then one of `neighborhood_attention`.
     """
-    return tiled.make_plan(tuple(grid), tuple(kernel_size), device)
+    name = _chosen
+    if name == "auto":
+        name = next(n for n, backend in BACKENDS.items() if backend.is_best_on(device) and _is_there(backend))
+    return tiled.make_plan(tuple(grid), tuple(kernel_size), device) if name == "torch" else None
+
+
+def _is_there(backend: Backend) -> bool:
+    """Tells whether a backend can run at all; compilers look into no package."""
+    return backend.package is None or (not compiler.is_compiling() and is_installed(backend.package))
 
 
 def set_attention_backend(name: str) -> None:
@@ -85,6 +92,7 @@ def set_attention_backend(name: str) -> None:
     """
     global _chosen
     _chosen = _check_name(name, "name")
+    forget()  # plans are of the other
 
 
 def attention_backend() -> str:
@@ -101,7 +109,8 @@ def _check_name(name: str, source: str) -> str:
 
 def _backend(call: Call) -> Backend:
     if _chosen == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.is_best(call))
+        asked = (backend for backend in BACKENDS.values() if backend.is_best_on(call.query.device))
+        return next(backend for backend in asked if backend.obstacle(call) is None)
     backend = BACKENDS[_chosen]
     obstacle = backend.obstacle(call)
     if obstacle is not None:

@@ -4,9 +4,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from torch import Tensor
-
-from ..windows import Tiles
+from torch import Tensor, device
 
 
 class Call(NamedTuple):
@@ -14,12 +12,11 @@ class Call(NamedTuple):
 
     Attributes:
         query: ``[B, *grid, heads, head_dim]``.
-        key: Same shape; zero where masked.
-        value: Same shape; zero where masked.
+        key: Same shape; anything, NaN included, where masked.
+        value: Likewise.
         kernel: Window per axis; may be larger than the grid.
         mask: ``[B, *grid]``, bool, True = valid key.
         dropout_p: Probability of dropping an attention weight.
-        plan: `Backend.plan` of the call's sizes, where the caller has it.
     """
 
     query: Tensor
@@ -28,7 +25,6 @@ class Call(NamedTuple):
     kernel: tuple[int, ...]
     mask: Tensor | None
     dropout_p: float
-    plan: Tiles | None
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -42,12 +38,18 @@ class Backend(NamedTuple):
     Attributes:
         attend: Attends.
         obstacle: Says why it cannot run a call; None if it can.
-        is_best: Tells whether "auto" chooses it.
+        best_on: The types of device on which "auto" chooses it where it can run; None for all.
+        package: What has to be installed for it.
     """
 
     attend: Callable[[Call], Tensor]
     obstacle: Callable[[Call], str | None]
-    is_best: Callable[[Call], bool]
+    best_on: tuple[str, ...] | None
+    package: str | None = None
+
+    def is_best_on(self, device: device) -> bool:
+        """Tells whether "auto" asks it for tensors on a device."""
+        return self.best_on is None or device.type in self.best_on
 
 
 # looked up at once: PyTorch 2.11 does not compile what searches for modules

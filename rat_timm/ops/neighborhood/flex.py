@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from ...geometry.plans import per_geometry
-from ..masking import has_gradient
+from ..windows import has_gradient
 from . import backend
 from .backend import Backend, Call
 
@@ -27,7 +27,10 @@ def _attend(call: Call) -> Tensor:
         block_mask = create_block_mask(
             lambda b, h, i, j: is_near(b, h, i, j) & valid[b, j], len(mask), None, count, count, device=str(device)
         )
-    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (call.query, call.key, call.value))  # [B, heads, N, d]
+    key, value = call.key, call.value
+    if mask is not None:
+        key, value = torch.where(mask[..., None, None], key, 0.0), torch.where(mask[..., None, None], value, 0.0)
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (call.query, key, value))  # [B, heads, N, d]
     if torch.compiler.is_compiling():
         out: Any = flex_attention(q, k, v, block_mask=block_mask)
     else:
@@ -75,4 +78,4 @@ def _is_near(grid: tuple[int, ...], kernel: tuple[int, ...]) -> Callable[..., Te
     return is_near
 
 
-BACKEND = Backend(_attend, _obstacle, lambda call: False)
+BACKEND = Backend(_attend, _obstacle, best_on=())

@@ -39,10 +39,6 @@ def _obstacle(call: Call) -> str | None:
     return reason
 
 
-def _is_best(call: Call) -> bool:
-    return call.query.is_cuda and _obstacle(call) is None
-
-
 @functools.cache
 def _has_kernels() -> bool:
     import natten
@@ -55,4 +51,4 @@ def _has_kernels() -> bool:
     return natten.HAS_LIBNATTEN
 
 
-BACKEND = Backend(_attend, _obstacle, _is_best)
+BACKEND = Backend(_attend, _obstacle, best_on=("cuda",), package="natten")
