@@ -11,7 +11,7 @@ from ..ops.masking import masked_attention
 from ..ops.neighborhood import neighborhood_attention, neighborhood_plan
 from ..ops.windows import Tiles
 from .rose import RotarySpatialEmbedding
-from .tracing import compiled_once
+from .tracing import compiled_once, split_heads
 
 
 class Attention(nn.Module):
@@ -57,7 +57,8 @@ class Attention(nn.Module):
         """
         if self.attn_kernel_size is None or not torch.compiler.is_compiling():
             return None
-        return neighborhood_plan(x.shape[1:-1], self.attn_kernel_size, x.device)
+        exported = x if torch.compiler.is_exporting() else None
+        return neighborhood_plan(x.shape[1:-1], self.attn_kernel_size, x.device, exported)
 
     def forward(self, x: Tensor, positions: Positions, mask: Tensor | None = None, plan: Tiles | None = None) -> Tensor:
         """Attends.
@@ -68,7 +69,7 @@ class Attention(nn.Module):
             mask: ``[B, *grid]`` or ``[B, N]``, bool, True = valid: others are not attended to.
             plan: See `plan`; None makes or finds it.
         """
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, ..., heads, d]
+        query, key, value = split_heads(self.qkv(x), 3, self.num_heads)  # [B, ..., heads, d]
         rotation = self.rose.rotation(positions, query.dtype)
         if rotation is not None:
             query, key = rotation(query), rotation(key)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ..geometry.grid import Positions, Tokens, axis_values, field_center, fill, integers
 from ..ops.assignment import Assignment
 from ..ops.grouping_dense import DenseGrouping
-from ..ops.grouping_local import LocalGrouping
+from ..ops.grouping_local import ExportedGrouping, LocalGrouping
 from ..ops.masking import pool_mask
 from .rose import RotarySpatialEmbedding, Rotation, check_heads
-from .tracing import compiled_once
+from .tracing import compiled_once, split_heads
 
 CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -195,7 +195,7 @@ class SpatialGroupingAttention(nn.Module):
         return groups, self.assign(query, key, mask, group_mask) if return_assignment else None
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)  # parts of [B, *grid, heads, d]
+        return split_heads(x, parts, self.num_heads)
 
     def extra_repr(self) -> str:
         """Describes the module in a printed model."""
@@ -229,7 +229,8 @@ class SparseSpatialGroupingAttention(SpatialGroupingAttention):
     def prepare(self, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Grouping:
         """See the base class."""
         window = self._window(key.shape[1:-2])
-        return LocalGrouping.create(key, value, self.stride, window, mask, group_mask)
+        grouping = ExportedGrouping if torch.compiler.is_exporting() else LocalGrouping
+        return grouping.create(key, value, self.stride, window, mask, group_mask)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         return integers(self.neighborhood_kernel, "neighborhood_kernel", len(coarse))

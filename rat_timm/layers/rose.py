@@ -10,11 +10,13 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import RoSE
 import torch
 from torch import Tensor
 
 from ..geometry.grid import Positions, check_exact, exact_dtype
+from ..ops.windows import tensor_of
 
 FREQUENCY_SCALINGS = ("none", "linear", "sqrt", "adaptive")
 INITIAL_SCALINGS = (None, "log", "rope", "identity", "linear", "power")
@@ -25,16 +27,24 @@ class Rotation(NamedTuple):
     """A rotation of every plane of every token.
 
     Attributes:
-        table: Cosine and sine in the tokens' dtype, ``[1 or B, ..., rotary heads, planes, 2]``.
+        table: Cosine and sine in the tokens' dtype, ``[1 or B, ..., rotary heads, planes, 2]``; in exports the cosine
+            of each channel, ``[1 or B, ..., rotary heads, d]``.
+        crossed: In exports, minus the sine (first channels of planes) or the sine (second), by which the plane's other
+            channel is multiplied.
+        other: In exports, which channel that is, ``[d]``.
     """
 
     table: Tensor
+    crossed: Tensor | None = None
+    other: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass."""
-        heads = self.table.shape[-3]
+        heads = self.table.shape[-3 if self.other is None else -2]
         if heads < x.shape[-2]:
             return torch.cat((self(x[..., :heads, :]), x[..., heads:, :]), dim=-2)
+        if self.crossed is not None and self.other is not None:
+            return x * self.table + x.index_select(-1, self.other) * self.crossed
         return _turn(x.unflatten(-1, (-1, 2)), self.table).flatten(-2)
 
 
@@ -152,10 +162,11 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         check_exact(offset[0], "positions")
         if self.learnable_scale or self.initial_scaling:
             offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
+        freqs = _cast(self.freqs, torch.float32)
+        if torch.compiler.is_exporting():
+            return _rotation_in_program(offset, freqs, dtype)
         # no matrix product, whose precision autocast and TF32 lower
-        phases = [
-            o[..., None, None] * f for o, f in zip(offset, _cast(self.freqs, torch.float32).unbind(-1), strict=True)
-        ]
+        phases = [o[..., None, None] * f for o, f in zip(offset, freqs.unbind(-1), strict=True)]
         return Rotation(_cast(_turns([_cast(phase, exact_dtype(dtype)) for phase in phases]), dtype))
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
@@ -168,6 +179,26 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         a, b, c, d = (getattr(self, f"scale_{name}").float().expand(len(spacing)).unbind() for name in "abcd")
         parts = zip(spacing, a, b, c, d, strict=True)
         return [(a * s**b + c * torch.log(s / d.clamp(min=1e-8))) / s for s, a, b, c, d in parts]
+
+
+def _rotation_in_program(offset: Sequence[Tensor], freqs: Tensor, dtype: torch.dtype) -> Rotation:
+    """Makes a rotation whose use is a few operations on whole channels, instead of views and parts of planes.
+
+    ONNX has no views of planes: each is some nodes that work out sizes.
+
+    Args:
+        offset: As in `Positions`.
+        freqs: ``[rotary heads, planes, axes]``.
+        dtype: That of queries and keys.
+    """
+    channel = np.arange(2 * freqs.shape[1], dtype=np.int32)
+    sign = np.where(channel % 2, 1, -1)[:, None]
+    plane, other, signs = (tensor_of(each, freqs.device) for each in (channel // 2, channel ^ 1, sign))
+    signed = freqs.index_select(1, plane) * signs  # [rotary heads, d, axes]
+    exact = exact_dtype(dtype)
+    phases = [_cast(o[..., None, None] * signed.select(-1, axis), exact) for axis, o in enumerate(offset)]
+    phase = functools.reduce(torch.add, phases)
+    return Rotation(_cast(phase.cos(), dtype), _cast(phase.sin(), dtype), other)
 
 
 def _turns(phases: Sequence[Tensor]) -> Tensor:

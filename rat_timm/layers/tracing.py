@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 P = ParamSpec("P")
@@ -32,6 +32,16 @@ def compiled_once(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """``[B, ..., parts * heads * d]`` -> ``parts`` tensors ``[B, ..., heads, d]``."""
+    if (
+        torch.compiler.is_exporting()
+    ):  # ONNX makes five operations of a part that is unbound, two of one that is selected
+        split = x.reshape(-1, *x.shape[1:-1], parts, heads, x.shape[-1] // (parts * heads))
+        return tuple([split.select(-3, part) for part in range(parts)])
+    return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
 
 
 def as_one_node(module: nn.Module, *args: Any) -> Proxy:

@@ -17,7 +17,7 @@ from ..geometry.grid import integers
 from . import windows
 from .assignment import Assignment
 from .grouping_dense import logits_of, shares_of, take_shares
-from .masking import check_mask, log_sum_exp
+from .masking import check_mask, log_sum_exp, mask_value
 
 
 def local_grouping_attention(
@@ -112,6 +112,58 @@ class LocalGrouping(NamedTuple):
         logits = logits_of(self.tiles.keys.take(query), self.key, self.allowed)
         sums = log_sum_exp(logits, -2)  # over one tile's tokens
         return logits, self.tiles.log_sum_exp(sums).unsqueeze(-2)
+
+
+class ExportedGrouping(NamedTuple):
+    """`LocalGrouping` in few operations, for exports: converting a program takes time that grows with their number.
+
+    Attributes:
+        tiles: Tokens as queries, groups as keys.
+        key: ``[B * tiles, heads, tokens, d]``.
+        value: Same shape; zero for a token without an allowed group, and where an earlier tile has the token.
+        forbidden: Which token and group do not interact, ``[B * tiles, 1, tokens, groups]``.
+    """
+
+    tiles: windows.Tiles
+    key: Tensor
+    value: Tensor
+    forbidden: Tensor
+
+    @classmethod
+    def create(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        stride: tuple[int, ...],
+        window: tuple[int, ...],
+        mask: Tensor | None,
+        group_mask: Tensor | None,
+    ) -> "ExportedGrouping":
+        """Takes tokens apart into tiles; see `local_grouping_attention`."""
+        tiles = _tiles(tuple(map(operator.index, key.shape[1:-2])), stride, window, key.device)
+        allowed = tiles.allowed()
+        if tiles.repeated is not None:
+            allowed = allowed & ~tiles.repeated[:, :, None]
+        allowed = allowed.expand(key.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1)
+        if mask is not None:
+            key = torch.where(mask[..., None, None], key, 0.0)
+            allowed = allowed & tiles.queries.take_in_program(mask[..., None, None])
+        if group_mask is not None:
+            allowed = allowed & tiles.keys.take_in_program(group_mask[..., None, None]).mT
+        keys, values = (tiles.queries.take_in_program(x) for x in (key, value))
+        if not (mask is None and group_mask is None and tiles.repeated is None):
+            values = torch.where(allowed.any(dim=-1, keepdim=True), values, 0.0)
+        return cls(tiles, keys, values, ~allowed)
+
+    def take(self, query: Tensor) -> Tensor:
+        """Takes values into groups ``[B, *coarse, heads, d]``."""
+        logits = self.key @ self.tiles.keys.take_in_program(query).mT
+        logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+        logits = logits.masked_fill(self.forbidden, mask_value(logits.dtype))  # [B * tiles, heads, tokens, groups]
+        log_sum = self.tiles.log_sum_exp_in_program(log_sum_exp(logits, -2)).unsqueeze(-2)
+        shares = shares_of(logits, log_sum)
+        shares = shares if shares.dtype == self.value.dtype else shares.to(self.value.dtype)
+        return self.tiles.add_keys_in_program(shares.mT @ self.value)
 
 
 @torch.compiler.assume_constant_result

@@ -25,6 +25,8 @@ def exp_clamped(x: Tensor) -> Tensor:
 
 def log_sum_exp(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
     """Logarithm of the sum of exponentials along a dimension; of many `mask_value` it is about that."""
+    if torch.compiler.is_exporting():
+        return x.logsumexp(dim, keepdim)
     peak = x.detach().amax(dim, keepdim=True)  # on which no result depends
     total = peak + exp_clamped(x - peak).sum(dim, keepdim=True).log()
     return total if keepdim else total.squeeze(dim)
@@ -46,7 +48,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
         dropout_p: Probability of dropping an attention weight.
     """
     if dropout_p > 0.0 or not _explicit_is_best(query, key):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
+        # its default, which ONNX would work out of sizes
+        scale = query.shape[-1] ** -0.5 if torch.compiler.is_exporting() else None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     logits = (query * query.shape[-1] ** -0.5) @ key.mT
     logits = logits if bias is None else logits + bias
     return logits.softmax(dim=-1) @ value

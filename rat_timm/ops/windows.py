@@ -80,7 +80,7 @@ class RowIndex(NamedTuple):
 
     Attributes:
         row: Row of each entry, ``[entries]``.
-        order: Entries sorted by row; None in a part of an index, which has no gradient.
+        order: Entries sorted by row; None in a part of an index, which has no gradient, and in exports.
         starts: Where each row's entries begin in ``order``, ``[rows + 1]``; None likewise.
     """
 
@@ -91,7 +91,9 @@ class RowIndex(NamedTuple):
     @classmethod
     def create(cls, index: Array, rows: int, device: torch.device) -> "RowIndex":
         """Sorts an index of ``rows`` rows."""
-        return cls(*(_tensor(part, device) for part in (index, *_by_row(index, rows))))
+        if torch.compiler.is_exporting():  # constants of a program stay in it, used or not
+            return cls(tensor_of(index, device), None, None)
+        return cls(*(tensor_of(part, device) for part in (index, *_by_row(index, rows))))
 
     def take(self, x: Tensor) -> Tensor:
         """``[rows, C]`` -> ``[entries, C]``."""
@@ -173,7 +175,7 @@ class Gather(NamedTuple):
 
     def take_in_program(self, x: Tensor) -> Tensor:
         """``[B, *grid, heads, d]`` -> ``[B * tiles, heads, places, d]``: what `take` gives, in few operations."""
-        taken = x.flatten(1, -3).index_select(1, self.rows.row)  # [B, tiles * places, heads, d]
+        taken = _places_of(x, math.prod(self.shape)).index_select(1, self.rows.row)  # [B, tiles * places, heads * d]
         return taken.reshape(-1, self.places, *x.shape[-2:]).transpose(1, 2)
 
     def add(self, x: Tensor) -> Tensor:
@@ -197,11 +199,13 @@ class Overlaps(NamedTuple):
         entry: Where, over ``tiles x places``, ``[N, K]``.
         held: Whether the place stands there, ``[N, K]``: some stand in fewer tiles than others.
         shape: The grid.
+        entries: ``tiles x places``.
     """
 
     entry: Tensor
     held: Tensor
     shape: tuple[int, ...]
+    entries: int
 
     @classmethod
     def create(cls, place: Array, shape: tuple[int, ...], device: torch.device) -> "Overlaps":
@@ -210,7 +214,7 @@ class Overlaps(NamedTuple):
         counts = np.diff(starts)[:, None]
         number = np.arange(counts.max())
         entry = order[np.minimum(starts[:-1, None] + number, len(order) - 1)]
-        return cls(_tensor(entry, device), _tensor(number < counts, device), shape)
+        return cls(tensor_of(entry, device), tensor_of(number < counts, device), shape, len(order))
 
     def reduce(self, x: Tensor, combine: Callable[[Tensor, int], Tensor], absent: float) -> Tensor:
         """Combines overlaps of ``[tiles, B, heads, places, d]`` into ``[B, *grid, heads, d]``.
@@ -222,6 +226,12 @@ class Overlaps(NamedTuple):
         """
         rows = _flatten(x).index_select(0, self.entry.flatten()).unflatten(0, self.entry.shape)  # [N, K, C]
         return _unflatten(combine(torch.where(self.held.unsqueeze(-1), rows, absent), 1), self.shape, x)
+
+    def reduce_in_program(self, x: Tensor, combine: Callable[[Tensor, int], Tensor], absent: float) -> Tensor:
+        """Combines overlaps of ``[B * tiles, heads, places, d]`` into ``[B, N, heads * d]``: `reduce`, exported."""
+        rows = _places_of(x.transpose(1, 2), self.entries).index_select(1, self.entry.flatten())
+        rows = rows.reshape(-1, *self.entry.shape, rows.shape[-1])  # [B, N, K, heads * d]
+        return combine(torch.where(self.held.unsqueeze(-1), rows, absent), 2)
 
 
 class Tiles(NamedTuple):
@@ -236,6 +246,8 @@ class Tiles(NamedTuple):
         kind: Which of them a tile has, ``[tiles]``, ascending.
         counts: How many tiles have each kind.
         overlaps: Where each key stands in the tiles, if asked for.
+        bias: What is added to the logits of a batch, ``[B * tiles, 1, queries, keys]``; in exports alone, where several
+            calls share it.
     """
 
     queries: Gather
@@ -246,6 +258,7 @@ class Tiles(NamedTuple):
     kind: Tensor
     counts: tuple[int, ...]
     overlaps: Overlaps | None
+    bias: Tensor | None = None
 
     @classmethod
     def create(cls, axes: Sequence[AxisTiles], device: torch.device, with_overlaps: bool = False) -> "Tiles":
@@ -262,9 +275,9 @@ class Tiles(NamedTuple):
             queries=Gather.create(queries, shape, device),
             keys=Gather.create(keys, key_shape, device),
             once=RowIndex.create(once, queries.size, device),
-            repeated=_tensor(repeated, device) if repeated.any() else None,
-            kinds=_tensor(_outer_and(patterns), device),
-            kind=_tensor(kind[order], device),
+            repeated=tensor_of(repeated, device) if repeated.any() else None,
+            kinds=tensor_of(_outer_and(patterns), device),
+            kind=tensor_of(kind[order], device),
             counts=tuple(np.bincount(kind).tolist()),
             overlaps=Overlaps.create(keys, key_shape, device) if with_overlaps else None,
         )
@@ -280,14 +293,24 @@ class Tiles(NamedTuple):
 
     def untile_in_program(self, x: Tensor) -> Tensor:
         """``[B * tiles, heads, queries, d]`` -> ``[B, *grid, heads, d]``: `Gather.take_in_program` undone."""
-        rows = x.transpose(1, 2).reshape(-1, len(self.queries.rows.row), x.shape[1], x.shape[3])
-        return rows.index_select(1, self.once.row).unflatten(1, self.queries.shape)
+        rows = _places_of(x.transpose(1, 2), self.queries.tiles * self.queries.places)
+        return rows.index_select(1, self.once.row).reshape(-1, *self.queries.shape, x.shape[1], x.shape[3])
 
     def add_keys(self, x: Tensor) -> Tensor:
         """``[tiles, B, heads, keys, d]`` -> ``[B, *grid, heads, d]``, summing overlaps."""
         if is_plain(x):
             return self._overlaps().reduce(x, torch.sum, 0.0)
         return self.keys.add(x)
+
+    def add_keys_in_program(self, x: Tensor) -> Tensor:
+        """``[B * tiles, heads, keys, d]`` -> ``[B, *grid, heads, d]``: `add_keys`, exported."""
+        rows = self._overlaps().reduce_in_program(x, torch.sum, 0.0)
+        return rows.reshape(-1, *self.keys.shape, x.shape[1], x.shape[3])
+
+    def log_sum_exp_in_program(self, x: Tensor) -> Tensor:
+        """Adds up overlaps of logarithms ``[B * tiles, heads, keys]`` in all their tiles: `log_sum_exp`, exported."""
+        total = self._overlaps().reduce_in_program(x.unsqueeze(-1), log_sum_exp, mask_value(x.dtype))  # [B, N, heads]
+        return self.keys.take_in_program(total.unsqueeze(-1)).squeeze(-1)
 
     def log_sum_exp(self, x: Tensor) -> Tensor:
         """Adds up overlaps of ``[tiles, B, heads, keys]``, given and returned as logarithms, in all their tiles."""
@@ -336,6 +359,11 @@ class Tiles(NamedTuple):
 def is_plain(x: Tensor) -> bool:
     """Tells whether PyTorch's own operations have to do: a compiler fuses them, and not every device has bags."""
     return is_traced() or x.device.type not in ("cpu", "cuda")
+
+
+def _places_of(x: Tensor, places: int) -> Tensor:
+    """``[..., heads, d]`` -> ``[-1, places, heads * d]``: no size is asked for, which is some nodes of a program."""
+    return x.reshape(-1, places, x.shape[-2] * x.shape[-1])
 
 
 def _flatten(x: Tensor) -> Tensor:
@@ -391,5 +419,7 @@ def _outer_and(axes: Sequence[Array]) -> Array:
     return both.reshape([math.prod(sizes) for sizes in zip(*(axis.shape for axis in axes), strict=True)])
 
 
-def _tensor(array: Array, device: torch.device) -> Tensor:
-    return torch.from_numpy(array if array.dtype == bool else array.astype(np.int32)).to(device)
+def tensor_of(array: Array, device: torch.device) -> Tensor:
+    """Returns whole numbers, as int32, or a bool array as a tensor."""
+    tensor = torch.from_numpy(array if array.dtype == bool else array.astype(np.int32))
+    return tensor if tensor.device == device else tensor.to(device)  # a move to the same place is nodes of a program

@@ -59,15 +59,19 @@ def neighborhood_attention(
     return _backend(call).attend(call)
 
 
-def neighborhood_plan(grid: Sequence[int], kernel_size: Sequence[int], device: device) -> Tiles:
+def neighborhood_plan(
+    grid: Sequence[int], kernel_size: Sequence[int], device: device, exported: Tensor | None = None
+) -> Tiles:
     """Returns what neighbourhood attention needs that depends on sizes alone.
 
     Args:
         grid: Shape of the grid.
         kernel_size: Window per axis.
         device: Where queries are.
+        exported: ``[B, *grid, C]``, of a batch that an export has: what its calls can share is made once.
     """
-    return tiled.make_plan(tuple(grid), tuple(kernel_size), device)
+    plan = tiled.make_plan(tuple(grid), tuple(kernel_size), device)
+    return plan if exported is None else tiled.share_bias(plan, exported)
 
 
 def set_attention_backend(name: str) -> None:
