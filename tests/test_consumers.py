@@ -135,6 +135,17 @@ def test_torchinfo(name):
     assert found == [list(m.shape) for m in expected_maps(model, torch.randn(2, *IMAGE[name]))]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_torchsummary(name, capsys):
+    from torchsummary import summary
+
+    model = build(name)
+    summary(model, IMAGE[name], device="cpu")
+    printed = capsys.readouterr().out  # its sum counts the layers of a grouping once per iteration
+    maps = [str([-1, *m.shape[1:]]) for m in expected_maps(model, torch.randn(2, *IMAGE[name]))]
+    assert [size for size in maps if size in printed] == maps
+
+
 def test_every_module_attribute_that_summaries_read_is_a_size():
     for name in NAMES:
         for path, module in build(name).named_modules():

@@ -1,6 +1,5 @@
 """What a backend of neighbourhood attention is: the files beside this one have one each."""
 
-import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -51,7 +50,10 @@ class Backend(NamedTuple):
     is_best: Callable[[Call], bool]
 
 
-@functools.cache
+# looked up at once: PyTorch 2.11 does not compile what searches for modules
+_INSTALLED = {package: find_spec(package) is not None for package in ("natten", "triton")}
+
+
 def is_installed(package: str) -> bool:
-    """Tells whether a package can be imported."""
-    return find_spec(package) is not None
+    """Tells whether "natten" or "triton" can be imported."""
+    return _INSTALLED[package]
