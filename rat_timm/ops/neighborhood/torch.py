@@ -61,7 +61,11 @@ def _bias(tiles: windows.Tiles, dtype: torch.dtype) -> Tensor:
 
 def share_bias(tiles: windows.Tiles, x: Tensor) -> windows.Tiles:
     """Adds to tiles what is added to the logits of a batch ``x`` ``[B, ...]``."""
-    return tiles._replace(bias=_bias(tiles, x.dtype).expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1))
+    return tiles._replace(bias=_batch_bias(tiles, x))
+
+
+def _batch_bias(tiles: windows.Tiles, x: Tensor) -> Tensor:
+    return _bias(tiles, x.dtype).expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
 
 
 def _attend_in_tiles(
@@ -92,9 +96,10 @@ def _attend_in_program(call: Call, tiles: windows.Tiles) -> Tensor:
         g.take_in_program(x) for g, x in ((tiles.queries, call.query), (tiles.keys, call.key), (tiles.keys, call.value))
     )
     if call.mask is None:
-        if tiles.bias is None or tiles.bias.dtype != q.dtype:
-            tiles = share_bias(tiles, call.query)
-        return tiles.untile_in_program(attention(q, k, v, tiles.bias, call.dropout_p))
+        bias = tiles.bias
+        if bias is None or bias.dtype != q.dtype:
+            bias = _batch_bias(tiles, call.query)
+        return tiles.untile_in_program(attention(q, k, v, bias, call.dropout_p))
     valid = tiles.keys.take_in_program(call.mask[..., None, None]).transpose(2, 3)  # [B * tiles, 1, 1, keys]
     allowed = tiles.allowed().expand(call.query.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1) & valid
     return tiles.untile_in_program(masked_attention(q, k, v, allowed, call.dropout_p))
