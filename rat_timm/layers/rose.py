@@ -191,14 +191,19 @@ def _rotation_in_program(offset: Sequence[Tensor], freqs: Tensor, dtype: torch.d
         freqs: ``[rotary heads, planes, axes]``.
         dtype: That of queries and keys.
     """
-    channel = np.arange(2 * freqs.shape[1], dtype=np.int32)
-    sign = np.where(channel % 2, 1, -1)[:, None]
-    plane, other, signs = (tensor_of(each, freqs.device) for each in (channel // 2, channel ^ 1, sign))
+    plane, other, signs = _channels(freqs.shape[1], freqs.device)
     signed = freqs.index_select(1, plane) * signs  # [rotary heads, d, axes]
     exact = exact_dtype(dtype)
     phases = [_cast(o[..., None, None] * signed.select(-1, axis), exact) for axis, o in enumerate(offset)]
     phase = functools.reduce(torch.add, phases)
     return Rotation(_cast(phase.cos(), dtype), _cast(phase.sin(), dtype), other)
+
+
+@torch.compiler.assume_constant_result
+def _channels(planes: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Returns each channel's plane, ``[d]``, the plane's other channel, and the sign of that one's share, ``[d, 1]``."""
+    channel = np.arange(2 * planes)
+    return tuple([tensor_of(x, device) for x in (channel // 2, channel ^ 1, np.where(channel % 2, 1, -1)[:, None])])
 
 
 def _turns(phases: Sequence[Tensor]) -> Tensor:

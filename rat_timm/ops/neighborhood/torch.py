@@ -61,7 +61,7 @@ def _bias(tiles: windows.Tiles, dtype: torch.dtype) -> Tensor:
 
 def share_bias(tiles: windows.Tiles, x: Tensor) -> windows.Tiles:
     """Adds to tiles what is added to the logits of a batch ``x`` ``[B, ...]``."""
-    return tiles._replace(bias=_batch_bias(tiles, x))
+    return windows.Tiles(*tiles[:-1], bias=_batch_bias(tiles, x))  # dynamo (strict exports) traces no _replace
 
 
 def _batch_bias(tiles: windows.Tiles, x: Tensor) -> Tensor:
