@@ -201,7 +201,7 @@ def _rotation_in_program(offset: Sequence[Tensor], freqs: Tensor, dtype: torch.d
 
 @torch.compiler.assume_constant_result
 def _channels(planes: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Returns each channel's plane, ``[d]``, the plane's other channel, and the sign of that one's share, ``[d, 1]``."""
+    """Returns each channel's plane, ``[d]``, its plane's other channel, and the sign of that share, ``[d, 1]``."""
     channel = np.arange(2 * planes)
     return tuple([tensor_of(x, device) for x in (channel // 2, channel ^ 1, np.where(channel % 2, 1, -1)[:, None])])
 
