@@ -10,7 +10,7 @@ from ..geometry.grid import Positions
 from ..ops.neighborhood import neighborhood_attention, neighborhood_plan
 from ..ops.windows import Tiles, attend_in_tiles, masked_attention
 from .rose import RotarySpatialEmbedding
-from .tracing import compiled_once
+from .tracing import compiled_once, split_heads_in_export
 
 
 class Attention(nn.Module):
@@ -61,8 +61,12 @@ class Attention(nn.Module):
             tiles: What `rat_timm.ops.neighborhood.neighborhood_plan` returned for the grid, so that it is not asked
                 again; None: `neighborhood_attention` chooses what it runs on.
         """
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, ..., heads, d]
-        rotation = self.rose.rotation(positions, query.dtype)
+        qkv = self.qkv(x)
+        rotation = self.rose.rotation(positions, qkv.dtype)
+        if rotation is None or rotation.other is None:
+            query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, ..., heads, d]
+        else:
+            query, key, value = split_heads_in_export(qkv, 3, self.num_heads)
         if rotation is not None:
             query, key = rotation(query), rotation(key)
         dropout_p = self.attn_drop if self.training else 0.0

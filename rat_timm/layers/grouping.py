@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..geometry.grid import Positions, Tokens, axis_values, field_center, fill, integers
 from ..ops.assignment import Assignment
-from ..ops.grouping import DenseGrouping, LocalGrouping, local_tiles
+from ..ops.grouping import DenseGrouping, ExportedGrouping, LocalGrouping, local_tiles
 from ..ops.masking import pool_mask
 from ..ops.windows import Tiles
 from .rose import RotarySpatialEmbedding, Rotation, check_heads
-from .tracing import compiled_once
+from .tracing import compiled_once, split_heads_in_export
 
 CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -197,10 +197,14 @@ class SpatialGroupingAttention(nn.Module):
             ``[B, *coarse, C]``, and the matrices if asked for.
         """
         x = x if mask is None else fill(x, mask)
-        key, value = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)  # [B, *fine, heads, d]
+        kv = self.kv(x)
+        rotation = self.rose.rotation(coarse, kv.dtype)
+        if rotation is None or rotation.other is None:
+            key, value = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)  # [B, *fine, heads, d]
+        else:
+            key, value = split_heads_in_export(kv, 2, self.num_heads)
         key = self.temp.to(key.dtype) * self.rose(key, fine)
         groups = self.norm1(self.strider(x.movedim(-1, 1)).movedim(1, -1))
-        rotation = self.rose.rotation(coarse, key.dtype)
         grouping = self.prepare(key, value, mask, group_mask, tiles)
         compiles = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
         iterate = _compiled_iteration if compiles else _iterate
@@ -256,7 +260,8 @@ class SparseSpatialGroupingAttention(SpatialGroupingAttention):
         if tiles is None:
             fine = key.shape[1:-2]
             tiles = local_tiles(fine, self.stride, self._window(fine), key.device)
-        return LocalGrouping.create(key, value, tiles, mask, group_mask)
+        grouping = LocalGrouping if tiles.once.order is not None else ExportedGrouping
+        return grouping.create(key, value, tiles, mask, group_mask)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         return integers(self.neighborhood_kernel, "neighborhood_kernel", len(coarse))

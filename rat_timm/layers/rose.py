@@ -10,11 +10,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import RoSE
 import torch
 from torch import Tensor
 
 from ..geometry.grid import Positions, check_exact
+from ..ops.windows import tensor_of
 
 FREQUENCY_SCALINGS = ("none", "linear", "sqrt", "adaptive")
 INITIAL_SCALINGS = (None, "log", "rope", "identity", "linear", "power")
@@ -26,10 +28,16 @@ class Rotation(NamedTuple):
     """A rotation of every plane of every token.
 
     Attributes:
-        table: Cosine and sine in the tokens' dtype, ``[1 or B, ..., rotary heads, planes, 2]``.
+        table: Cosine and sine in the tokens' dtype, ``[1 or B, ..., rotary heads, planes, 2]``; in exports the cosine
+            of each channel, ``[1 or B, ..., rotary heads, d]``.
+        crossed: In exports, minus the sine (first channels of planes) or the sine (second), by which the plane's other
+            channel is multiplied.
+        other: In exports, which channel that is, ``[d]``.
     """
 
     table: Tensor
+    crossed: Tensor | None = None
+    other: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates the first ``rotary heads`` of ``x`` ``[B, ..., heads, d]``; the others pass.
@@ -37,6 +45,11 @@ class Rotation(NamedTuple):
         Channels are complex numbers: where memory has them side by side they are multiplied in one pass instead of
         several. Half precisions are no complex numbers, and compilers fuse the real formula only.
         """
+        if self.crossed is not None and self.other is not None:
+            heads = self.table.shape[-2]
+            part = x if x.shape[-2] == heads else x[..., :heads, :]
+            turned = part * self.table + part.index_select(-1, self.other) * self.crossed
+            return turned if part is x else torch.cat((turned, x[..., heads:, :]), dim=-2)
         by, heads = self.table, self.table.shape[-3]
         planes = (x if x.shape[-2] == heads else x[..., :heads, :]).unflatten(-1, (-1, 2))
         (*steps, last), (*more, other) = planes.stride(), by.stride()
@@ -159,6 +172,9 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         if self.learnable_scale or self.initial_scaling:
             offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
         freqs = self.freqs if self.freqs.dtype == torch.float32 else self.freqs.float()
+        other, compiles = None, torch.compiler.is_compiling()
+        if compiles and torch.compiler.is_exporting():
+            freqs, other = _of_channels(freqs)
         phases, shapes = [], set()
         for displacement, frequency in zip(offset, freqs.unbind(-1), strict=True):
             phase = (
@@ -168,9 +184,12 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
             shapes.add(phase.shape)
         # phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a
         # sine. But in programs, where a sum makes fewer nodes
-        if torch.compiler.is_compiling() or len(shapes) == 1:
+        if compiles or len(shapes) == 1:
             phases = [functools.reduce(torch.add, phases)]
         first, *others = phases
+        if other is not None:
+            cos, sin = first.cos(), first.sin()
+            return Rotation(cos, sin, other) if cos.dtype == dtype else Rotation(cos.to(dtype), sin.to(dtype), other)
         table = torch.stack((first.cos(), first.sin()), dim=-1)
         for phase in others:
             turn = Rotation(torch.stack((phase.cos(), phase.sin()), dim=-1))
@@ -187,6 +206,26 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         a, b, c, d = (getattr(self, f"scale_{name}").float().expand(len(spacing)).unbind() for name in "abcd")
         parts = zip(spacing, a, b, c, d, strict=True)
         return [(a * s**b + c * torch.log(s / d.clamp(min=1e-8))) / s for s, a, b, c, d in parts]
+
+
+def _of_channels(freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns frequencies of planes ``[rotary heads, planes, axes]`` into those of channels, for exports.
+
+    ONNX has no views of planes: each is some nodes that work out sizes. With channels a rotation is a few operations.
+
+    Returns:
+        ``[rotary heads, d, axes]``, negative for a plane's first channel, to which minus the sine belongs; and which
+        channel is the plane's other one, ``[d]``.
+    """
+    plane, other, signs = _channels(freqs.shape[1], freqs.device)
+    return freqs.index_select(1, plane) * signs, other
+
+
+@torch.compiler.assume_constant_result
+def _channels(planes: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Returns each channel's plane, ``[d]``, its plane's other channel, and the sign of that share, ``[d, 1]``."""
+    channel = np.arange(2 * planes)
+    return tuple([tensor_of(x, device) for x in (channel // 2, channel ^ 1, np.where(channel % 2, 1, -1)[:, None])])
 
 
 def check_heads(feature_dims: int, num_heads: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 P = ParamSpec("P")
@@ -24,6 +24,15 @@ def compiled_once(function: Callable[P, R]) -> Callable[P, R]:
     limit: dict[str, Any] = {"max_reuse_entries": 1 << 10} if has_limit else {}
     region: Callable[P, R] = mark(function, **limit)
     return region
+
+
+def split_heads_in_export(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """``[B, ..., parts * heads * d]`` -> ``parts`` tensors ``[B, ..., heads, d]``.
+
+    ONNX makes five operations of a part that is unbound, two of one that is selected.
+    """
+    split = x.reshape(-1, *x.shape[1:-1], parts, heads, x.shape[-1] // (parts * heads))
+    return tuple([split.select(-3, part) for part in range(parts)])
 
 
 def as_one_node(module: nn.Module, *args: Any) -> Proxy:

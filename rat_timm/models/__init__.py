@@ -15,8 +15,12 @@ compiled model the values of a spacing tensor are not checked. ``torch.jit.trace
         kwargs={"spacing": torch.ones(2, 2)},
         dynamic_shapes={"x": {0: batch}, "spacing": {0: batch}},
         dynamo=True,
-    )  # a minute for test_rat, ten for rat_tiny
+        optimize=False,
+    )
     program.save("model.onnx")
+
+onnxruntime optimises what it loads, so that the exporter need not: its optimiser takes time that grows with the square
+of the number of operations (``examples/benchmarks.md`` has times).
 
 **Hooks.** A forward hook on ``model.stages[i]`` of a ``rat_tiny``, say, gets the map that ``features_only`` gives, so
 that timm's ``feature_cls="hook"``, torchvision's ``create_feature_extractor(model, {"stages.2": "map"})``, class

@@ -335,6 +335,56 @@ class LocalGrouping(NamedTuple):
         return logits, total.view(*sums.movedim(-1, 1).shape).movedim(1, -1).unsqueeze(-2)
 
 
+class ExportedGrouping(NamedTuple):
+    """`LocalGrouping` in few operations, for exports: converting a program takes time that grows with their number.
+
+    Attributes:
+        tiles: Tokens as queries, groups as keys.
+        overlaps: Where groups stand in several tiles.
+        key: ``[B * tiles, heads, tokens, d]``.
+        value: Same shape; zero for a token without an allowed group, and where an earlier tile has the token.
+        forbidden: Which token and group do not interact, ``[B * tiles, 1, tokens, groups]``.
+    """
+
+    tiles: Tiles
+    overlaps: Overlaps
+    key: Tensor
+    value: Tensor
+    forbidden: Tensor
+
+    @classmethod
+    def create(
+        cls, key: Tensor, value: Tensor, tiles: Tiles, mask: Tensor | None, group_mask: Tensor | None
+    ) -> "ExportedGrouping":
+        """Takes tokens apart into `local_tiles`; see `local_grouping_attention`."""
+        allowed = tiles.allowed()
+        if tiles.repeated is not None:
+            allowed = allowed & ~tiles.repeated[:, :, None]
+        allowed = allowed.expand(key.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1)
+        if mask is not None:
+            key = torch.where(mask[..., None, None], key, 0.0)
+            allowed = allowed & tiles.queries.take_in_program(mask[..., None, None])
+        if group_mask is not None:
+            allowed = allowed & tiles.keys.take_in_program(group_mask[..., None, None]).mT
+        keys, values = tiles.queries.take_in_program(key), tiles.queries.take_in_program(value)
+        if not (mask is None and group_mask is None and tiles.repeated is None):
+            values = torch.where(allowed.any(dim=-1, keepdim=True), values, 0.0)
+        assert tiles.overlaps is not None
+        return cls(tiles, tiles.overlaps, keys, values, ~allowed)
+
+    def take(self, query: Tensor) -> Tensor:
+        """Takes values into groups ``[B, *coarse, heads, d]``."""
+        logits = self.key @ self.tiles.keys.take_in_program(query).mT
+        logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+        logits = logits.masked_fill(self.forbidden, MASK_VALUE)  # [B * tiles, heads, tokens, groups]
+        sums = logits.logsumexp(-2).unsqueeze(-1)  # over one tile's tokens
+        total = self.overlaps.take_in_export(sums, MASK_VALUE).logsumexp(2)  # [B, groups, heads], over all tiles
+        shares = shares_of(logits, self.tiles.keys.take_in_program(total.unsqueeze(-1)).mT)
+        shares = shares if shares.dtype == self.value.dtype else shares.to(self.value.dtype)
+        taken = self.overlaps.take_in_export(shares.mT @ self.value, 0.0).sum(2)
+        return taken.reshape(-1, *self.overlaps.shape, *self.value.shape[1::2])
+
+
 def local_tiles(fine: Sequence[int], stride: tuple[int, ...], window: tuple[int, ...], device: torch.device) -> Tiles:
     """Cuts a grid of tokens into tiles with the groups that these reach; see `rat_timm.geometry.plans`.
 

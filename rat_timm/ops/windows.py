@@ -39,7 +39,7 @@ class RowIndex(NamedTuple):
 
     Attributes:
         row: Row of each entry, ``[entries]``.
-        order: Entries sorted by row; None in a part of an index, which has no gradient.
+        order: Entries sorted by row; None in a part of an index, which has no gradient, and in exports.
         starts: Where each row's entries begin in ``order``, ``[rows + 1]``; None likewise.
     """
 
@@ -50,7 +50,9 @@ class RowIndex(NamedTuple):
     @classmethod
     def create(cls, index: Array, rows: int, device: torch.device) -> "RowIndex":
         """Sorts an index of ``rows`` rows."""
-        return cls(*(_tensor(part, device) for part in (index, *by_row(index, rows))))
+        if torch.compiler.is_exporting():  # constants of a program stay in it, used or not
+            return cls(tensor_of(index, device), None, None)
+        return cls(*(tensor_of(part, device) for part in (index, *by_row(index, rows))))
 
     def take(self, x: Tensor) -> Tensor:
         """``[rows, C]`` -> ``[entries, C]``."""
@@ -130,7 +132,7 @@ class Gather(NamedTuple):
 
     def take_in_program(self, x: Tensor) -> Tensor:
         """``[B, *grid, heads, d]`` -> ``[B * tiles, heads, places, d]``: what `take` gives, in few operations."""
-        taken = x.flatten(1, -3).index_select(1, self.rows.row)  # [B, tiles * places, heads, d]
+        taken = _places_of(x, math.prod(self.shape)).index_select(1, self.rows.row)  # [B, tiles * places, heads * d]
         return taken.reshape(-1, self.places, *x.shape[-2:]).transpose(1, 2)
 
     def add(self, x: Tensor) -> Tensor:
@@ -154,11 +156,13 @@ class Overlaps(NamedTuple):
         entry: Where, over ``tiles x places``, ``[N, K]``.
         held: Whether the place stands there, ``[N, K]``: some stand in fewer tiles than others.
         shape: The grid.
+        entries: ``tiles x places``.
     """
 
     entry: Tensor
     held: Tensor
     shape: tuple[int, ...]
+    entries: int
 
     @classmethod
     def create(cls, place: Array, shape: tuple[int, ...], device: torch.device) -> "Overlaps":
@@ -167,7 +171,7 @@ class Overlaps(NamedTuple):
         counts = np.diff(starts)[:, None]
         number = np.arange(counts.max())
         entry = order[np.minimum(starts[:-1, None] + number, len(order) - 1)]
-        return cls(_tensor(entry, device), _tensor(number < counts, device), shape)
+        return cls(tensor_of(entry, device), tensor_of(number < counts, device), shape, len(order))
 
     def take(self, x: Tensor, absent: float) -> Tensor:
         """Lays what tiles hold of a place side by side: ``[tiles, B, heads, places, d]`` -> ``[N, K, B * heads * d]``.
@@ -183,6 +187,11 @@ class Overlaps(NamedTuple):
         """``[tiles, B, heads, places, d]`` -> ``[B, *grid, heads, d]``: `Gather.add` by PyTorch's own operations."""
         return _unflatten(self.take(x, 0.0).sum(1), self.shape, x)
 
+    def take_in_export(self, x: Tensor, absent: float) -> Tensor:
+        """``[B * tiles, heads, places, d]`` -> ``[B, N, K, heads * d]``: what `take` gives, in few operations."""
+        rows = _places_of(x.transpose(1, 2), self.entries).index_select(1, self.entry.flatten())
+        return torch.where(self.held.unsqueeze(-1), rows.reshape(-1, *self.entry.shape, rows.shape[-1]), absent)
+
 
 class Tiles(NamedTuple):
     """How queries and keys on their grids are cut into tiles.
@@ -196,6 +205,8 @@ class Tiles(NamedTuple):
         kind: Which of them a tile has, ``[tiles]``, ascending.
         counts: How many tiles have each kind.
         overlaps: Where each key stands in the tiles, if asked for.
+        added: What `attend_in_tiles` adds to the logits of a batch, ``[B * tiles, 1, queries, keys]``; in exports alone,
+            where several calls share it.
     """
 
     queries: Gather
@@ -206,6 +217,7 @@ class Tiles(NamedTuple):
     kind: Tensor
     counts: tuple[int, ...]
     overlaps: Overlaps | None
+    added: Tensor | None = None
 
     @classmethod
     def create(cls, axes: Sequence[AxisTiles], device: torch.device, with_overlaps: bool = False) -> "Tiles":
@@ -222,9 +234,9 @@ class Tiles(NamedTuple):
             queries=Gather.create(queries, shape, device),
             keys=Gather.create(keys, key_shape, device),
             once=RowIndex.create(once, queries.size, device),
-            repeated=_tensor(repeated, device) if repeated.any() else None,
-            kinds=_tensor(outer_and(patterns), device),
-            kind=_tensor(kind[order], device),
+            repeated=tensor_of(repeated, device) if repeated.any() else None,
+            kinds=tensor_of(outer_and(patterns), device),
+            kind=tensor_of(kind[order], device),
             counts=tuple(np.bincount(kind).tolist()),
             overlaps=Overlaps.create(keys, key_shape, device) if with_overlaps else None,
         )
@@ -240,8 +252,8 @@ class Tiles(NamedTuple):
 
     def untile_in_program(self, x: Tensor) -> Tensor:
         """``[B * tiles, heads, queries, d]`` -> ``[B, *grid, heads, d]``: `Gather.take_in_program` undone."""
-        rows = x.transpose(1, 2).reshape(-1, len(self.queries.rows.row), x.shape[1], x.shape[3])
-        return rows.index_select(1, self.once.row).unflatten(1, self.queries.shape)
+        rows = _places_of(x.transpose(1, 2), self.queries.tiles * self.queries.places)
+        return rows.index_select(1, self.once.row).reshape(-1, *self.queries.shape, x.shape[1], x.shape[3])
 
     def split(self, size: int, mixed: int) -> "list[Tiles]":
         """Returns the tiles in parts, from which to take without a gradient.
@@ -275,6 +287,14 @@ class Tiles(NamedTuple):
         """Returns what to add to logits, so that keys out of a query's window have no weight, ``[tiles, 1, q, k]``."""
         forbidden = self.kinds.logical_not()
         return self.of_tiles(torch.zeros_like(forbidden, dtype=dtype).masked_fill(forbidden, -math.inf)).unsqueeze(1)
+
+    def batch_bias(self, batch: int, dtype: torch.dtype) -> Tensor:
+        """Returns `bias` for a batch, ``[batch * tiles, 1, queries, keys]``."""
+        return self.bias(dtype).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+
+    def share_bias(self, x: Tensor) -> "Tiles":
+        """Returns the tiles with what several calls with a batch like ``x`` ``[B, ...]`` add to their logits."""
+        return Tiles(*self[:-1], added=self.batch_bias(x.shape[0], x.dtype))  # dynamo traces no _replace
 
     def of_tiles(self, x: Tensor) -> Tensor:
         """``[kinds, ...]`` -> ``[tiles, ...]``, without a copy if the tiles are of one kind."""
@@ -356,8 +376,14 @@ def _attend_in_program(
     q = tiles.queries.take_in_program(query)
     k, v = tiles.keys.take_in_program(key), tiles.keys.take_in_program(value)
     if mask is None:
-        bias = tiles.bias(q.dtype).expand(query.shape[0], -1, -1, -1, -1).flatten(0, 1)
-        return tiles.untile_in_program(attention(q, k, v, bias, dropout_p))
+        bias = tiles.added
+        if bias is None or bias.dtype != q.dtype:
+            bias = tiles.batch_bias(query.shape[0], q.dtype)
+        if not torch.compiler.is_exporting():
+            return tiles.untile_in_program(attention(q, k, v, bias, dropout_p))
+        scale = q.shape[-1] ** -0.5  # the default, which ONNX would work out of sizes
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+        return tiles.untile_in_program(out)
     valid = tiles.keys.take_in_program(mask[..., None, None]).transpose(2, 3)  # [B * tiles, 1, 1, keys]
     allowed = tiles.allowed().expand(query.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1) & valid
     return tiles.untile_in_program(masked_attention(q, k, v, allowed, dropout_p))
@@ -422,6 +448,11 @@ def is_transformed() -> bool:
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
+def _places_of(x: Tensor, places: int) -> Tensor:
+    """``[..., heads, d]`` -> ``[-1, places, heads * d]``: no size is asked for, which is some nodes of a program."""
+    return x.reshape(-1, places, x.shape[-2] * x.shape[-1])
+
+
 def _flatten(x: Tensor) -> Tensor:
     """``[tiles, B, heads, places, d]`` -> ``[tiles * places, B * heads * d]``."""
     return x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
@@ -444,5 +475,7 @@ def _bundles(counts: Sequence[int], most: int) -> Iterator[slice]:
     yield slice(first, len(counts))
 
 
-def _tensor(array: Array, device: torch.device) -> Tensor:
-    return torch.from_numpy(array if array.dtype == bool else array.astype(np.int32)).to(device)
+def tensor_of(array: Array, device: torch.device) -> Tensor:
+    """Returns whole numbers, as int32, or a bool array as a tensor."""
+    tensor = torch.from_numpy(array if array.dtype == bool else array.astype(np.int32))
+    return tensor if tensor.device == device else tensor.to(device)  # a move to the same place is nodes of a program

@@ -357,6 +357,8 @@ class Stage(nn.Module):
         return [part.unflatten(1, level.shape[1:-1]) for part, level in zip(parts, levels, strict=True)], prefix
 
     def _run_blocks(self, x: Tensor, positions: Positions, mask: Tensor | None, windows: Tiles | None = None) -> Tensor:
+        if windows is not None and windows.once.order is None:  # in an export
+            windows = windows.share_bias(x)
         for block in self.blocks:
             if self.grad_checkpointing:
                 x = checkpoint(block, x, positions, mask, windows)
