@@ -159,16 +159,16 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         if self.learnable_scale or self.initial_scaling:
             offset = tuple(o * f for o, f in zip(offset, self._scaling(positions.spacing), strict=True))
         freqs = self.freqs if self.freqs.dtype == torch.float32 else self.freqs.float()
-        phases, shapes = [], set()
+        phases, shapes = [], []
         for displacement, frequency in zip(offset, freqs.unbind(-1), strict=True):
             phase = (
                 displacement[..., None, None] * frequency
             )  # no matrix product: autocast and TF32 lower its precision
             phases.append(phase.double() if dtype == torch.float64 else phase)
-            shapes.add(phase.shape)
+            shapes.append(phase.shape)
         # phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a
         # sine. But in programs, where a sum makes fewer nodes
-        if torch.compiler.is_compiling() or len(shapes) == 1:
+        if torch.compiler.is_compiling() or shapes.count(shapes[0]) == len(shapes):
             phases = [functools.reduce(torch.add, phases)]
         first, *others = phases
         table = torch.stack((first.cos(), first.sin()), dim=-1)
