@@ -180,11 +180,14 @@ class Pyramid(NamedTuple):
         levels: One entry per image of the pyramid.
         prefix: ``[B, P, C]``, or None before the first stage with global attention.
         single: Whether the user gave one image and not a list.
+        is_constant: Whether numbers alone say where images are, to no tracer, so that what is worked out of them may be
+            kept for the next images of the kind.
     """
 
     levels: list[Tokens]
     prefix: Tensor | None = None
     single: bool = True
+    is_constant: bool = False
 
     def unwrap(self, per_level: list[T]) -> T | list[T]:
         """Returns a list with one entry per level as it is, or its only entry where the user gave one image."""

@@ -9,6 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .read import is_traced
+
 _PLAN_BYTES = 1 << 28
 
 P = ParamSpec("P")
@@ -88,13 +90,6 @@ def per_geometry(build: Callable[P, R]) -> Callable[P, R]:
         return keep((build, args, tuple(sorted(kwargs.items()))), functools.partial(build, *args, **kwargs))
 
     return find
-
-
-def is_traced() -> bool:
-    """Tells whether tensors made here and now stand for others: those of a compiler, a fake mode, `torch.func`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(torch.empty(0)) is not Tensor:
-        return True
-    return torch._C._are_functorch_transforms_active()
 
 
 def _bytes(plan: Any) -> int:

@@ -15,7 +15,6 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from .grid import Grid, Pyramid, Tokens, fixed, pyramid_grids
-from .plans import is_traced
 from .types import ImageOrPyramid, MaskLike, OriginLike, SpacingLike
 
 
@@ -134,22 +133,32 @@ def read_images(
             raise ValueError(
                 f"level {level}: x must have level 0's batch size {images[0].shape[0]}, got {image.shape[0]}"
             )
-    grids = _read_grids(images, told, reference)
+    is_constant = not is_traced() and _is_constant(told.spacing) and _is_constant(told.origin)
+    grids = _read_grids(images, told, reference, is_constant)
     masks = [None] * len(images) if told.mask is None else _read_masks(told.mask, images, single)
     levels = [Tokens(image.movedim(1, -1), grid, m) for image, grid, m in zip(images, grids, masks, strict=True)]
-    return Pyramid(levels, None, single)
+    return Pyramid(levels, None, single, is_constant)
 
 
-def _read_grids(images: Sequence[Tensor], told: Told, reference: tuple[float, ...]) -> Sequence[Grid]:
+def is_traced() -> bool:
+    """Tells whether tensors made here and now stand for others: those of a compiler, a fake mode, `torch.func`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(torch.empty(0)) is not Tensor:
+        return True
+    return torch._C._are_functorch_transforms_active()
+
+
+def _read_grids(
+    images: Sequence[Tensor], told: Told, reference: tuple[float, ...], is_constant: bool
+) -> Sequence[Grid]:
     """Makes the levels' grids; those of numbers alone are kept, since images of one kind come again and again."""
-    spacing, origin = _frozen(told.spacing), _frozen(told.origin)
-    if not (_is_constant(spacing) and _is_constant(origin)) or is_traced():
+    if not is_constant:
         fixed_sizes = [tuple(fixed(n) for n in image.shape[2:]) for image in images]
         batch_size, device = images[0].shape[0], images[0].device
         return pyramid_grids(
             fixed_sizes, told.spacing, told.origin, reference=reference, batch_size=batch_size, device=device
         )
     sizes = tuple([tuple(image.shape[2:]) for image in images])
+    spacing, origin = _frozen(told.spacing), _frozen(told.origin)
     return _constant_grids(sizes, spacing, origin, reference, len(images[0]), images[0].device)
 
 
@@ -158,7 +167,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, (list, tuple)):
         return all(map(_is_constant, value))
     return value is None or isinstance(value, Real)
 

@@ -175,16 +175,16 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         other, compiles = None, torch.compiler.is_compiling()
         if compiles and torch.compiler.is_exporting():
             freqs, other = _of_channels(freqs)
-        phases, shapes = [], set()
+        phases, shapes = [], []
         for displacement, frequency in zip(offset, freqs.unbind(-1), strict=True):
             phase = (
                 displacement[..., None, None] * frequency
             )  # no matrix product: autocast and TF32 lower its precision
             phases.append(phase.double() if dtype == torch.float64 else phase)
-            shapes.add(phase.shape)
+            shapes.append(phase.shape)
         # phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a
         # sine. But in programs, where a sum makes fewer nodes
-        if compiles or len(shapes) == 1:
+        if compiles or shapes.count(shapes[0]) == len(shapes):
             phases = [functools.reduce(torch.add, phases)]
         first, *others = phases
         if other is not None:

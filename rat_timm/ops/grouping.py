@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..geometry import plans
 from ..geometry.grid import exact_dtype, integers
+from ..geometry.read import is_traced
 from .assignment import Assignment
 from .masking import check_mask
 from .tiling import AxisTiles
@@ -105,7 +106,7 @@ def _chunk_size(query: Tensor) -> int:
 
 def _fused_can_run(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tells whether PyTorch's fused attention on the CPU can do it; its logarithms of sums have no gradient."""
-    return query.device.type == "cpu" and not has_gradient(query, key, value) and not plans.is_traced()
+    return query.device.type == "cpu" and not has_gradient(query, key, value) and not is_traced()
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> Tensor:

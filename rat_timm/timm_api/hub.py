@@ -5,10 +5,8 @@ config has one key more than timm's, "rat_timm", with this package's version and
 metadata hold a SHA-256 of the config. `checkpoints` compares both whenever a model of this package loads from
 ``hf-hub:``, ``local-dir:`` or an entry's ``hf_hub_id``.
 
-    hub.save(model, "digits")
+    hub.save(model, "digits", spacing_range=(0.5, 2.0))  # pixel sizes in training and validation: others warn
     again = timm.create_model("local-dir:digits", pretrained=True)
-
-    hub.save(model, "digits", spacing_range=(0.5, 2.0))  # what it was trained and validated at; warns of others
 
     hub.push(model, "me/digits")  # private=True, token=..., label_names=[...], description="..."
     again = timm.create_model("hf-hub:me/digits", pretrained=True)  # or hf-hub:me/digits@revision
