@@ -205,7 +205,7 @@ class Tiles(NamedTuple):
         kind: Which of them a tile has, ``[tiles]``, ascending.
         counts: How many tiles have each kind.
         overlaps: Where each key stands in the tiles, if asked for.
-        added: What `attend_in_tiles` adds to the logits of a batch, ``[B * tiles, 1, queries, keys]``; in exports alone,
+        added: What `attend_in_tiles` adds to logits of a batch, ``[B * tiles, 1, queries, keys]``; in exports alone,
             where several calls share it.
     """
 
