@@ -206,7 +206,8 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
         """Reads a batch; samples whose images are brought to grids of their own are parts of their own."""
         told = what_is_told(x, spacing, mask, origin)
         images = read_images(x, told, self.reference_spacing, self.in_chans, self._min_size)
-        self._check_range(told, images)
+        if told.spacing is not None:
+            self._check_range(told, images)
         if not self.cfg.physical_stem:
             return [Part(None, images)]
         if isinstance(images, Proxy):
