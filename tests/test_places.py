@@ -6,7 +6,8 @@ from rat_timm.models.rat.model import stage_inputs
 
 
 def images(*sizes, mask=None, **geometry):
-    return Pyramid([Tokens(torch.zeros(1, *size, 3), Grid.create(size, **geometry), mask) for size in sizes])
+    levels = [Tokens(torch.zeros(1, *size, 3), Grid.create(size, **geometry), mask) for size in sizes]
+    return Pyramid(levels, is_constant=True)
 
 
 def test_grids_of_the_stages():

@@ -211,18 +211,3 @@ def test_nothing_to_convert_is_left_alone():
     model = source()
     state = model.state_dict()
     assert rescale(state, [((1.0, 1.0), (1.0, 1.0))] * 4, model.cfg) is state
-
-
-def test_keywords_of_earlier_folders_make_the_models_of_then():
-    saved = {"spatial_dims": 2, "embed_dim": [32, 64, 64, 128], "depths": [1, 1, 1, 1], "final_norm": True, "iters": 3}
-    saved |= {"sga_attention_type": None, "sga_mlp_ratio": 1.0, "physical_stem": False}
-    model = timm.create_model("test_rat", **saved)
-    assert model.cfg.group_width == "fine"
-    assert model.cfg.sga_attention_type == ("sparse", "sparse", "dense")
-    assert model.stages[1].downsample.proj.weight.shape == (64, 32)
-    own = {name: value for name, value in saved.items() if name != "final_norm"} | {"sga_attention_type": "dense"}
-    assert timm.create_model("test_rat", **own).cfg.group_width == "coarse"  # which is no whole architecture
-    assert (
-        timm.create_model("test_rat", **{**saved, "group_width": "coarse", "sga_attention_type": "sparse"}).cfg.iters
-        == 3
-    )

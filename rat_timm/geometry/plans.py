@@ -4,7 +4,7 @@ import collections
 import functools
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,38 +17,22 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Kept:
-    """What functions of geometry made, the last used at the end."""
+class Kept(NamedTuple):
+    """A plan, and how many bytes its tensors take."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.size = limit, 0
-        self.plans: collections.OrderedDict[Hashable, tuple[Any, int]] = collections.OrderedDict()
-        self.lock = threading.Lock()
-
-    def find(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        with self.lock:
-            if (kept := self.plans.get(key)) is not None:
-                self.plans.move_to_end(key)
-                return kept[0]
-        plan = build()
-        with self.lock:
-            size = _bytes(plan)
-            if key not in self.plans and size <= self.limit:
-                self.plans[key] = plan, size
-                self.size += size
-                self.shrink()
-        return plan
-
-    def shrink(self) -> None:
-        while self.size > self.limit:
-            self.size -= self.plans.popitem(last=False)[1][1]
+    plan: Any
+    size: int
 
 
-_kept = _Kept(_PLAN_BYTES)
+KEPT: collections.OrderedDict[Hashable, Kept] = collections.OrderedDict()
+"""What is kept, by key; what was asked of `keep` last stands at the end, and what stands in front is dropped first."""
+
+_lock = threading.Lock()
+_limit, _size = _PLAN_BYTES, 0
 
 
 def set_plan_limit(size: int) -> None:
-    """Sets how many bytes of index plans are kept, 256 MiB by default; the least recently used go first.
+    """Sets how many bytes of plans are kept, 256 MiB by default; those that were asked for longest ago go first.
 
     A plan that is larger is made anew at each call.
 
@@ -57,29 +41,49 @@ def set_plan_limit(size: int) -> None:
     """
     if size < 0:
         raise ValueError(f"size must not be negative, got {size}")
-    with _kept.lock:
-        _kept.limit = size
-        _kept.shrink()
+    global _limit
+    with _lock:
+        _limit = size
+        _shrink()
 
 
 def forget() -> None:
     """Drops all plans that are kept."""
-    with _kept.lock:
-        _kept.plans.clear()
-        _kept.size = 0
+    global _size
+    with _lock:
+        KEPT.clear()
+        _size = 0
 
 
 def plan_bytes() -> int:
     """Returns how many bytes of index plans are kept."""
-    return _kept.size
+    return _size
 
 
 def keep(key: Hashable, build: Callable[[], R]) -> R:
     """Returns what ``build`` makes, or made when it was last asked for ``key``; tensors of a tracer are not kept."""
     if is_traced():
         return build()
+    global _size
+    with _lock:
+        if (kept := KEPT.get(key)) is not None:
+            KEPT.move_to_end(key)
+            return kept.plan
     with torch.inference_mode(False):  # what is kept serves training too
-        return _kept.find(key, build)
+        plan = build()
+    with _lock:
+        size = _bytes(plan)
+        if key not in KEPT and size <= _limit:
+            KEPT[key] = Kept(plan, size)
+            _size += size
+            _shrink()
+    return plan
+
+
+def _shrink() -> None:
+    global _size
+    while _size > _limit:
+        _size -= KEPT.popitem(last=False)[1].size
 
 
 def per_geometry(build: Callable[P, R]) -> Callable[P, R]:

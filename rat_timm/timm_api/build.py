@@ -39,7 +39,6 @@ def build(
     feature_indices: int | tuple[int, ...],
     like: str | None = None,
     defaults: Mapping[str, Any] | None = None,
-    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     **kwargs: Any,
 ) -> nn.Module:
     """Does what timm's ``build_model_with_cfg`` does, and three things more.
@@ -59,7 +58,6 @@ def build(
         feature_indices: The maps that ``features_only`` gives by default.
         like: timm's name of the architecture whose weights this one takes.
         defaults: Keywords of the architecture, which what was saved and what is given come before.
-        upgrade: Completes keywords that an earlier version saved by what that version did without being told.
         **kwargs: Of ``timm.create_model``.
 
     Raises:
@@ -75,7 +73,7 @@ def build(
     found = hub.find(cfg, kwargs.get("cache_dir")) if pretrained else None
     source = cfg
     if found:
-        found = _accept(found, handed, variant, like, model_cls, model_cfg, defaults or {}, upgrade)
+        found = _accept(found, handed, variant, like, model_cls, model_cfg, defaults or {})
         if cfg.source is None:  # else timm has read what was saved
             cfg = _as_saved(cfg, found.pretrained_cfg, overlay)
         kwargs = {"pretrained_model_args": found.model_args, **found.model_args, **kwargs}
@@ -90,7 +88,7 @@ def build(
         model_cfg,
         pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": feature_indices, "feature_cls": RatFeatures},
-        **{**(defaults or {}), **upgrade(kwargs)},
+        **{**(defaults or {}), **kwargs},
     )
     model._model_args = dict(found.model_args) if found else {}  # timm adds what is given, and saves both
     _describe(model, cfg)
@@ -166,7 +164,6 @@ def _accept(
     model_cls: type[nn.Module],
     model_cfg: Architecture,
     defaults: Mapping[str, Any],
-    upgrade: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Checkpoint:
     """Returns a checkpoint with what may be taken of its config: nothing if it is of timm's own architecture.
 
@@ -185,8 +182,7 @@ def _accept(
     found = found._replace(pretrained_cfg={"label_names": None, **described}, model_args=args)
     _check_bounds(found, {**(vars(model_cfg) if model_cfg else {}), **defaults})
     saved = _as_saved(PretrainedCfg(architecture=variant), found.pretrained_cfg, {})
-    keywords = {**defaults, **upgrade(args), "device": "meta"}
-    _check_size(found, _make(model_cls, variant, False, saved, model_cfg, **keywords))
+    _check_size(found, _make(model_cls, variant, False, saved, model_cfg, **{**defaults, **args, "device": "meta"}))
     return found
 
 

@@ -57,23 +57,6 @@ def _with_mask_token(state_dict: dict[str, Tensor], model: ResolutionAwareTransf
     return {name: own.detach(), **state_dict}
 
 
-_FIRST_FIELDS = {"depths", "embed_dim", "final_norm", "iters", "sga_mlp_ratio", "spatial_dims"}
-
-
-def upgrade_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Completes the keywords of a model that version 0.1 saved, which knew groups of the finer stage's width alone.
-
-    All other keywords, which do not name a whole architecture or name the width of its groups, are returned as they
-    are.
-    """
-    if "group_width" in keywords or not keywords.keys() >= _FIRST_FIELDS:
-        return keywords
-    count = len(keywords["depths"]) - 1 + bool(keywords.get("group_first"))
-    by_default = ["sparse"] * (count - 1) + ["dense"] * min(count, 1)
-    kinds = keywords.get("sga_attention_type")  # timm drops what is None
-    return {**keywords, "group_width": "fine", "sga_attention_type": by_default if kinds is None else kinds}
-
-
 def is_upstream(state_dict: dict[str, Tensor]) -> bool:
     """Tells a state dict of the package ``resolution-aware-transformer``."""
     return "init_proj.weight" in state_dict

@@ -102,8 +102,8 @@ class RatConfig:
         kernel_size: Kernel of the strided convolution that starts a grouping, one number or one per axis.
         stride: Its stride, one number or one per axis.
         sga_attention_type: "dense", "sparse" or "none" (the strided convolution alone, the control) for all groupings,
-            or one per grouping. What dense grouping does depends on how many tokens an image has, and it costs the
-            square of their number.
+            or one per grouping. Default: sparse, the last dense. What dense grouping does depends on how many tokens an
+            image has, and it costs the square of their number.
         group_width: "coarse": groups have the coarser stage's width from the start; "fine": the finer stage's, and are
             projected after the grouping.
         neighborhood_kernel: Window of sparse grouping, in stride cells.
@@ -135,16 +135,16 @@ class RatConfig:
     leading_tokens: int = 0
     stem_kernel_size: Sequence[int] = (3, 3)
     stem_stride: int | Sequence[int] = 4
-    physical_stem: bool = True
+    physical_stem: bool = False
     mask_token: bool = False
     output_stride: int | None = None
     kernel_size: int | Sequence[int] = 3
     stride: int | Sequence[int] = 2
-    sga_attention_type: str | Sequence[str] = "sparse"
-    group_width: str = "coarse"
+    sga_attention_type: str | Sequence[str] | None = None
+    group_width: str = "fine"
     neighborhood_kernel: int | Sequence[int] = 3
-    sga_mlp_ratio: float = 0.5
-    iters: int = 1
+    sga_mlp_ratio: float = 1.0
+    iters: int = 3
     group_first: bool = False
     learnable_rose: bool = True
     rotary_ratio: float = 1.0
@@ -311,6 +311,8 @@ class RatConfig:
     def _groupings(self, count: int) -> list[str | None]:
         needed = count - 1 + self.group_first
         kinds: Any = self.sga_attention_type
+        if kinds is None:
+            kinds = ["sparse"] * (needed - 1) + ["dense"] * min(needed, 1)
         name = "sga_attention_type"
         kinds = [kinds] * needed if isinstance(kinds, str) else list(_sequence(kinds, name, "one per grouping"))
         if len(kinds) != needed or not set(kinds) <= set(SGA_ATTENTION_TYPES):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import Proxy
 
-from ...geometry.grid import Grid, Pyramid, Tokens, fill, integers, merge_axes
+from ...geometry.grid import Pyramid, Tokens, fill, integers, merge_axes
 from ...geometry.parts import Part, join_parts, parts_at_reference, to_reference
+from ...geometry.plans import KEPT, keep
 from ...geometry.ranges import KnowsRange, RangeLike, range_of_json
 from ...geometry.read import read_images, what_is_told
 from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
@@ -26,7 +27,7 @@ from ...layers.head import carried_mask, with_mask
 from ...layers.rose import RotarySpatialEmbedding
 from ...ops.assignment import Assignment
 from .config import RatConfig
-from .places import StageInput, StagePlaces, pool_masks, stage_places
+from .places import StageInput, pool_masks, stage_places
 from .stage import Head, MapNorm, NoNorm, Stage, StageOutput, Stem, whole_output
 
 # geometry steers these functions, so that symbolic tracing has to take each as a whole
@@ -205,7 +206,7 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
         """Reads a batch; samples whose images are brought to grids of their own are parts of their own."""
         told = what_is_told(x, spacing, mask, origin)
         images = read_images(x, told, self.reference_spacing, self.in_chans, self._min_size)
-        if self._watch is not None:
+        if told.spacing is not None:
             self._check_range(told, images)
         if not self.cfg.physical_stem or told.spacing is None:  # which is the reference spacing
             return [Part(None, images)]
@@ -441,21 +442,17 @@ def stage_inputs(cfg: RatConfig, images: Pyramid) -> list[StageInput]:
         masks.append(mask)
         kinds.append((grid.shape, *grid.numbers))
         is_constant = is_constant and None not in grid.numbers
+    follow = functools.partial(stage_places, cfg, [tokens.grid for tokens in images.levels])
     if is_constant:
-        places = _constant_places(cfg, tuple(kinds), images.levels[0].x.device)
+        key = (cfg, tuple(kinds), images.levels[0].x.device)
+        kept = KEPT.get(key)
+        places = keep(key, follow) if kept is None else kept.plan
     else:
-        places = stage_places(cfg, [tokens.grid for tokens in images.levels])
+        places = follow()
     whole = [None] * len(masks)
     if cfg.mask_token or masks.count(None) == len(masks):
         return [StageInput(here, whole, whole) for here in places]
     return pool_masks(places, masks, cfg)
-
-
-@functools.lru_cache(maxsize=64)
-def _constant_places(cfg: RatConfig, kinds: tuple[tuple, ...], device: torch.device) -> tuple[StagePlaces, ...]:
-    with torch.inference_mode(False):  # what is kept serves training too
-        grids = [Grid.create(shape, spacing, origin, device=device) for shape, spacing, origin in kinds]
-        return stage_places(cfg, grids)
 
 
 def _on_grids(x: MapOrMaps, at: StageInput, prefix: Tensor | None) -> Pyramid:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...timm_api.build import build
 from ...timm_api.families import Variant
-from .checkpoint import checkpoint_filter_fn, upgrade_keywords
+from .checkpoint import checkpoint_filter_fn
 from .config import RatConfig
 from .model import ResolutionAwareTransformer
 
@@ -29,7 +29,6 @@ def create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         filter_fn=checkpoint_filter_fn,
         entry_args={"spacing": cfg.spacing},
         feature_indices=(0, 1, 2, 3),
-        upgrade=upgrade_keywords,
         **kwargs,
     )
 
@@ -78,9 +77,6 @@ _CLASSIC = RatConfig(
     kernel_size=7,
     stride=3,
     sga_attention_type="dense",
-    group_width="fine",
-    iters=3,
-    physical_stem=False,
     sga_mlp_ratio=4.0,
     group_first=True,
     rotary_ratio=0.5,
@@ -102,8 +98,7 @@ def _images(description: str, cfg: RatConfig, entries: dict[str, Any] | None = N
 
 
 def _volumes(description: str, cfg: RatConfig, entries: dict[str, Any] | None = None) -> Variant:
-    # a convolution of 27 taps to twice the width would be 12% more parameters
-    cfg = dataclasses.replace(cfg, spatial_dims=3, group_width="fine", sga_mlp_ratio=max(1.0, cfg.sga_mlp_ratio))
+    cfg = dataclasses.replace(cfg, spatial_dims=3)
     return Variant(description, {"cfg": cfg}, entries or {"untrained": _cfg_3d()})
 
 
