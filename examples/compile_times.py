@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--backend", default="inductor", help='of torch.compile; "eager" times the tracing alone')
     parser.add_argument("--onnx", action="store_true", help="export instead (extra export)")
     parser.add_argument("--optimize", action="store_true", help="with --onnx: run the exporter's optimiser too")
     parser.add_argument("--size", type=int, help="length of all axes; default: the model's own")
@@ -35,15 +36,19 @@ def main() -> None:
             if args.onnx:
                 print(measure_onnx(name, args.size, args.optimize), flush=True)
             else:
-                print(measure(name, args.batch_size, args.size), flush=True)
+                print(measure(name, args.batch_size, args.size, args.backend), flush=True)
         return
     for name in args.models:
-        options = [f"--batch-size={args.batch_size}", *([f"--size={args.size}"] if args.size else [])]
+        options = [
+            f"--batch-size={args.batch_size}",
+            f"--backend={args.backend}",
+            *([f"--size={args.size}"] if args.size else []),
+        ]
         options += [f"--{flag}" for flag in ("onnx", "optimize") if getattr(args, flag)]
         subprocess.run([sys.executable, __file__, name, *options], env={**os.environ, **SETTINGS}, check=True)
 
 
-def measure(name: str, batch_size: int, size: int | None) -> str:
+def measure(name: str, batch_size: int, size: int | None, backend: str) -> str:
     """Compiles a model at its first call and describes what came of it."""
     import timm
     import torch
@@ -54,7 +59,7 @@ def measure(name: str, batch_size: int, size: int | None) -> str:
     model = timm.create_model(name).eval()
     channels, *sizes = model.pretrained_cfg["input_size"]
     x = torch.randn(batch_size, channels, *([size] * len(sizes) if size else sizes))
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         expected, wall, work = model(x), time.perf_counter(), _work()
         result = compiled(x)

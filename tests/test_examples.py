@@ -127,6 +127,11 @@ def test_adaptive_patches_learn_where_digits_are(run, tmp_path):
 PROGRAMS = {path.stem for path in EXAMPLES.glob("*.py")}
 
 
+def test_compile_times():
+    printed = finish(start("compile_times.py", "test_vit", "--batch-size", 1, "--backend", "eager"))
+    assert re.search(r"test_vit +compiled in +[\d.]+ s \(processor +[\d.]+ s\), differs by 0.0e\+00 of ", printed)
+
+
 def test_every_example_is_run_here():
     tested = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     assert {name for name in PROGRAMS if f'"{name}.py"' not in tested} == set()
