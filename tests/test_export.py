@@ -5,6 +5,8 @@ import timm
 import torch
 
 import rat_timm  # noqa: F401
+from rat_timm.models.rat.config import RatConfig
+from rat_timm.models.rat.model import ResolutionAwareTransformer
 
 SIZES = {2: (64, 96), 3: (16, 32, 32)}
 
@@ -31,3 +33,21 @@ def test_programs_and_onnxruntime_give_what_the_model_gives(name, tmp_path):
         torch.testing.assert_close(program(x, spacing=spacing), expected)
         (logits,) = session.run(None, {"image": x.numpy(), "spacing": spacing.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("axes", "strict"), [(2, True), (3, False)])
+def test_exported_operations_give_what_the_eager_ones_give(axes, strict):
+    """With masks, cut-off cells, tiles that repeat tokens, and heads without a rotation."""
+    cfg = RatConfig(
+        spatial_dims=axes, embed_dim=32, num_heads=(2, 4), depths=(2, 1), attn_kernel_size=3, rotary_ratio=0.5, iters=1
+    )
+    model = ResolutionAwareTransformer(cfg, in_chans=1, num_classes=3).eval()
+    sizes = (37, 42, 45)[:axes]
+    x, mask = torch.randn(2, 1, *sizes), torch.ones(2, *sizes, dtype=torch.bool)
+    mask[0, 20:], mask[1, :, :30] = False, False
+    batch = torch.export.Dim("batch", min=1, max=64)
+    dynamic = {"x": {0: batch}, "mask": {0: batch}}
+    program = torch.export.export(model, (x,), {"mask": mask}, dynamic_shapes=dynamic, strict=strict).module()
+    x, mask = torch.randn(3, 1, *sizes), torch.cat((mask, mask[:1]))
+    with torch.no_grad():
+        torch.testing.assert_close(program(x, mask=mask), model(x, mask=mask))
