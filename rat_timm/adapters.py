@@ -29,8 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
-from .geometry.read import Told, geometry, what_is_told
+from .geometry.grid import Pyramid, Tokens, fill
+from .geometry.parts import parts_at_reference, select_rows
+from .geometry.read import Told, geometry, read_images, what_is_told
+from .geometry.sample import sample_at
 from .geometry.types import OriginLike, SpacingLike
+from .models.rat import ResolutionAwareTransformer
 from .models.rat.stage import Stem
 from .ops.masking import check_mask
 from .optional import import_optional
@@ -41,6 +45,10 @@ class WithGeometry(nn.Module):
 
         unet = WithGeometry(smp.Unet("tu-rat_tiny", encoder_weights=None, classes=2))
         logits = unet(image, spacing=0.5, mask=mask)  # [B, 2, *size]
+
+    Where the backbone's stem is physical, images are brought to its reference spacing in front of the network, and what
+    it makes of them is sampled at the pixels of the images as they came, in physical coordinates
+    (`rat_timm.geometry.sample_at`): the maps of such a backbone would not be those of the sizes that decoders expect.
 
     Images are padded at the far ends to sizes that are multiples of ``multiple``, the padding is masked, and the result
     is cropped to the image's size. (Near the padding, neighbourhood attention keeps to windows inside the padded image,
@@ -71,7 +79,28 @@ class WithGeometry(nn.Module):
         Raises:
             ValueError: If an argument does not fit the image, or the network returns a map of another size.
         """
-        filled, told = fill_up(self.network, x, what_is_told(x, spacing, mask, origin), self.multiple)
+        told = what_is_told(x, spacing, mask, origin)
+        backbone = next((m for m in self.network.modules() if isinstance(m, ResolutionAwareTransformer)), None)
+        if backbone is None or not backbone.cfg.physical_stem or told.spacing is None:
+            return self._run(x, told)
+        check_mask(told.mask, (len(x), *x.shape[2:]))
+        images = read_images(x, told, backbone.reference_spacing, x.shape[1], (1,) * (x.ndim - 2))
+        parts = parts_at_reference(images, backbone.reference_spacing)
+        rows = [list(range(len(x))) if part.rows is None else part.rows for part in parts]
+        maps = [self._sampled(part.images, select_rows(images, part.rows)) for part in parts]
+        order = torch.tensor([row for part in rows for row in part], device=x.device).argsort()
+        return torch.cat(maps).index_select(0, order)
+
+    def _sampled(self, at_reference: Pyramid, images: Pyramid) -> Tensor:
+        """Runs the network on resampled images; returns its maps at the pixels of ``images``, zero where masked."""
+        tokens, own = at_reference.levels[0], images.levels[0]
+        told = Told(tokens.grid.spacing, tokens.mask, tokens.grid.origin)
+        out = self._run(tokens.x.movedim(-1, 1), told).movedim(1, -1)
+        sampled = sample_at(Tokens(out, tokens.grid, tokens.mask), own.grid)
+        return fill(sampled.x, own.mask).movedim(-1, 1)
+
+    def _run(self, x: Tensor, told: Told) -> Tensor:
+        filled, told = fill_up(self.network, x, told, self.multiple)
         with geometry(**told._asdict()):
             out = self.network(filled)
         if out.shape[2:] != filled.shape[2:]:

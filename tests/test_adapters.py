@@ -7,7 +7,10 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.ops import MultiScaleRoIAlign
 
 import rat_timm
+from rat_timm import Grid
 from rat_timm.adapters import BackboneWithFpn, DetectorWithGeometry, WithGeometry, register_monai_encoder
+from rat_timm.geometry import Tokens, sample_at
+from rat_timm.geometry.resample import resample
 from recording import record_images
 
 
@@ -50,6 +53,25 @@ def test_what_is_known_reaches_the_backbone(case, monkeypatch):
     assert torch.equal(image.mask[inside], mask)
     assert int(image.mask.sum()) == int(mask.sum())
     assert image.grid.shape == tuple(-(-n // 32) * 32 for n in x.shape[2:])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_physical_stem_gives_maps_of_the_images_pixels(masked):
+    """As if the user had resampled the image, and sampled the result at its pixels."""
+    network = WithGeometry(smp.Unet("tu-test_rat", encoder_weights=None, classes=2, physical_stem=True).eval())
+    x, spacing = torch.randn(3, 3, 45, 70), torch.tensor([[0.7, 0.7], [1.0, 1.0], [2.0, 1.3]])
+    mask = torch.rand(3, 45, 70) > 0.3 if masked else None
+    together = network(x, spacing=spacing, mask=mask)
+    assert together.shape == (3, 2, 45, 70)
+    for i in range(3):
+        valid = None if mask is None else mask[i : i + 1]
+        image = Tokens(x[i : i + 1].movedim(1, -1), Grid.create((45, 70), spacing[i]), valid)
+        small = resample(image, (1.0, 1.0))
+        out = network(small.x.movedim(-1, 1), spacing=1.0, mask=small.mask, origin=small.grid.origin)
+        back = sample_at(Tokens(out.movedim(1, -1), small.grid, small.mask), image.grid).x.movedim(-1, 1)
+        expected = back if valid is None else torch.where(valid, back, 0.0)
+        torch.testing.assert_close(together[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network(x), network(x, spacing=1.0), rtol=1e-4, atol=1e-5)
 
 
 def test_whole_multiples_need_no_fill(case):

@@ -2,5 +2,6 @@
 
 from .grid import Grid, Pyramid, Tokens
 from .read import geometry
+from .sample import sample_at
 
-__all__ = ["Grid", "Pyramid", "Tokens", "geometry"]
+__all__ = ["Grid", "Pyramid", "Tokens", "geometry", "sample_at"]

@@ -47,7 +47,7 @@ def parts_at_reference(images: Pyramid, reference: tuple[float, ...]) -> list[Pa
         members.setdefault(spacings, []).append(index)
     if len(members) == 1:
         return [Part(None, _resample(images, next(iter(members)), reference))]
-    return _by_shape([Part(i, _resample(_select(images, i), known, reference)) for known, i in members.items()])
+    return _by_shape([Part(i, _resample(select_rows(images, i), known, reference)) for known, i in members.items()])
 
 
 def _by_shape(parts: Sequence[Part]) -> list[Part]:
@@ -76,7 +76,10 @@ def to_reference(images: Pyramid, reference: tuple[float, ...]) -> Pyramid:
     return parts[0].images
 
 
-def _select(images: Pyramid, rows: Sequence[int]) -> Pyramid:
+def select_rows(images: Pyramid, rows: Sequence[int] | None) -> Pyramid:
+    """Returns some samples of a batch; None for all of them."""
+    if rows is None:
+        return images
     index = torch.tensor(rows, device=images.levels[0].x.device)
     return images._replace(levels=[_select_rows(tokens, index) for tokens in images.levels])
 
