@@ -58,8 +58,8 @@ class AdaptivePatching(nn.Module):
         jitter: How far patches are moved at random in training, in parts of their distance.
         hidden_dim: Width of the network that predicts.
         view: Pixels per axis of the reduced image that it looks at, a multiple of 8.
-        device: Where parameters are made.
-        dtype: Their type.
+        device: PyTorch's.
+        dtype: PyTorch's.
 
     Raises:
         ValueError: If a value is out of range.
@@ -179,8 +179,8 @@ class Predictor(nn.Module):
         spatial_dims: Number of axes.
         hidden_dim: Width.
         view: Pixels per axis of the reduced image, a multiple of 8.
-        device: Where parameters are made.
-        dtype: Their type.
+        device: PyTorch's.
+        dtype: PyTorch's.
 
     Raises:
         ValueError: If ``hidden_dim`` or ``view`` is not a multiple of 8.
