@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
 from .geometry.grid import Pyramid, Tokens, fill
-from .geometry.parts import parts_at_reference, select_rows
+from .geometry.parts import join_parts, parts_at_reference, select_rows
 from .geometry.read import Told, geometry, read_images, what_is_told
 from .geometry.sample import sample_at
 from .geometry.types import OriginLike, SpacingLike
@@ -86,18 +86,17 @@ class WithGeometry(nn.Module):
         check_mask(told.mask, (len(x), *x.shape[2:]))
         images = read_images(x, told, backbone.reference_spacing, x.shape[1], (1,) * (x.ndim - 2))
         parts = parts_at_reference(images, backbone.reference_spacing)
-        rows = [list(range(len(x))) if part.rows is None else part.rows for part in parts]
         maps = [self._sampled(part.images, select_rows(images, part.rows)) for part in parts]
-        order = torch.tensor([row for part in rows for row in part], device=x.device).argsort()
-        return torch.cat(maps).index_select(0, order)
+        joined = maps[0] if len(maps) == 1 else join_parts(maps, [part.rows or [] for part in parts])
+        return joined.levels[0].x.movedim(-1, 1)
 
-    def _sampled(self, at_reference: Pyramid, images: Pyramid) -> Tensor:
+    def _sampled(self, at_reference: Pyramid, images: Pyramid) -> Pyramid:
         """Runs the network on resampled images; returns its maps at the pixels of ``images``, zero where masked."""
         tokens, own = at_reference.levels[0], images.levels[0]
         told = Told(tokens.grid.spacing, tokens.mask, tokens.grid.origin)
         out = self._run(tokens.x.movedim(-1, 1), told).movedim(1, -1)
         sampled = sample_at(Tokens(out, tokens.grid, tokens.mask), own.grid)
-        return fill(sampled.x, own.mask).movedim(-1, 1)
+        return Pyramid([sampled._replace(x=fill(sampled.x, own.mask))])
 
     def _run(self, x: Tensor, told: Told) -> Tensor:
         filled, told = fill_up(self.network, x, told, self.multiple)

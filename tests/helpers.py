@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from rat_timm.models.rat import model as rat_model
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -53,3 +55,16 @@ def call(program, *arguments, patch, capture):
     finally:
         torch.set_num_threads(threads)
     return capture.readouterr().out
+
+
+def record_images(monkeypatch):
+    """Returns a list to which each run of a hierarchical RAT adds its images, on their grids."""
+    seen = []
+    stage_inputs = rat_model.stage_inputs
+
+    def record(cfg, images):
+        seen.append(images)
+        return stage_inputs(cfg, images)
+
+    monkeypatch.setattr(rat_model, "stage_inputs", record)
+    return seen

@@ -7,11 +7,11 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.ops import MultiScaleRoIAlign
 
 import rat_timm
+from helpers import record_images
 from rat_timm import Grid
 from rat_timm.adapters import BackboneWithFpn, DetectorWithGeometry, WithGeometry, register_monai_encoder
 from rat_timm.geometry import Tokens, sample_at
 from rat_timm.geometry.resample import resample
-from recording import record_images
 
 
 def networks():

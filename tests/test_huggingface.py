@@ -15,9 +15,9 @@ from transformers import (
     pipeline,
 )
 
+from helpers import record_images
 from rat_timm import hub
 from rat_timm.huggingface import RatBackbone, RatBackboneConfig, RatForImageClassification, RatImageProcessor
-from recording import record_images
 
 SIZES = {"test_rat": (3, 20, 24), "test_rat_3d": (1, 6, 10, 12)}
 

@@ -27,6 +27,12 @@ from .tracing import compiled_once, split_heads_in_export
 CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
+def extent_and_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns how many places the taps of an odd kernel span along each axis, and the padding that keeps it centred."""
+    extent = tuple((k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True))
+    return extent, tuple((n - 1) // 2 for n in extent)
+
+
 class Grouping(Protocol):
     """Tokens that groups can take from."""
 
@@ -110,8 +116,7 @@ class SpatialGroupingAttention(nn.Module):
         half = tuple(max(1, k // 2) for k in self.kernel_size)
         self.stride = half if stride is None else integers(stride, "stride", spatial_dims)
         dilation = integers(dilation, "dilation", spatial_dims)
-        self.extent = tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, dilation, strict=True))
-        self.padding = tuple((extent - 1) // 2 for extent in self.extent)
+        self.extent, self.padding = extent_and_padding(self.kernel_size, dilation)
         self.unit = axis_values(unit, "unit", spatial_dims)
         in_dims = feature_dims if in_dims is None else in_dims
         self.strider = CONVS[spatial_dims](

@@ -35,8 +35,6 @@ def average(features: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tenso
         features: One ``[B, *grid, C]`` per level.
         masks: One ``[B, *grid]`` or None per level, True = valid.
     """
-    if len(features) == 1 and masks[0] is None:
-        return features[0].flatten(1, -2).mean(dim=1)
     dtype = torch.promote_types(features[0].dtype, torch.float32)
     filled = [fill(x, mask) for x, mask in zip(features, masks, strict=True)]
     total = functools.reduce(torch.add, [x.flatten(1, -2).sum(dim=1, dtype=dtype) for x in filled])

@@ -177,9 +177,8 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
             freqs, other = _of_channels(freqs)
         phases, shapes = [], []
         for displacement, frequency in zip(offset, freqs.unbind(-1), strict=True):
-            phase = (
-                displacement[..., None, None] * frequency
-            )  # no matrix product: autocast and TF32 lower its precision
+            # no matrix product, whose precision autocast and TF32 lower
+            phase = displacement[..., None, None] * frequency
             phases.append(phase.double() if dtype == torch.float64 else phase)
             shapes.append(phase.shape)
         # phases that depend on one axis each are turned axis by axis: a product of complex numbers costs less than a

@@ -126,9 +126,7 @@ class Gather(NamedTuple):
         """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``, in memory ``[tiles, places, B, heads, d]``."""
         sizes = x.shape[0], *x.shape[-2:]
         x = x.flatten(1, -3).transpose(0, 1).flatten(1)  # [N, B * heads * d]
-        own_gradient = x.requires_grad and torch.is_grad_enabled() and not is_plain(x)  # see `RowIndex.take`
-        taken = self.rows.take(x) if own_gradient else x.index_select(0, self.rows.row)
-        return taken.view(self.tiles, self.places, *sizes).permute(0, 2, 3, 1, 4)
+        return self.rows.take(x).view(self.tiles, self.places, *sizes).permute(0, 2, 3, 1, 4)
 
     def take_in_program(self, x: Tensor) -> Tensor:
         """``[B, *grid, heads, d]`` -> ``[B * tiles, heads, places, d]``: what `take` gives, in few operations."""

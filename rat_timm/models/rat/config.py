@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from ...geometry.grid import axis_values, integers
+from ...layers.grouping import extent_and_padding
 from ...layers.rose import check_heads
 
 HEAD_DIM = 32
@@ -67,8 +68,8 @@ class StageConfig:
     @property
     def grouping_conv(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Extent, stride and padding of the convolution that starts the groups, as `Grid.conv` takes them."""
-        extent = tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
-        return extent, self.stride, tuple((n - 1) // 2 for n in extent)
+        extent, padding = extent_and_padding(self.kernel_size, self.dilation)
+        return extent, self.stride, padding
 
 
 @dataclass(frozen=True)

@@ -475,7 +475,7 @@ def _with_output(pyramid: Pyramid, output: StageOutput) -> Pyramid:
 
 
 def _maps(pyramid: Pyramid) -> Maps:
-    """Returns a pyramid's maps, zero where masked, and its masks."""
+    """Returns a pyramid's features channels first, and its masks."""
     maps, masks = [], []
     for tokens in pyramid.levels:
         maps.append(tokens.x.movedim(-1, 1))

@@ -1,7 +1,7 @@
 """Where the tokens of every stage are: worked out of the images' grids once, before the first layer runs."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,8 +71,8 @@ def stage_places(cfg: RatConfig, grids: Sequence[Grid]) -> tuple[StagePlaces, ..
     grids = [_embedded(grid, cfg) for grid in grids]
     for stage in cfg.stages():
         fine, grids, prefix = grids, [_grouped(grid, stage) for grid in grids], stage.reg_tokens or prefix
-        here = StagePlaces(tuple(grids), *_of_blocks(stage, grids, prefix))
-        places.append(here if stage.sga_attention_type is None else here._replace(**_of_grouping(stage, fine, grids)))
+        grouping = () if stage.sga_attention_type is None else _of_grouping(stage, fine, grids)
+        places.append(StagePlaces(tuple(grids), *_of_blocks(stage, grids, prefix), *grouping))
     return tuple(places)
 
 
@@ -87,8 +87,10 @@ def _of_blocks(
     return tuple(tokens), tuple([neighborhood_plan(grid.shape, kernel, grid.spacing.device) for grid in grids])
 
 
-def _of_grouping(stage: StageConfig, fine: Sequence[Grid], coarse: Sequence[Grid]) -> dict[str, Any]:
-    """Returns the fields of `StagePlaces` that a grouping has."""
+def _of_grouping(
+    stage: StageConfig, fine: Sequence[Grid], coarse: Sequence[Grid]
+) -> tuple[tuple[int, ...], tuple[Positions, ...], tuple[Positions, ...], tuple[Tiles | None, ...]]:
+    """Returns the stride of a stage's grouping, the positions of tokens and of groups, and how tokens are cut."""
     # about the centre of the tokens, for groups too: rotations are relative
     sides = (
         [side.positions(field_center([grid]), stage.sga_unit) for side, grid in zip(sides, fine, strict=True)]
@@ -98,7 +100,7 @@ def _of_grouping(stage: StageConfig, fine: Sequence[Grid], coarse: Sequence[Grid
     if stage.sga_attention_type == "sparse":
         cells = [local_tiles(g.shape, stage.stride, stage.neighborhood_kernel, g.spacing.device) for g in fine]
     tokens, groups = map(tuple, sides)
-    return {"stride": stage.stride, "fine": tokens, "groups": groups, "cells": tuple(cells)}
+    return stage.stride, tokens, groups, tuple(cells)
 
 
 def _embedded(grid: Grid, cfg: RatConfig) -> Grid:

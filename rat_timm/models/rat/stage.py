@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ...geometry.grid import Positions, channels_first, fill, merge_axes
 from ...geometry.types import MapOrMaps
 from ...layers.attention import Attention, Block
-from ...layers.grouping import DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
+from ...layers.grouping import CONVS, DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
 from ...layers.head import average
 from ...layers.rose import RotarySpatialEmbedding
 from ...layers.tracing import as_one_node
@@ -27,7 +27,6 @@ from .places import StageInput
 GROUP_SHARE = 0.1
 """Weight of what groups take over what they start from, when training starts (after Swin V2, arXiv 2111.09883)."""
 POOLS = ("avg", "token", "")
-CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Stem(nn.Module):
@@ -103,7 +102,23 @@ class Stem(nn.Module):
         return torch.where(mask.unsqueeze(1), x, self.mask_token.view(-1, *[1] * (x.ndim - 2)))
 
 
-class StridedConv(nn.Module):
+class Coarsening(nn.Module):
+    """What makes a coarser stage's tokens, ending in a projection where these are not of the blocks' width."""
+
+    proj: nn.Linear | None
+    projects_groups: bool
+
+    def add_projection(self, stage: StageConfig, **dd: Any) -> None:
+        """Makes the projection that groups, or prefix tokens that come in, have to pass."""
+        self.projects_groups = stage.sga_dim != stage.dim
+        self.proj = nn.Linear(stage.dim_in, stage.dim, **dd) if stage.needs_projection else None
+
+    def project(self, x: Tensor) -> Tensor:
+        """Brings tokens to the coarser stage's width."""
+        return x if self.proj is None else self.proj(x)
+
+
+class StridedConv(Coarsening):
     """What grouping starts from, alone: the control.
 
     Args:
@@ -127,20 +142,15 @@ class StridedConv(nn.Module):
             stage.dim_in, stage.sga_dim, stage.kernel_size, stride, padding, stage.dilation, **dd
         )
         self.norm = nn.LayerNorm(stage.sga_dim, **dd)
-        self.projects_groups = stage.sga_dim != stage.dim
-        self.proj = nn.Linear(stage.dim_in, stage.dim, **dd) if stage.needs_projection else None
+        self.add_projection(stage, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, *fine, C]``, zero where masked, -> ``[B, *coarse, C']``."""
         x = self.norm(self.conv(x.movedim(-1, 1)).movedim(1, -1))
         return self.project(x) if self.projects_groups else x
 
-    def project(self, x: Tensor) -> Tensor:
-        """Brings tokens to the coarser stage's width."""
-        return x if self.proj is None else self.proj(x)
 
-
-class Downsample(nn.Module):
+class Downsample(Coarsening):
     """Spatial grouping attention at the coarser stage's width, or at the finer stage's with a projection after it.
 
     Args:
@@ -184,8 +194,7 @@ class Downsample(nn.Module):
         for name in ("norm2", "norm3"):
             # at first all groups take nearly the same, which at full weight drowns what tells them apart
             nn.init.constant_(self.sga.get_parameter(f"{name}.weight"), GROUP_SHARE)
-        self.projects_groups = stage.sga_dim != stage.dim
-        self.proj = nn.Linear(stage.dim_in, stage.dim, **dd) if stage.needs_projection else None
+        self.add_projection(stage, **dd)
 
     def forward(
         self,
@@ -206,10 +215,6 @@ class Downsample(nn.Module):
         if self.projects_groups:
             grouped = self.project(grouped)
         return grouped if assignment is None else (grouped, assignment)
-
-    def project(self, x: Tensor) -> Tensor:
-        """Brings tokens to the coarser stage's width."""
-        return x if self.proj is None else self.proj(x)
 
 
 class StageOutput(NamedTuple):
@@ -323,10 +328,8 @@ class Stage(nn.Module):
         self, levels: list[Tensor], at: StageInput, return_assignments: bool
     ) -> tuple[list[Tensor], list[Assignment | None] | None]:
         if isinstance(self.downsample, StridedConv):
-            filled = [
-                level if mask is None else fill(level, mask) for level, mask in zip(levels, at.fine_masks, strict=True)
-            ]
-            return [self._run(self.downsample, level) for level in filled], None
+            pairs = zip(levels, at.fine_masks, strict=True)
+            return [self._run(self.downsample, fill(level, mask)) for level, mask in pairs], None
         assert self.downsample is not None
         places, grouped = at.places, []
         for tokens, fine, groups, mask, group_mask, cells in zip(
