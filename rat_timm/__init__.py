@@ -17,14 +17,16 @@ and ``forward_intermediates``, and backbones made with ``features_only=True``, t
 Networks that take the image alone (segmentation_models_pytorch, detectors, timm's ``feature_cls="getter"``) are told by
 the context manager `geometry`. The subpackage of the same name is imported by ``from rat_timm.geometry import Grid``.
 
-With a pixel stem, the default, kernels of the stem see pixels whatever the spacing: a network that is trained at one
-pixel size has to learn what another looks like. ``physical_stem=True`` resamples images to the reference spacing in
-front of the stem, without aliasing and with masks. Then
+The hierarchical models (but ``rat_classic``) resample images whose spacing is given to the reference spacing in front of
+the stem, without aliasing and with masks. Then
 
 - samples of different spacings are computed apart, so that a batch gives what its items give;
 - sizes of maps follow from the physical extent. ``forward_intermediates(output_dict=True)`` returns their ``grids`` and
   ``masks``; where maps come without grids, samples must have one spacing;
 - a spacing in a wrong unit, at which an image would become millions of pixels, is an error (`set_resample_limit`).
+
+With ``physical_stem=False`` kernels of the stem see pixels whatever the spacing: a network that is trained at one pixel
+size has to learn what another looks like. Programs that take the spacing as an input (``torch.export``, ONNX) need it.
 """
 
 from .geometry.grid import Grid

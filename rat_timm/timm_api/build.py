@@ -39,6 +39,7 @@ def build(
     feature_indices: int | tuple[int, ...],
     like: str | None = None,
     defaults: Mapping[str, Any] | None = None,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Does what timm's ``build_model_with_cfg`` does, and three things more.
@@ -58,6 +59,7 @@ def build(
         feature_indices: The maps that ``features_only`` gives by default.
         like: timm's name of the architecture whose weights this one takes.
         defaults: Keywords of the architecture, which what was saved and what is given come before.
+        upgrade: Turns the keywords that an earlier version saved into today's.
         **kwargs: Of ``timm.create_model``.
 
     Raises:
@@ -65,18 +67,19 @@ def build(
             of their size.
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
-    given = kwargs.pop("pretrained_cfg", None)
-    cfg = _resolve(variant, given, overlay)
-    handed = _handed_by_timm(variant, given, kwargs)
+    described = kwargs.pop("pretrained_cfg", None)
+    cfg = _resolve(variant, described, overlay)
+    handed = _handed_by_timm(variant, described, kwargs)
     if handed:
         _check_config(handed, variant, model_cls, model_cfg)
     found = hub.find(cfg, kwargs.get("cache_dir")) if pretrained else None
     source = cfg
     if found:
-        found = _accept(found, handed, variant, like, model_cls, model_cfg, defaults or {})
+        found = _accept(found, handed, variant, like, model_cls, model_cfg, defaults or {}, upgrade)
         if cfg.source is None:  # else timm has read what was saved
             cfg = _as_saved(cfg, found.pretrained_cfg, overlay)
-        kwargs = {"pretrained_model_args": found.model_args, **found.model_args, **kwargs}
+        given = {name: value for name, value in kwargs.items() if value is not None}  # timm hands on None of what it read
+        kwargs = {"pretrained_model_args": found.model_args, **found.model_args, **given}
         source, filter_fn = _loaded(cfg, found, filter_fn)
     elif _is_entry(variant, cfg):
         kwargs.setdefault("pretrained_model_args", entry_args)
@@ -164,6 +167,7 @@ def _accept(
     model_cls: type[nn.Module],
     model_cfg: Architecture,
     defaults: Mapping[str, Any],
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None,
 ) -> Checkpoint:
     """Returns a checkpoint with what may be taken of its config: nothing if it is of timm's own architecture.
 
@@ -179,6 +183,7 @@ def _accept(
     if handed and (_without_sources(handed.pretrained_cfg), handed.model_args) != (described, found.model_args):
         raise ValueError(f"{found.where}/{CONFIG} changed while it was read: load again")
     args = {name: value for name, value in found.model_args.items() if name != "num_classes"}
+    args = upgrade(args) if upgrade else args
     found = found._replace(pretrained_cfg={"label_names": None, **described}, model_args=args)
     _check_bounds(found, {**(vars(model_cfg) if model_cfg else {}), **defaults})
     saved = _as_saved(PretrainedCfg(architecture=variant), found.pretrained_cfg, {})

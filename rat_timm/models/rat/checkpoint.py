@@ -49,6 +49,20 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTrans
     return state_dict
 
 
+def upgrade_keywords(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns saved keywords with those that mean something else since version 0.1.0.
+
+    Groups had the finer stage's width then, and ``sga_attention_type`` None meant that the last grouping was dense.
+    """
+    if "iters" not in saved:  # written by hand: models were saved with all their keywords
+        return saved
+    saved = {"group_width": "fine", **saved}
+    if saved.get("sga_attention_type") is None:
+        groupings = len(saved["depths"]) - 1 + saved["group_first"]
+        saved["sga_attention_type"] = ("sparse",) * (groupings - 1) + ("dense",) * min(groupings, 1)
+    return saved
+
+
 def _with_mask_token(state_dict: dict[str, Tensor], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
     """Drops a mask token that the model does not have, and lets one start anew that the checkpoint does not have."""
     name, own = "stem.mask_token", model.stem.mask_token

@@ -92,8 +92,10 @@ class RatConfig:
         stem_kernel_size: Kernel of each convolution of the stem.
         stem_stride: Total stride of the stem, one number or one per axis.
         physical_stem: Whether images are resampled to the reference spacing in front of the stem, so that kernels mean
-            the same at any spacing. Maps have then a number of places that goes with the extent, not with the pixels;
-            samples of different extents are computed apart, and their maps filled up to the largest, and masked.
+            the same at any spacing; without a spacing nothing is done. Maps have then a number of places that goes with
+            the extent, not with the pixels; samples of different extents are computed apart, and their maps filled up
+            to the largest, and masked. False where spacing has to be an input of a program (``torch.export``, ONNX),
+            or the network is to see pixels as they are: only positions are physical then.
         mask_token: Whether a learnable token stands at masked places of the first map, for masked image modelling: it
             takes part like any other, gets gradients, and is all that masked pixels are known by. Without it, masked
             places take no part.
@@ -102,9 +104,9 @@ class RatConfig:
             arXiv 1706.05587), and so are rotary units, so that weights of the whole stride go on. None for the whole.
         kernel_size: Kernel of the strided convolution that starts a grouping, one number or one per axis.
         stride: Its stride, one number or one per axis.
-        sga_attention_type: "dense", "sparse" or "none" (the strided convolution alone, the control) for all groupings,
-            or one per grouping. Default: sparse, the last dense. What dense grouping does depends on how many tokens an
-            image has, and it costs the square of their number.
+        sga_attention_type: "sparse", "dense" or "none" (the strided convolution alone, the control) for all groupings,
+            or one per grouping. What dense grouping does depends on how many tokens an image has, and it costs the
+            square of their number.
         group_width: "coarse": groups have the coarser stage's width from the start; "fine": the finer stage's, and are
             projected after the grouping.
         neighborhood_kernel: Window of sparse grouping, in stride cells.
@@ -136,16 +138,16 @@ class RatConfig:
     leading_tokens: int = 0
     stem_kernel_size: Sequence[int] = (3, 3)
     stem_stride: int | Sequence[int] = 4
-    physical_stem: bool = False
+    physical_stem: bool = True
     mask_token: bool = False
     output_stride: int | None = None
     kernel_size: int | Sequence[int] = 3
     stride: int | Sequence[int] = 2
-    sga_attention_type: str | Sequence[str] | None = None
-    group_width: str = "fine"
+    sga_attention_type: str | Sequence[str] = "sparse"
+    group_width: str = "coarse"
     neighborhood_kernel: int | Sequence[int] = 3
-    sga_mlp_ratio: float = 1.0
-    iters: int = 3
+    sga_mlp_ratio: float = 0.25
+    iters: int = 1
     group_first: bool = False
     learnable_rose: bool = True
     rotary_ratio: float = 1.0
@@ -312,8 +314,6 @@ class RatConfig:
     def _groupings(self, count: int) -> list[str | None]:
         needed = count - 1 + self.group_first
         kinds: Any = self.sga_attention_type
-        if kinds is None:
-            kinds = ["sparse"] * (needed - 1) + ["dense"] * min(needed, 1)
         name = "sga_attention_type"
         kinds = [kinds] * needed if isinstance(kinds, str) else list(_sequence(kinds, name, "one per grouping"))
         if len(kinds) != needed or not set(kinds) <= set(SGA_ATTENTION_TYPES):

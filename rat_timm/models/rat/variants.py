@@ -13,7 +13,7 @@ from torch import nn
 
 from ...timm_api.build import build
 from ...timm_api.families import Variant
-from .checkpoint import checkpoint_filter_fn
+from .checkpoint import checkpoint_filter_fn, upgrade_keywords
 from .config import RatConfig
 from .model import ResolutionAwareTransformer
 
@@ -27,6 +27,7 @@ def create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         pretrained,
         model_cfg=cfg,
         filter_fn=checkpoint_filter_fn,
+        upgrade=upgrade_keywords,
         entry_args={"spacing": cfg.spacing},
         feature_indices=(0, 1, 2, 3),
         **kwargs,
@@ -74,10 +75,13 @@ _CLASSIC = RatConfig(
     attn_kernel_size=0,
     stem_kernel_size=(7,),
     stem_stride=1,
+    physical_stem=False,
     kernel_size=7,
     stride=3,
     sga_attention_type="dense",
+    group_width="fine",
     sga_mlp_ratio=4.0,
+    iters=3,
     group_first=True,
     rotary_ratio=0.5,
     base_theta=1e4,
@@ -98,16 +102,17 @@ def _images(description: str, cfg: RatConfig, entries: dict[str, Any] | None = N
 
 
 def _volumes(description: str, cfg: RatConfig, entries: dict[str, Any] | None = None) -> Variant:
-    cfg = dataclasses.replace(cfg, spatial_dims=3)
+    # a convolution d -> 2d with 27 taps would be an eighth of all parameters
+    cfg = dataclasses.replace(cfg, spatial_dims=3, group_width="fine", sga_mlp_ratio=max(1.0, cfg.sga_mlp_ratio))
     return Variant(description, {"cfg": cfg}, entries or {"untrained": _cfg_3d()})
 
 
 VARIANTS = {
-    "rat_tiny": _images("Tiny, 27.7 M parameters.", RatConfig(embed_dim=64, mlp_ratio=3.0)),
-    "rat_small": _images("Small, 50.3 M parameters.", RatConfig(embed_dim=96)),
-    "rat_base": _images("Base, 89.0 M parameters.", RatConfig(embed_dim=128)),
-    "rat_large": _images("Large, 199 M parameters.", RatConfig(embed_dim=192)),
-    "rat_huge": _images("Huge, 630 M parameters.", RatConfig(embed_dim=320, depths=(3, 4, 24, 5))),
+    "rat_tiny": _images("Tiny, 28.7 M parameters.", RatConfig(embed_dim=64, mlp_ratio=3.0)),
+    "rat_small": _images("Small, 52.6 M parameters.", RatConfig(embed_dim=96)),
+    "rat_base": _images("Base, 93.1 M parameters.", RatConfig(embed_dim=128)),
+    "rat_large": _images("Large, 209 M parameters.", RatConfig(embed_dim=192)),
+    "rat_huge": _images("Huge, 656 M parameters.", RatConfig(embed_dim=320, depths=(3, 4, 24, 5))),
     "rat_tiny_3d": _volumes(
         "Tiny for volumes, 5.2 M parameters.", RatConfig(embed_dim=32, depths=(3, 4, 6, 5), mlp_ratio=3.0)
     ),
