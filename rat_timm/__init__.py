@@ -17,8 +17,8 @@ and ``forward_intermediates``, and backbones made with ``features_only=True``, t
 Networks that take the image alone (segmentation_models_pytorch, detectors, timm's ``feature_cls="getter"``) are told by
 the context manager `geometry`. The subpackage of the same name is imported by ``from rat_timm.geometry import Grid``.
 
-The hierarchical models (but ``rat_classic``) resample images whose spacing is given to the reference spacing in front of
-the stem, without aliasing and with masks. Then
+The hierarchical models (but ``rat_classic``) resample images whose spacing is given to the reference spacing in front
+of the stem, without aliasing and with masks. Then
 
 - samples of different spacings are computed apart, so that a batch gives what its items give;
 - sizes of maps follow from the physical extent. ``forward_intermediates(output_dict=True)`` returns their ``grids`` and

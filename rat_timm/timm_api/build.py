@@ -78,7 +78,8 @@ def build(
         found = _accept(found, handed, variant, like, model_cls, model_cfg, defaults or {}, upgrade)
         if cfg.source is None:  # else timm has read what was saved
             cfg = _as_saved(cfg, found.pretrained_cfg, overlay)
-        given = {name: value for name, value in kwargs.items() if value is not None}  # timm hands on None of what it read
+        # timm hands on what it has read of the same file, None included, which an upgrade may have changed
+        given = {name: value for name, value in kwargs.items() if value is not None}
         kwargs = {"pretrained_model_args": found.model_args, **found.model_args, **given}
         source, filter_fn = _loaded(cfg, found, filter_fn)
     elif _is_entry(variant, cfg):
