@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.models._hub import load_cfg_from_json
 from timm.models._input import get_model_args
+from torch import nn
 
 from ..timm_api.build import keywords_of
 from ..timm_api.checkpoints import CONFIG, KEY, METADATA, WEIGHTS, Checkpoint, Place, config_digest, read, sha256
@@ -21,7 +22,7 @@ it, under "architecture" and "model_args"."""
 OPTION_NAMES = ("num_classes", "decoder", "width", "detail", "class_names")
 
 
-def save_segmenter(model: Any, folder: str | Path) -> Path:
+def save_segmenter(model: nn.Module, folder: str | Path) -> Path:
     """Saves a segmenter; see `rat_timm.dense.Segmenter.save`."""
     from .. import __version__  # at the end of the package's import
 

@@ -253,19 +253,24 @@ def at_grid(tokens: Tokens, image: Tokens, grid: Grid) -> Tensor:
         ``[B, *grid.shape, C]``. Zero in places of which no valid pixel of the image has a share, or whose neighbours in
         ``tokens`` are all masked.
     """
-    if tokens.grid is grid:
-        return fill(tokens.x, image.mask)
+    if _are_same(tokens.grid, grid):
+        return fill(tokens.x, _covered(image, grid))
     return fill(sample_at(tokens, grid, BEYOND).x, _covered(image, grid))
 
 
 def _covered(image: Tokens, grid: Grid) -> Tensor | None:
     """Returns which places of a grid valid pixels of an image have a share in, ``[B, *grid.shape]``."""
-    if grid is image.grid:
+    if _are_same(grid, image.grid):
         return image.mask
     shape = image.x.shape[:-1]
     valid = torch.ones(shape, device=image.x.device) if image.mask is None else image.mask.float()
     share = sample_at(Tokens(valid.unsqueeze(-1), image.grid), grid)
     return share.x[..., 0] > _SHARE
+
+
+def _are_same(one: Grid, other: Grid) -> bool:
+    """Whether two grids are one, as far as objects and numbers tell: tensors are not looked at."""
+    return one is other or (one.shape == other.shape and None not in one.numbers and one.numbers == other.numbers)
 
 
 def _output_grid(out: Grid | Scalars, image: Tokens) -> Grid:
@@ -303,7 +308,7 @@ def _make(backbone: str | nn.Module, in_chans: int | None, kwargs: dict[str, Any
     return backbone
 
 
-def _without_head(backbone: Any) -> nn.Module:
+def _without_head(backbone: Any) -> Any:
     """Removes what pools and classifies, whose parameters would get no gradient."""
     if backbone.num_classes:
         backbone.reset_classifier(0)
