@@ -9,7 +9,7 @@ from .grid import Grid, Tokens, exact_dtype, fill
 _ROUNDING = 1e-6  # of a place's width, by which a place may lie outside the field of view
 
 
-def sample_at(tokens: Tokens, grid: Grid) -> Tokens:
+def sample_at(tokens: Tokens, grid: Grid, reach: float = 0.5) -> Tokens:
     """Samples a map at the places of another grid, linearly between centres, in physical coordinates.
 
     So labels come back to the pixels of an image that a physical stem has resampled, and maps of several levels to one
@@ -18,10 +18,13 @@ def sample_at(tokens: Tokens, grid: Grid) -> Tokens:
     Args:
         tokens: A map on its grid, of 1, 2 or 3 axes; what is masked has no weight.
         grid: Where to sample it; its spacing and origin have one row, or one per sample.
+        reach: How far beyond the map's outermost centres their values hold, in distances of its places. Default: to
+            the end of the map's field of view. With 1 also where the map of an image ends before the image does, as
+            that of a strided convolution, whose outermost centre lies on the first pixel of several, may.
 
     Returns:
-        ``[B, *grid.shape, C]`` on ``grid``. A place is valid if it lies in the map's field of view, beyond whose
-        outermost centres their values hold, and a valid place of the map has a share in it; others are zero.
+        ``[B, *grid.shape, C]`` on ``grid``. A place is valid if it lies within ``reach``, and a valid place of the map
+        has a share in it; others are zero.
 
     Raises:
         ValueError: If the grids have other numbers of axes, or rows that do not go with the map's samples.
@@ -34,7 +37,8 @@ def sample_at(tokens: Tokens, grid: Grid) -> Tokens:
         )
     index = _index_in(tokens.grid, grid)  # [1 or B, *shape, axes]
     size = index.new_tensor(tokens.grid.shape)
-    inside = ((index > -0.5 - _ROUNDING) & (index < size - 0.5 + _ROUNDING)).all(dim=-1).expand(batch, *grid.shape)
+    beyond = reach + _ROUNDING
+    inside = ((index > -beyond) & (index < size - 1 + beyond)).all(dim=-1).expand(batch, *grid.shape)
     at = ((2 * index + 1) / size - 1).flip(-1).expand(batch, *grid.shape, axes)  # grid_sample's: x first, from -1 to 1
     dtype = exact_dtype(tokens.x.dtype)
     x = _sampled(tokens.filled().to(dtype), at.to(dtype))
