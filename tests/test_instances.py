@@ -74,6 +74,21 @@ def test_a_cut_object_has_no_boundary_at_the_images_border():
     assert torch.equal(whole, torch.ones(1, 2, 4, 4))
 
 
+def test_what_is_not_annotated_has_no_loss_and_bounds_objects():
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    labels[:, :, 4:] = -1
+    labels[:, 2:6, 2:5] = 5
+    targets, background = (instance_targets(given, 1.0, 2.0) for given in (labels, labels.clamp(min=0)))
+    assert torch.equal(targets[:, 1], background[:, 1])
+    assert torch.equal(targets[:, 0], labels.sign().float())
+    logits = torch.randn(1, 2, 8, 8)
+    expected = instance_loss(logits, background, labels >= 0)
+    torch.testing.assert_close(instance_loss(logits, targets), expected)
+    logits[:, :, 0, 6], mask = torch.nan, torch.rand(1, 8, 8) > 0.5
+    expected = instance_loss(logits, background, (labels >= 0) & mask)
+    torch.testing.assert_close(instance_loss(logits, targets, mask), expected)
+
+
 def test_samples_of_a_batch_have_spacings_of_their_own():
     labels, spacing = torch.stack([blobs((12, 9)), blobs((12, 9), seed=5)]), torch.tensor([[1.0, 1.0], [0.5, 2.0]])
     together = instance_targets(labels, spacing, 2.0)
@@ -239,7 +254,6 @@ def test_a_network_that_is_right_has_no_loss():
     [
         (lambda: instance_targets(torch.zeros(1, 4, 4), 1.0, 1.0), "labels must be whole"),
         (lambda: instance_targets(torch.zeros(4, 4).long(), 1.0, 1.0), "labels must be whole"),
-        (lambda: instance_targets(-torch.ones(1, 4, 4).long(), 1.0, 1.0), "labels must not be negative"),
         (lambda: instance_targets(torch.zeros(1, 4, 4).long(), (1.0,) * 3, 1.0), "spacing must be"),
         (lambda: instance_targets(torch.zeros(1, 4, 4).long(), 1.0, 0.0), "scale must be a positive length"),
         (lambda: instance_targets(torch.zeros(1, 4, 4).long(), 1.0, 1.0, torch.ones(4, 4) > 0), "mask must be"),

@@ -85,6 +85,7 @@ def test_masked_places_do_not_count():
     true, predicted = torch.tensor([[1, 1, 0, 2]]), torch.tensor([[1, 1, 5, 0]])
     mask = torch.tensor([[True, True, False, False]])
     assert match(predicted, true, mask=mask).average_precision.tolist() == [1.0] * 10
+    assert match(predicted, torch.where(mask, true, -1)).average_precision.tolist() == [1.0] * 10
     assert math.isclose(float(match(predicted, true).average_precision[0]), 1 / 3)
 
 
@@ -93,7 +94,7 @@ def test_masked_places_do_not_count():
     [
         ((torch.zeros(3).int(), torch.zeros(4).int()), "predicted must be"),
         ((torch.zeros(4).int(), torch.zeros(4)), "true must be"),
-        ((torch.zeros(4).int(), -torch.ones(4).int()), "true must not be negative"),
+        ((-torch.ones(4).int(), torch.zeros(4).int()), "predicted must not be negative"),
         ((torch.zeros(4).int(), torch.zeros(4).int(), ()), "thresholds must be"),
         ((torch.zeros(4).int(), torch.zeros(4).int(), (0.0,)), "thresholds must be"),
         ((torch.zeros(4).int(), torch.zeros(4).int(), (0.5,), torch.ones(4)), "mask must be"),

@@ -48,14 +48,15 @@ def instance_targets(labels: Tensor, spacing: Scalars, scale: float, mask: Tenso
     inside.
 
     Args:
-        labels: ``[B, *size]``, whole numbers, 0 = background.
+        labels: ``[B, *size]``, whole numbers, 0 = background. Negative: not annotated, such as a margin in which objects
+            have no labels. Objects that have some end there.
         spacing: Physical pixel size in array-axis order (z, y, x): a number, one per axis, or ``[B, axes]``.
         scale: A length, in the unit of the spacing.
         mask: ``[B, *size]``, bool, True = valid: whose labels are right. Labels elsewhere are not looked at.
 
     Returns:
-        ``[B, 2, *size]``, float32: 1 in the foreground, else 0; and between 0 and 1 in the foreground, else 0. Both are
-        0 where masked.
+        ``[B, 2, *size]``, float32: 1 in the foreground, 0 in the background, -1 where not annotated; and a number between
+        0 and 1 in the foreground, else 0. Both are 0 where masked.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -63,16 +64,14 @@ def instance_targets(labels: Tensor, spacing: Scalars, scale: float, mask: Tenso
     """
     if labels.ndim not in (3, 4) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be whole numbers [B, *size], got {labels.dtype} {list(labels.shape)}")
-    if labels.numel() and int(labels.min()) < 0:
-        raise ValueError(f"labels must not be negative, got {int(labels.min())}")
     _check_length(scale, "scale")
     check_mask(mask, labels.shape)
     rows = per_axis(spacing, "spacing", labels.ndim - 1, len(labels), positive=True).expand(len(labels), -1).tolist()
     valid = labels.new_ones(labels.shape, dtype=torch.bool) if mask is None else mask
-    arrays = zip(labels.cpu().numpy(), rows, valid.cpu().numpy(), strict=True)
+    arrays = zip(labels.clamp(min=0).cpu().numpy(), rows, valid.cpu().numpy(), strict=True)
     distance = torch.stack([torch.from_numpy(_distance(*each)) for each in arrays]).to(labels.device)
-    foreground = ((labels != 0) & valid).float()
-    return torch.stack([foreground, torch.tanh(distance / scale) * foreground], dim=1)
+    foreground = torch.where(valid, labels.sign(), 0).float()
+    return torch.stack([foreground, torch.tanh(distance / scale) * (foreground > 0)], dim=1)
 
 
 def _distance(labels: np.ndarray, spacing: Sequence[float], valid: np.ndarray) -> np.ndarray:
@@ -101,7 +100,7 @@ def _with_faces(values: np.ndarray, axis: int, combine: Combine) -> np.ndarray:
 
 
 def instance_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Returns the loss of a network for instances, over the valid pixels.
+    """Returns the loss of a network for instances, over the pixels that are valid and annotated.
 
     It is the binary cross entropy and the Dice loss (MONAI's, of the batch as a whole) of the foreground, and the
     smooth L1 loss of the distance, tanh(r) against the target's, whose mean over the foreground and over the background
@@ -121,11 +120,9 @@ def instance_loss(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -
         raise ValueError(f"targets must have the shape of logits, {list(logits.shape)}, got {list(targets.shape)}")
     check_mask(mask, (len(logits), *logits.shape[2:]))
     dice = import_optional("monai.losses", "dense").DiceLoss(sigmoid=True, batch=True)
-    if mask is not None:
-        logits = logits.movedim(1, -1)[mask]  # [valid, 2]
-        targets = targets.movedim(1, -1)[mask]
-    else:
-        logits, targets = (maps.movedim(1, -1).flatten(0, -2) for maps in (logits, targets))
+    annotated = targets[:, 0] >= 0
+    chosen = annotated if mask is None else annotated & mask
+    logits, targets = (maps.movedim(1, -1)[chosen] for maps in (logits, targets))  # [chosen, 2]
     if not len(logits):
         return logits.sum()  # 0, with a gradient
     logits, targets = logits.float(), targets.float()
@@ -164,7 +161,7 @@ def instances(
         spacing: Physical pixel size in array-axis order (z, y, x): a number, one per axis, or ``[B, axes]``.
         scale: The length of the targets.
         threshold: Least probability of the foreground.
-        depth: A length, of distances that saturate at ``scale``: scale * tanh(r). Default: a tenth of ``scale``.
+        depth: A length, of distances that saturate at ``scale``: scale * tanh(r). Default: a fifth of ``scale``.
         smoothing: Standard deviation of the Gaussian, a length. 0: none. Default: a tenth of ``scale``.
         min_distance: A length.
         min_size: Least area or volume of an object, in the unit of the spacing squared or cubed.
@@ -180,7 +177,7 @@ def instances(
     _check_maps(logits, "logits")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
-    depth, smoothing = (scale / 10 if value is None else value for value in (depth, smoothing))
+    depth, smoothing = (scale / n if value is None else value for value, n in ((depth, 5), (smoothing, 10)))
     _check_length(scale, "scale")
     _check_length(depth, "depth")
     for value, name in ((smoothing, "smoothing"), (min_distance, "min_distance"), (min_size, "min_size")):

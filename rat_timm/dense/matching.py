@@ -76,7 +76,7 @@ def match(
 
     Args:
         predicted: Labels of any shape, whole numbers, 0 = background. Of one image: numbers stand for objects.
-        true: Labels of the same shape.
+        true: Labels of the same shape. Negative: not annotated; predictions there are not looked at.
         thresholds: Least IoU of a pair, above 0.
         mask: Bool, of the same shape, True = valid; labels elsewhere are not looked at.
 
@@ -89,12 +89,13 @@ def match(
             raise ValueError(
                 f"{name} must be whole numbers {list(true.shape)}, got {labels.dtype} {list(labels.shape)}"
             )
-        if labels.numel() and int(labels.min()) < 0:
-            raise ValueError(f"{name} must not be negative, got {int(labels.min())}")
+    if predicted.numel() and int(predicted.min()) < 0:
+        raise ValueError(f"predicted must not be negative, got {int(predicted.min())}")
     if not thresholds or not all(0 < t <= 1 for t in thresholds):
         raise ValueError(f"thresholds must be above 0 and at most 1, got {list(thresholds)}")
     check_mask(mask, true.shape)
-    arrays = [(x.flatten() if mask is None else x[mask]).cpu().numpy() for x in (true, predicted)]
+    chosen = true >= 0 if mask is None else (true >= 0) & mask
+    arrays = [x[chosen].cpu().numpy() for x in (true, predicted)]
     iou = _iou(*arrays)
     rows = [_pairs(iou, threshold) for threshold in thresholds]
     count, total = (torch.tensor(column) for column in zip(*rows, strict=True))
