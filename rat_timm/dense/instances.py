@@ -48,15 +48,15 @@ def instance_targets(labels: Tensor, spacing: Scalars, scale: float, mask: Tenso
     inside.
 
     Args:
-        labels: ``[B, *size]``, whole numbers, 0 = background. Negative: not annotated, such as a margin in which objects
-            have no labels. Objects that have some end there.
+        labels: ``[B, *size]``, whole numbers, 0 = background. Negative: not annotated, such as a margin in which
+            objects have no labels. Objects that have some end there.
         spacing: Physical pixel size in array-axis order (z, y, x): a number, one per axis, or ``[B, axes]``.
         scale: A length, in the unit of the spacing.
         mask: ``[B, *size]``, bool, True = valid: whose labels are right. Labels elsewhere are not looked at.
 
     Returns:
-        ``[B, 2, *size]``, float32: 1 in the foreground, 0 in the background, -1 where not annotated; and a number between
-        0 and 1 in the foreground, else 0. Both are 0 where masked.
+        ``[B, 2, *size]``, float32: 1 in the foreground, 0 in the background, -1 where not annotated; and a number
+        between 0 and 1 in the foreground, else 0. Both are 0 where masked.
 
     Raises:
         ValueError: If an argument does not fit.
