@@ -23,6 +23,7 @@ ALLOWED = {
     "layers": {"geometry", "ops"},
     "timm_api": {"geometry"},
     "models": {"geometry", "ops", "layers", "timm_api"},
+    "dense": {"geometry", "ops", "layers", "models", "adapters"},
     "data": {"geometry"},
     "cost": set(),
     "evaluation": {"data"},
@@ -83,8 +84,8 @@ def third_party(file):
 
 def test_importing_the_package_imports_no_optional_package():
     optional = ("natten", "monai", "zarr", "pydicom", "transformers", "onnx", "ray", "matplotlib")
-    optional += ("tifffile", "imagecodecs", "nibabel", "ome_zarr", "dask")
-    code = f"import sys, rat_timm.data; print([name for name in {optional} if name in sys.modules])"
+    optional += ("tifffile", "imagecodecs", "nibabel", "ome_zarr", "dask", "edt", "skimage", "scipy", "torchmetrics")
+    code = f"import sys, rat_timm.data, rat_timm.dense; print([name for name in {optional} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -22,6 +22,8 @@ pyramid: the first is classified, the others (an overview around it, say) are co
 make of it to pixels. `Segmenter.save` and `Segmenter.load` keep a model in a folder without pickles.
 """
 
+from .instances import instance_loss, instance_targets, instances
+from .matching import THRESHOLDS, Matches, match
 from .segmenter import Segmenter, at_grid
 
-__all__ = ["Segmenter", "at_grid"]
+__all__ = ["THRESHOLDS", "Matches", "Segmenter", "at_grid", "instance_loss", "instance_targets", "instances", "match"]
