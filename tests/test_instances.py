@@ -197,6 +197,7 @@ def test_masked_places_hold_no_object():
     found = instances(logits, 1.0, scale=2.0, mask=mask)
     assert torch.equal(found > 0, mask)
     assert found.max() == 2
+    assert not instances(torch.zeros(1, 2, 8, 8), 1.0, scale=2.0).any()  # what a segmenter gives where all is masked
     assert instances(logits[:0], 1.0, scale=2.0).shape == (0, 16, 16)
 
 

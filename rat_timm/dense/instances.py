@@ -160,7 +160,7 @@ def instances(
         logits: ``[B, 2, *size]``, see the module.
         spacing: Physical pixel size in array-axis order (z, y, x): a number, one per axis, or ``[B, axes]``.
         scale: The length of the targets.
-        threshold: Least probability of the foreground.
+        threshold: The probability of the foreground is above it.
         depth: A length, of distances that saturate at ``scale``: scale * tanh(r). Default: a fifth of ``scale``.
         smoothing: Standard deviation of the Gaussian, a length. 0: none. Default: a tenth of ``scale``.
         min_distance: A length.
@@ -185,7 +185,7 @@ def instances(
             raise ValueError(f"{name} must not be negative, and finite, got {value}")
     check_mask(mask, (len(logits), *logits.shape[2:]))
     rows = per_axis(spacing, "spacing", logits.ndim - 2, len(logits), positive=True).expand(len(logits), -1).tolist()
-    foreground = logits[:, 0].float().sigmoid() >= threshold
+    foreground = logits[:, 0].float().sigmoid() > threshold  # zeros, which stand for masked places, are outside
     foreground = foreground if mask is None else foreground & mask
     distance = torch.where(foreground, scale * logits[:, 1].double().clamp(min=0).tanh(), 0.0)
     found = []
