@@ -27,11 +27,13 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes, resize_keypoints
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
 from .geometry.grid import Pyramid, Tokens, fill
 from .geometry.parts import join_parts, parts_at_reference, select_rows
 from .geometry.read import Told, geometry, read_images, what_is_told
+from .geometry.resample import check_size
 from .geometry.sample import sample_at
 from .geometry.types import OriginLike, SpacingLike
 from .models.rat import ResolutionAwareTransformer
@@ -124,6 +126,9 @@ def fill_up(network: nn.Module, x: Tensor, told: Told, multiple: int) -> tuple[T
     return F.pad(x, fill), told._replace(mask=F.pad(valid, fill))
 
 
+_FACTORS = (0.25, 0.5, 1, 2)  # strides of the maps of a plain ViT, in its own
+
+
 class BackboneWithFpn(nn.Module):
     """The maps of a RAT and a pyramid network on them, which torchvision's detectors take as their backbone.
 
@@ -133,6 +138,9 @@ class BackboneWithFpn(nn.Module):
     It stands in for torchvision's own ``BackboneWithFPN``, which runs a model's children one after the other. Detectors
     find places of boxes on a map by its stride: where a physical stem has brought the image to another spacing, maps
     are interpolated back to the strides of ``feature_info``.
+
+    A plain ViT's maps have one stride: the last one is brought to a quarter and half of it by interpolation, and to
+    twice of it by averaging, which stand in for the levels of a hierarchical model (after arXiv 2203.16527).
 
     Args:
         body: From ``timm.create_model(features_only=True)``, whose strides are powers of two.
@@ -151,9 +159,16 @@ class BackboneWithFpn(nn.Module):
         super().__init__()
         info: Any = body.feature_info
         self.body = body
-        self.strides = info.reduction()
+        self.strides, channels = info.reduction(), info.channels()
+        wrong = [stride for stride in self.strides if stride & (stride - 1)]
+        if wrong:
+            raise ValueError(f"body must have strides that are powers of two, got {self.strides}")
+        self.is_plain = len(set(self.strides)) == 1
+        if self.is_plain:
+            self.strides = [max(1, round(self.strides[-1] * factor)) for factor in _FACTORS]
+            channels = channels[-1:] * len(_FACTORS)
         self.out_channels = out_channels
-        self.fpn = FeaturePyramidNetwork(info.channels(), out_channels, extra_blocks or LastLevelMaxPool(), norm_layer)
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra_blocks or LastLevelMaxPool(), norm_layer)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Returns maps ``[B, out_channels, *grid]``, the finest first, named "0", "1" and so on, then extra ones.
@@ -167,10 +182,12 @@ class BackboneWithFpn(nn.Module):
         return self.fpn(maps)
 
     def _maps(self, x: Tensor, told: Told) -> list[Tensor]:
+        maps = self.body(x, **told._asdict())
+        maps = maps[-1:] * len(_FACTORS) if self.is_plain else maps
         sizes = [[-(-n // stride) for n in x.shape[2:]] for stride in self.strides]
         return [
-            m if list(m.shape[2:]) == size else F.interpolate(m, size, mode="bilinear", align_corners=False)
-            for m, size in zip(self.body(x, **told._asdict()), sizes, strict=True)
+            m if list(m.shape[2:]) == size else F.interpolate(m, size, mode="bilinear", antialias=self.is_plain)
+            for m, size in zip(maps, sizes, strict=True)
         ]
 
 
@@ -192,19 +209,68 @@ def _select(told: Told, rows: slice) -> Told:
     return Told(*(select(value) for value in told))
 
 
+class ToReference(GeneralizedRCNNTransform):
+    """torchvision's transform of a detector, which brings images to the sizes that it is told rather than to its own.
+
+    Args:
+        transform: Whose settings it has.
+    """
+
+    def __init__(self, transform: GeneralizedRCNNTransform) -> None:
+        super().__init__(
+            transform.min_size,
+            transform.max_size,
+            transform.image_mean,
+            transform.image_std,
+            transform.size_divisible,
+            transform.fixed_size,
+        )
+        self.sizes: list[tuple[int, int]] = []
+        """Of the images to come, in their order; none: torchvision's resizing."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Resizes an image ``[C, H, W]`` and its target."""
+        if not self.sizes:
+            return super().resize(image, target)
+        before, size = image.shape[-2:], self.sizes.pop(0)
+        if size != tuple(before):
+            image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        if target is None or size == tuple(before):
+            return image, target
+        target = {**target, "boxes": resize_boxes(target["boxes"], before, size)}
+        if "masks" in target:
+            target["masks"] = F.interpolate(target["masks"][:, None].float(), size, mode="nearest-exact")[:, 0].byte()
+        if "keypoints" in target:
+            target["keypoints"] = resize_keypoints(target["keypoints"], before, size)
+        return image, target
+
+
 class DetectorWithGeometry(nn.Module):
     """A detector of torchvision's around a `BackboneWithFpn`, told of pixel sizes.
 
     Detectors resize images and put them side by side, filled up. Here their backbone is told the spacing of what it is
     given, after the resizing, and which of it is fill.
 
+    Heads of detectors measure in places of maps, so that what they learned holds at one pixel size. Images whose pixel
+    size is told are therefore brought to the backbone's reference spacing, where its stem is physical, in place of
+    torchvision's resizing; boxes and masks come out in the images' own pixels.
+
     Args:
         detector: Such as torchvision's ``FasterRCNN``.
+        to_reference: Whether images are brought to the reference spacing; those of which nothing is told, have it.
+            False: torchvision resizes all. Default: those that are told where the stem is physical.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: nn.Module, to_reference: bool | None = None) -> None:
         super().__init__()
         self.detector = detector
+        stems = [m for m in detector.modules() if isinstance(m, ResolutionAwareTransformer) and m.cfg.physical_stem]
+        self.to_reference = bool(stems) if to_reference is None else to_reference
+        self.assume_reference = to_reference is True
+        if self.to_reference:
+            models: list[Any] = [m for m in detector.modules() if hasattr(m, "reference_spacing")]
+            self.reference: tuple[float, ...] = models[0].reference_spacing
+            detector.transform = ToReference(detector.transform)
 
     def forward(
         self,
@@ -224,18 +290,23 @@ class DetectorWithGeometry(nn.Module):
             What the detector gives: losses in training, else boxes, in the images' own pixels.
 
         Raises:
-            ValueError: If the spacing does not fit.
+            ValueError: If the spacing does not fit, or an image would become too large.
         """
         before = torch.tensor([image.shape[-2:] for image in images])
+        if spacing is None and self.assume_reference:
+            spacing = self.reference
         rows = None if spacing is None else _rows(spacing, len(images))
+        sizes = self._sizes(images, rows)
 
         def tell(module: nn.Module, args: tuple, output: tuple) -> None:
             batch = output[0]
             after = torch.tensor(batch.image_sizes)
             mask = torch.stack([_valid(size, batch.tensors.shape[-2:]) for size in batch.image_sizes])
+            spacing = None if rows is None else rows * before / after
             stack.enter_context(
                 geometry(
-                    spacing=None if rows is None else rows * before / after,
+                    # whole numbers of pixels: off the reference by less than half a pixel in all
+                    spacing=self.reference if sizes else spacing,
                     mask=None if mask.all() else mask.to(batch.tensors.device),
                 )
             )
@@ -243,7 +314,22 @@ class DetectorWithGeometry(nn.Module):
         transform: Any = self.detector.transform
         with ExitStack() as stack:
             stack.callback(transform.register_forward_hook(tell).remove)
+            if sizes:
+                transform.sizes = list(sizes)
+                stack.callback(transform.sizes.clear)
             return self.detector(list(images), None if targets is None else list(targets))
+
+    def _sizes(self, images: Sequence[Tensor], rows: Tensor | None) -> list[tuple[int, int]]:
+        """Returns the sizes of images at the reference spacing; none if they are not brought to it."""
+        if rows is None or not self.to_reference:
+            return []
+        sizes = []
+        for image, row in zip(images, rows.tolist(), strict=True):
+            pairs = zip(image.shape[-2:], row, self.reference, strict=True)
+            height, width = (max(1, round(n * step / reference)) for n, step, reference in pairs)
+            check_size(image.shape[-2:], (height, width))
+            sizes.append((height, width))
+        return sizes
 
 
 def _rows(spacing: Any, batch: int) -> Tensor:

@@ -4,6 +4,7 @@ import timm
 import torch
 from monai.networks.nets import FlexibleUNet
 from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 import rat_timm
@@ -15,10 +16,10 @@ from rat_timm.geometry.resample import resample
 
 
 def networks():
-    register_monai_encoder("test_rat_3d")
-    register_monai_encoder("test_rat")
+    register_monai_encoder("test_rat_3d", physical_stem=False)
+    register_monai_encoder("test_rat", physical_stem=False)
     return {
-        "smp": (smp.Unet("tu-test_rat", encoder_weights=None, classes=2), (3, 45, 70)),
+        "smp": (smp.Unet("tu-test_rat", encoder_weights=None, classes=2, physical_stem=False), (3, 45, 70)),
         "monai": (FlexibleUNet(1, 2, "test_rat_3d", spatial_dims=3), (1, 33, 20, 31)),
         "monai, images": (FlexibleUNet(3, 2, "test_rat", spatial_dims=2), (3, 45, 70)),
     }
@@ -112,11 +113,9 @@ def backbone_with_fpn(**kwargs):
     return BackboneWithFpn(timm.create_model("test_rat", features_only=True, **kwargs), out_channels=8)
 
 
-def faster_rcnn(**kwargs):
-    from torchvision.models.detection.rpn import AnchorGenerator
-
+def faster_rcnn(physical_stem=False, **kwargs):
     return FasterRCNN(
-        backbone_with_fpn(),
+        backbone_with_fpn(physical_stem=physical_stem),
         num_classes=2,
         rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5),
         box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=3, sampling_ratio=1),
@@ -196,3 +195,24 @@ def test_a_detector_knows_what_it_has_resized_and_filled(monkeypatch):
     assert all(loss.isfinite() for loss in losses.values())
     with pytest.raises(ValueError, match="spacing must be"):
         detector(images, spacing=[1.0, 1.0, 1.0])
+
+
+def test_a_physical_stem_keeps_torchvisions_resizing_out(monkeypatch):
+    detector = DetectorWithGeometry(faster_rcnn(True, min_size=64, max_size=80)).eval()
+    seen = record_images(monkeypatch)
+    images = [torch.rand(3, 32, 80), torch.rand(3, 32, 32)]
+    detector(images, spacing=[[0.5, 1.0], [2.0, 2.0]])
+    image = seen[0].levels[0]
+    assert image.grid.shape == (64, 96)  # 16 x 80 and 64 x 64, filled up
+    assert image.grid.spacing.tolist() == [[1.0, 1.0]]
+    assert image.mask.sum((1, 2)).tolist() == [16 * 80, 64 * 64]
+    detector(images[:1])  # of which nothing is told: torchvision's size, 32 x 80
+    assert seen[1].levels[0].grid.shape == (32, 96)
+
+
+def test_maps_of_a_plain_vit_have_the_strides_of_a_hierarchy():
+    backbone = BackboneWithFpn(timm.create_model("rat_vit_pe_core_tiny_patch16_384", features_only=True), 8)
+    maps = backbone(torch.randn(1, 3, 64, 96))
+    assert [tuple(m.shape[2:]) for m in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    with pytest.raises(ValueError, match="powers of two"):
+        BackboneWithFpn(timm.create_model("rat_classic", features_only=True), 8)

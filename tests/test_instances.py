@@ -134,6 +134,16 @@ def test_touching_objects_are_separated(name):
         assert best > 0.97
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.uint16, torch.int32])
+def test_labels_of_any_kind_and_logits_with_gradients(kind):
+    labels = (blobs((20, 24))[None] > 0).to(kind)
+    targets = instance_targets(labels, 1.0, 3.0)
+    assert torch.equal(targets, instance_targets(labels.long(), 1.0, 3.0))
+    logits = network_that_is_right(targets)
+    found = instances(logits.bfloat16().requires_grad_(), 1.0, scale=3.0)
+    assert torch.equal(found > 0, labels.bool())
+
+
 @pytest.mark.parametrize("name", BALLS)
 def test_objects_are_the_same_in_another_unit(name):
     """Twice the spacing and all lengths: not a pixel differs, with noise on top."""
@@ -197,6 +207,7 @@ def test_masked_places_hold_no_object():
     found = instances(logits, 1.0, scale=2.0, mask=mask)
     assert torch.equal(found > 0, mask)
     assert found.max() == 2
+    assert not instances(torch.zeros(1, 2, 8, 8), 1.0, scale=2.0).any()  # what a segmenter gives where all is masked
     assert instances(logits[:0], 1.0, scale=2.0).shape == (0, 16, 16)
 
 

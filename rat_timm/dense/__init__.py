@@ -22,8 +22,20 @@ pyramid: the first is classified, the others (an overview around it, say) are co
 make of it to pixels. `Segmenter.save` and `Segmenter.load` keep a model in a folder without pickles.
 """
 
+from .detection import fcos, mask_rcnn
 from .instances import instance_loss, instance_targets, instances
 from .matching import THRESHOLDS, Matches, match
 from .segmenter import Segmenter, at_grid
 
-__all__ = ["THRESHOLDS", "Matches", "Segmenter", "at_grid", "instance_loss", "instance_targets", "instances", "match"]
+__all__ = [
+    "THRESHOLDS",
+    "Matches",
+    "Segmenter",
+    "at_grid",
+    "fcos",
+    "instance_loss",
+    "instance_targets",
+    "instances",
+    "mask_rcnn",
+    "match",
+]

@@ -66,6 +66,7 @@ def instance_targets(labels: Tensor, spacing: Scalars, scale: float, mask: Tenso
         raise ValueError(f"labels must be whole numbers [B, *size], got {labels.dtype} {list(labels.shape)}")
     _check_length(scale, "scale")
     check_mask(mask, labels.shape)
+    labels = labels.long()  # there is little that PyTorch does with uint16
     rows = per_axis(spacing, "spacing", labels.ndim - 1, len(labels), positive=True).expand(len(labels), -1).tolist()
     valid = labels.new_ones(labels.shape, dtype=torch.bool) if mask is None else mask
     arrays = zip(labels.clamp(min=0).cpu().numpy(), rows, valid.cpu().numpy(), strict=True)
@@ -160,7 +161,7 @@ def instances(
         logits: ``[B, 2, *size]``, see the module.
         spacing: Physical pixel size in array-axis order (z, y, x): a number, one per axis, or ``[B, axes]``.
         scale: The length of the targets.
-        threshold: Least probability of the foreground.
+        threshold: The probability of the foreground is above it.
         depth: A length, of distances that saturate at ``scale``: scale * tanh(r). Default: a fifth of ``scale``.
         smoothing: Standard deviation of the Gaussian, a length. 0: none. Default: a tenth of ``scale``.
         min_distance: A length.
@@ -185,15 +186,16 @@ def instances(
             raise ValueError(f"{name} must not be negative, and finite, got {value}")
     check_mask(mask, (len(logits), *logits.shape[2:]))
     rows = per_axis(spacing, "spacing", logits.ndim - 2, len(logits), positive=True).expand(len(logits), -1).tolist()
-    foreground = logits[:, 0].float().sigmoid() >= threshold
-    foreground = foreground if mask is None else foreground & mask
-    distance = torch.where(foreground, scale * logits[:, 1].double().clamp(min=0).tanh(), 0.0)
+    maps = logits.detach().cpu().double()
+    foreground = maps[:, 0].sigmoid() > threshold  # zeros, which stand for masked places, are outside
+    foreground = foreground if mask is None else foreground & mask.cpu()
+    distance = torch.where(foreground, scale * maps[:, 1].clamp(min=0).tanh(), 0.0)
     found = []
-    for inside, map_, row in zip(foreground.cpu().numpy(), distance.cpu().numpy(), rows, strict=True):
+    for inside, map_, row in zip(foreground.numpy(), distance.numpy(), rows, strict=True):
         smooth = _smoothed(map_, inside, [smoothing / step for step in row])
         labels = _cut(smooth, inside, row, depth, min_distance)
         found.append(torch.from_numpy(_without_small(labels, min_size / math.prod(row))))
-    return torch.stack(found).to(logits.device) if found else foreground.int()
+    return (torch.stack(found) if found else foreground.int()).to(logits.device)
 
 
 def _smoothed(distance: np.ndarray, inside: np.ndarray, deviation: Sequence[float]) -> np.ndarray:

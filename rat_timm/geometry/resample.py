@@ -87,7 +87,7 @@ def spacing_rows(grid: Grid) -> list[tuple[float, ...]]:
 def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) -> Tokens:
     """Resamples to ``ratio`` pixels for one, per axis."""
     size = tuple(max(1, round(n * r)) for n, r in zip(tokens.grid.shape, ratio, strict=True))
-    _check_size(tokens.grid.shape, size)
+    check_size(tokens.grid.shape, size)
     step = tokens.grid.spacing.new_tensor([list(spacing)])
     shift = [(1 / r - 1) / 2 for r in ratio]  # from pixel centre to pixel centre, from one corner
     start = tokens.grid.numbers.moved([1.0] * len(size), shift).origin
@@ -108,7 +108,8 @@ def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) 
     return Tokens(fill(x / weight, valid).to(dtype), grid, valid)
 
 
-def _check_size(shape: Sequence[int], size: Sequence[int]) -> None:
+def check_size(shape: Sequence[int], size: Sequence[int]) -> None:
+    """Raises ``ValueError`` if an image of a shape would become too large; see `set_resample_limit`."""
     if math.prod(size) > max(_limit, _GROWTH * math.prod(shape)):
         new, old = (" x ".join(map(str, sizes)) for sizes in (size, shape))
         raise ValueError(
