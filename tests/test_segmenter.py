@@ -21,7 +21,7 @@ KINDS = [(name, decoder) for name in SIZES for decoder in ("groups", "fpn")] + [
 
 def segmenter(name, decoder=None, num_classes=3, **kwargs):
     kwargs = {**(SMALL_VIT if name == VIT else {}), **kwargs}
-    model = lively(Segmenter(name, num_classes, decoder, width=16, **kwargs)).eval()
+    model = lively(Segmenter(name, num_classes, decoder, width=32, **kwargs)).eval()
     torch.nn.init.normal_(model.classifier.bias)  # what is zero is zero on purpose
     return model
 
@@ -354,7 +354,7 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is damaged: its SHA-256"):
         Segmenter.load(tmp_path)
     weights.write_bytes(data)
-    config.write_text(good.replace('"width": 16', '"width": 32'))
+    config.write_text(good.replace('"width": 32', '"width": 16'))
     with pytest.raises(ValueError, match=r"is damaged: its config\.json is not the one"):
         Segmenter.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
@@ -399,7 +399,7 @@ def test_what_cannot_be_made_again_is_not_saved(tmp_path):
     assert config["segmenter"] == {
         "num_classes": 3,
         "decoder": "groups",
-        "width": 16,
+        "width": 32,
         "detail": True,
         "class_names": None,
     }
