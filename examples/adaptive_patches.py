@@ -31,7 +31,7 @@ import rat_timm  # noqa: F401  (registers the models)
 from rat_timm.cost import count_macs
 from training.digits import Digits, digits
 from training.engines import TorchEngine
-from training.steps import Recipe, answers, fit, image_alone, one_cycle
+from training.steps import Recipe, answers, cross_entropy, fit, image_alone, one_cycle
 
 CANVAS = 64  # pixels per axis
 SIZES = (20, 44)  # of a digit, in pixels
@@ -115,7 +115,9 @@ def make_optimizer(model: nn.Module) -> Optimizer:
 
 def train(model: nn.Module, canvases: Canvases, steps: int, batch: int = 64) -> None:
     """Trains a model."""
-    engine = TorchEngine(model, make_optimizer, Recipe(image_alone, label_smoothing=0.0))
+    engine = TorchEngine(
+        model, make_optimizer, Recipe(image_alone, functools.partial(cross_entropy, label_smoothing=0.0))
+    )
     rates = [group["lr"] for group in engine.optimizer.param_groups]
     chosen = (torch.randint(len(canvases.image), (batch,)) for _ in range(steps))
     batches = (Canvases(canvases.image[each], canvases.target[each]) for each in chosen)

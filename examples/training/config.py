@@ -20,30 +20,55 @@ class Config:
 
     Args:
         output: Folder for checkpoints, TensorBoard's logs and the trained model; all processes have to see it.
-        model: A name of this package's.
-        model_args: Further keywords of timm's create_model, such as drop_path_rate.
+        task: "classification" of images; classes of pixels ("segmentation"); objects that are told apart
+            ("instances"); boxes around objects ("detection", in 2D).
+        model: A name of this package's; for segmentation and instances also "smp:ARCHITECTURE-ENCODER", a network of
+            segmentation_models_pytorch around an encoder of timm, such as "smp:unet-convnext_atto".
+        model_args: Further keywords of timm's create_model, such as drop_path_rate, or of smp's.
+        decoder: Of segmentation and instances, see `rat_timm.dense.Segmenter`.
+        width: Of that decoder, or of the maps of a detector.
+        detail: Whether that decoder has two more levels of convolutions at strides 1 and 2.
+        detector: Of detection.
         pretrained: Whether to start from pretrained weights.
-        data: "digits", or a folder with train/<class>/* and validation/<class>/*.
-        size: Pixels along each axis to which images are brought. Default: the model's.
+        data: "digits", or a folder with train/<class>/* and validation/<class>/*. Of the other tasks: "discs" (drawn),
+            "hela", "bacteria" or "cho" (see `training.cells`), or a folder with train/images/*, train/labels/* and
+            the same in validation. Default: "digits" or "discs".
+        size: Pixels along each axis to which images are brought. Default: the model's. Of the other tasks: of random
+            crops; default: 128 (2D), 16 x 64 x 64 (3D).
+        crops: Random crops of each image in an epoch; not of classification.
+        levels: Pixel sizes of the levels of a pyramid relative to the crop's: with [1, 4] the model also gets an
+            overview around each crop, four times as wide; of segmentation and instances.
+        ignored: Number in a folder's labels that means "not annotated"; -1 always does.
+        length: Of instances: about the distance from the middle of an object to its boundary, in the unit. Default:
+            as measured in the training labels.
+        min_size: Of instances: area or volume below which predicted objects are dropped. Default: a quarter of the
+            length to the power of the number of axes.
+        tolerance: Of segmentation: the distance, in the unit, that the surface Dice allows. Default: two pixels of the
+            training images.
+        tile: Pixels along each axis that are predicted at once in validation; larger images go through overlapping
+            windows of this size. Default: images are predicted whole.
         spacing: Pixel size (y, x) of pictures (PNG, JPEG), which do not say it, in the unit.
         unit: Unit of the pixel sizes, which is that of the model's reference spacing.
         assumed_unit: Unit of the pixel sizes of files that have numbers and no unit; else they are an error.
         skip_unreadable: Whether to train without files that cannot be read, rather than stop at the first one. All are
             tried before training begins; those that it leaves out are listed in the output.
         intensity: "model" scales integers to 0..1 and uses the model's mean and deviation; "sample" uses each sample's.
-        scale: Least and largest share of an image that a training crop keeps.
+        scale: Least and largest share of an image that a training crop keeps, of classification.
         factors: Least and largest factor of the pixel size of training crops, drawn log-uniformly: a crop has so many
-            more or fewer pixels in the same field of view, and the noise of such pixels. Default: all have the size.
+            more or fewer pixels in the same field of view, and the noise of such pixels. (Of the other tasks a crop
+            keeps its number of pixels, and the field of view is so many times as large.) Default: pixels as they are.
         flip: Whether to flip training crops along each axis, half of the time.
         epochs: Number of epochs.
-        batch_size: Samples in a step, over all processes.
+        batch_size: Samples in a step, over all processes; "auto" tries powers of two with the model before training,
+            and takes the largest that fits into memory and is not more than the samples there are.
         optimizer: A name that timm's create_optimizer_v2 knows.
         lr: Learning rate, at its peak.
         weight_decay: Weight decay.
-        layer_decay: By what the learning rate of a layer is less than the next one's; 1 for none.
+        layer_decay: By what the learning rate of a layer is less than the next one's; 1 for none. Default: 0.8 where
+            the model says which layers it has (all of classification), else 1.
         warmup_epochs: Epochs in which the learning rate rises; then it falls as a cosine.
         clip_grad: Largest norm of the gradient; 0 does not clip.
-        label_smoothing: Label smoothing.
+        label_smoothing: Label smoothing, of classification.
         ema_decay: Decay of the moving average of weights, which is then what is evaluated and kept; 0 for none.
         precision: Precision of products: fp32, or bf16 or fp16 by autocast.
         parallel: How several processes work together: DDP, FSDP2, or DeepSpeed's ZeRO stage 2 or 3.
@@ -56,11 +81,23 @@ class Config:
     """
 
     output: Path
+    task: Literal["classification", "segmentation", "instances", "detection"] = "classification"
     model: str = "test_rat"
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    decoder: Literal["groups", "fpn"] | None = None
+    width: int = 64
+    detail: bool = True
+    detector: Literal["fcos", "mask_rcnn"] = "fcos"
     pretrained: bool = True
-    data: str = "digits"
+    data: str | None = None
     size: list[int] | None = None
+    crops: int = 8
+    levels: list[float] = dataclasses.field(default_factory=lambda: [1])
+    ignored: int | None = None
+    length: float | None = None
+    min_size: float | None = None
+    tolerance: float | None = None
+    tile: list[int] | None = None
     spacing: list[float] | None = None
     unit: str = "um"
     assumed_unit: str | None = None
@@ -70,11 +107,11 @@ class Config:
     factors: tuple[float, float] | None = None
     flip: bool = False
     epochs: int = 10
-    batch_size: int = 16
+    batch_size: int | Literal["auto"] = 16
     optimizer: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
-    layer_decay: float = 0.8
+    layer_decay: float | None = None
     warmup_epochs: int = 1
     clip_grad: float = 1.0
     label_smoothing: float = 0.1
@@ -90,8 +127,19 @@ class Config:
 
     def __post_init__(self) -> None:
         self.output = Path(self.output)
+        if self.data is None:
+            self.data = "digits" if self.task == "classification" else "discs"
+        if self.levels[0] != 1 or any(level < 1 for level in self.levels):
+            raise ValueError(f"levels must begin with 1 and be at least that, got {self.levels}")
+        if self.crops < 1:
+            raise ValueError(f"crops must be positive, got {self.crops}")
         if self.quick:
             self.epochs = 2
+
+
+def saved_config(output: Path) -> Config:
+    """Returns the config that training began with in an output."""
+    return Config(**{**_read(output / BEGAN), "output": output})
 
 
 def remember(config: Config, write: bool) -> None:

@@ -1,8 +1,9 @@
 """What `train.py` trains on: folders of images and volumes with their pixel size, and handwritten digits."""
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,7 @@ class Folder(DatasetFolder):
 
     def load(self, path: str) -> Sample:
         """Reads an image."""
-        if not path.lower().endswith(PICTURES):
-            scan = read(path, self.config.unit, assumed_unit=self.config.assumed_unit)
-            return Sample(scan.pixels, torch.tensor(scan.spacing))
-        if self.config.spacing is None:
-            raise ValueError(f"{path}: does not say how large a pixel is: give --spacing")
-        with reading(path):
-            picture = read_picture(path)
-        return Sample(picture, torch.tensor(self.config.spacing, dtype=torch.float32))
+        return load_image(path, self.config)
 
     def __getitem__(self, index: int) -> Sample:
         sample, target = super().__getitem__(index)
@@ -110,6 +104,18 @@ def _try_all(folders: Sequence[Folder], workers: int) -> dict[str, str]:
     return dict(sorted(failure for part in gather(failures) for failure in part))
 
 
+def load_image(path: str, config: Config) -> Sample:
+    """Reads an image with its pixel size."""
+    if not path.lower().endswith(PICTURES):
+        scan = read(path, config.unit, assumed_unit=config.assumed_unit)
+        return Sample(scan.pixels, torch.tensor(scan.spacing))
+    if config.spacing is None:
+        raise ValueError(f"{path}: does not say how large a pixel is: give --spacing")
+    with reading(path):
+        picture = read_picture(path)
+    return Sample(picture, torch.tensor(config.spacing, dtype=torch.float32))
+
+
 def read_picture(path: str) -> Tensor:
     """Reads a picture in grey or in three colours, ``[channels, H, W]``."""
     picture = Image.open(path)
@@ -142,28 +148,34 @@ def some(data: Dataset) -> Dataset:
     return Subset(data, np.linspace(0, len(data) - 1, min(32, len(data))).astype(int).tolist())
 
 
-class Augmented(Dataset):
-    """Samples as a model takes them; chance follows from the seed, the epoch and the sample alone."""
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Lets chance follow from numbers alone."""
+    seed = np.random.SeedSequence(numbers).generate_state(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed[0]))
+        yield
 
-    def __init__(self, data: Dataset, transform: Callable[[Sample], Sample], model: nn.Module, config: Config) -> None:
-        self.data, self.transform, self.epoch = data, transform, 0
-        self.channels, self.seed, self.intensity = model.in_chans, config.seed, config.intensity
-        mean, std = (torch.tensor(model.pretrained_cfg[name]) for name in ("mean", "std"))
-        if len(mean) != self.channels:  # those of colours are no other channels'
-            mean, std = (value.mean().expand(self.channels) for value in (mean, std))
-        self.mean, self.std = mean, std
 
-    def __len__(self) -> int:
-        return len(self.data)
+class Scaling:
+    """Brings images to the numbers and channels that a model takes.
 
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.data[index]
-        seed = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seed[0]))
-            return self.transform(sample._replace(image=self._scaled(sample.image)))
+    Args:
+        channels: The model's.
+        mean: Of the channels, or of colours.
+        std: Likewise.
+        intensity: See `Config`.
+    """
 
-    def _scaled(self, image: Tensor) -> Tensor:
+    def __init__(self, channels: int, mean: Sequence[float], std: Sequence[float], intensity: str) -> None:
+        self.channels, self.intensity = channels, intensity
+        numbers = [torch.tensor(value) for value in (mean, std)]
+        if len(mean) != channels:  # those of colours are no other channels'
+            numbers = [value.mean().expand(channels) for value in numbers]
+        self.mean, self.std = numbers
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Returns ``[channels, *grid]``."""
         if len(image) not in (1, self.channels):
             raise ValueError(f"images must have 1 channel or the model's {self.channels}, got {len(image)}")
         image = image.expand(self.channels, *image.shape[1:])
@@ -173,6 +185,23 @@ class Augmented(Dataset):
         full = 1.0 if image.dtype.is_floating_point or image.dtype == torch.bool else torch.iinfo(image.dtype).max
         shape = (-1, *[1] * (image.ndim - 1))
         return (image.float() / full - self.mean.view(shape)) / self.std.view(shape)
+
+
+class Augmented(Dataset):
+    """Samples as a model takes them; chance follows from the seed, the epoch and the sample alone."""
+
+    def __init__(self, data: Dataset, transform: Callable[[Sample], Sample], model: nn.Module, config: Config) -> None:
+        self.data, self.transform, self.seed, self.epoch = data, transform, config.seed, 0
+        mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
+        self.scaling = Scaling(model.in_chans, mean, std, config.intensity)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.data[index]
+        with seeded(self.seed, self.epoch, index):
+            return self.transform(sample._replace(image=self.scaling(sample.image)))
 
 
 def open_data(config: Config) -> tuple[Dataset, Dataset, list[str]]:

@@ -1,5 +1,6 @@
 """What takes steps: a model in one process or several, by DDP, FSDP2 or DeepSpeed."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 
 from rat_timm.optional import import_optional
 from training.config import Config
-from training.steps import Labelled, Recipe
+from training.steps import Labelled, Output, Recipe, in_float
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 OptimizerOf = Callable[[nn.Module], Optimizer]
@@ -37,8 +38,8 @@ class Engine(Protocol):
     def step(self, batch: Labelled) -> Tensor:
         """Trains on this process's part of a batch; returns the loss."""
 
-    def predict(self, batch: Labelled) -> Tensor:
-        """Returns the logits of the averaged model."""
+    def predict(self, batch: Labelled) -> Output:
+        """Returns what the averaged model says, such as logits."""
 
     def save(self, folder: Path) -> None:
         """Writes all that training needs to go on; every process calls it."""
@@ -50,28 +51,30 @@ class Engine(Protocol):
         """Returns the averaged weights, whole and on the CPU; every process calls it."""
 
 
-def create_engine(model: nn.Module, config: Config) -> Engine:
+def create_engine(model: nn.Module, recipe: Recipe, config: Config) -> Engine:
     """Returns the engine that a config asks for; it takes over the model."""
     model = model.to(config.device)
     if config.compile:
         model.compile()
-    recipe = Recipe(
-        label_smoothing=config.label_smoothing,
-        clip_grad=config.clip_grad,
-        ema_decay=config.ema_decay,
-        precision=config.precision,
-    )
-
-    def optimizer(model: nn.Module) -> Optimizer:
-        """Makes timm's optimizer, with a learning rate per layer."""
-        decay = None if config.layer_decay == 1 else config.layer_decay
-        return create_optimizer_v2(
-            model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, layer_decay=decay
-        )
-
+    optimizer = functools.partial(create_optimizer, config=config)
     if config.parallel.startswith("deepspeed"):
-        return DeepSpeedEngine(model, optimizer, recipe, int(config.parallel[-1]), config.batch_size)
+        return DeepSpeedEngine(model, optimizer, recipe, int(config.parallel[-1]), int(config.batch_size))
     return TorchEngine(model, optimizer, recipe, config.device, config.parallel)
+
+
+def create_optimizer(model: nn.Module, config: Config) -> Optimizer:
+    """Makes timm's optimizer, with a learning rate per layer where the model says which layers it has."""
+    has_layers = hasattr(model, "group_matcher")
+    decay = config.layer_decay if config.layer_decay is not None else (0.8 if has_layers else 1.0)
+    if decay != 1 and not has_layers:
+        raise ValueError(f"layer_decay must be 1 for {type(model).__name__}, which has no group_matcher, got {decay}")
+    return create_optimizer_v2(
+        model,
+        config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        layer_decay=None if decay == 1 else decay,
+    )
 
 
 def shard(model: nn.Module) -> None:
@@ -91,13 +94,19 @@ class TorchEngine:
         optimizer: Makes the optimizer of a model, once it is sharded.
         recipe: What a step is.
         device: Where the model is.
-        parallel: "ddp" or "fsdp", for several processes.
+        parallel: "ddp" or "fsdp", for several processes; None: each has a model of its own.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: OptimizerOf, recipe: Recipe, device: str = "cpu", parallel: str = "ddp"
+        self,
+        model: nn.Module,
+        optimizer: OptimizerOf,
+        recipe: Recipe,
+        device: str = "cpu",
+        parallel: str | None = "ddp",
     ) -> None:
-        sharded = dist.is_initialized() and parallel == "fsdp"
+        several = dist.is_initialized() and parallel is not None
+        sharded = several and parallel == "fsdp"
         if sharded and recipe.precision == "fp16":
             raise ValueError("precision must be fp32 or bf16 with fsdp, got fp16")
         self.recipe, self.device = recipe, device
@@ -106,13 +115,13 @@ class TorchEngine:
             for each in (model, self.ema.module) if self.ema else (model,):
                 shard(each)
         self.module = model
-        self.model = DistributedDataParallel(model) if dist.is_initialized() and not sharded else model
+        self.model = DistributedDataParallel(model) if several and not sharded else model
         self.optimizer = optimizer(model)
         self.scaler = torch.amp.GradScaler(device, enabled=recipe.precision == "fp16")
 
     def step(self, batch: Labelled) -> Tensor:
         """See `Engine`."""
-        loss = self.recipe.loss(self._logits(self.model.train(), batch), batch)
+        loss = self.recipe.loss(self._outputs(self.model.train(), batch), batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -124,9 +133,9 @@ class TorchEngine:
             self.ema.update(self.module)
         return loss.detach()
 
-    def predict(self, batch: Labelled) -> Tensor:
+    def predict(self, batch: Labelled) -> Output:
         """See `Engine`."""
-        return self._logits(self._averaged.eval(), batch)
+        return self._outputs(self._averaged.eval(), batch)
 
     def save(self, folder: Path) -> None:
         """See `Engine`."""
@@ -154,10 +163,10 @@ class TorchEngine:
     def _averaged(self) -> nn.Module:
         return self.module if self.ema is None else self.ema.module
 
-    def _logits(self, model: nn.Module, batch: Labelled) -> Tensor:
+    def _outputs(self, model: nn.Module, batch: Labelled) -> Output:
         dtype = TYPES.get(self.recipe.precision)
         with torch.autocast(self.device, dtype, enabled=dtype is not None):
-            return self.recipe.logits(model, batch).float()
+            return in_float(self.recipe.outputs(model, batch))
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.module, self.optimizer)
@@ -205,18 +214,18 @@ class DeepSpeedEngine:
     def step(self, batch: Labelled) -> Tensor:
         """See `Engine`."""
         self.model.train()
-        loss = self.recipe.loss(self.recipe.logits(self.model, batch).float(), batch)
+        loss = self.recipe.loss(in_float(self.recipe.outputs(self.model, batch)), batch)
         self.model.backward(loss)
         self.model.step()
         if self.ema is not None:
             self.ema.update(self.model.module)
         return loss.detach()
 
-    def predict(self, batch: Labelled) -> Tensor:
+    def predict(self, batch: Labelled) -> Output:
         """See `Engine`."""
         model = self.model if self.ema is None else self.ema.module
         model.eval()
-        return self.recipe.logits(model, batch)
+        return in_float(self.recipe.outputs(model, batch))
 
     def save(self, folder: Path) -> None:
         """See `Engine`."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from rat_timm.data import Batch
 
 Schedule = Callable[[int], None]  # sets the learning rates of a step, counted from 0
+Output: TypeAlias = Tensor | dict[str, Tensor] | list[dict[str, Tensor]]
 
 
 class Labelled(Protocol):
@@ -43,27 +44,37 @@ def image_alone(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch.image)
 
 
+def cross_entropy(logits: Tensor, batch: Labelled, label_smoothing: float = 0.1) -> Tensor:
+    """Returns the cross entropy of classes."""
+    return F.cross_entropy(logits, batch.target, label_smoothing=label_smoothing)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a step is.
 
     Attributes:
-        logits: How a model is called on a batch.
-        label_smoothing: Label smoothing of the cross entropy.
+        outputs: How a model is called on a batch: logits, or, as detectors do, dicts of tensors.
+        loss: What is made of the outputs and the batch, and falls.
         clip_grad: Largest norm of the gradient; 0 does not clip.
         ema_decay: Decay of the moving average of weights; 0 for none.
         precision: "fp32", or "bf16" or "fp16" by autocast.
     """
 
-    logits: Callable[[nn.Module, B], Tensor] = with_geometry
-    label_smoothing: float = 0.1
+    outputs: Callable[[nn.Module, B], Output] = with_geometry
+    loss: Callable[[Output, B], Tensor] = cross_entropy
     clip_grad: float = 1.0
     ema_decay: float = 0.0
     precision: str = "fp32"
 
-    def loss(self, logits: Tensor, batch: Labelled) -> Tensor:
-        """Returns the cross entropy."""
-        return F.cross_entropy(logits, batch.target, label_smoothing=self.label_smoothing)
+
+def in_float(outputs: Output) -> Output:
+    """Returns outputs of half precision in float32."""
+    if isinstance(outputs, Tensor):
+        return outputs.float() if outputs.is_floating_point() else outputs
+    if isinstance(outputs, dict):
+        return {name: in_float(part) for name, part in outputs.items()}
+    return [in_float(part) for part in outputs]
 
 
 def fit(

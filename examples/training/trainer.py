@@ -1,31 +1,29 @@
 """A run of training: data, epochs, evaluation, logs and checkpoints from which it goes on, over any processes."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import timm
 import torch
 from rich.progress import Progress, TaskID
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
-from torchmetrics.classification import MulticlassAccuracy
 
-import rat_timm  # noqa: F401  (registers the models)
-from rat_timm import hub
-from rat_timm.data import collate, evaluation_transform, training_transform
+from training.batch_size import find_batch_size
 from training.checkpoints import Checkpoints
 from training.config import Config, remember
-from training.data import Augmented, open_data
 from training.engines import Engine, create_engine
 from training.processes import count, locked, rank
 from training.spacings import Spacings
-from training.steps import fit
+from training.steps import Recipe, fit
+from training.tasks import Call, Measured, Task, task_class
 
 
 def train(config: Config, report: Callable[[dict[str, float]], None] = lambda metrics: None) -> float:
@@ -33,32 +31,29 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
 
     Args:
         config: The same in every process.
-        report: Is given the metrics after every epoch.
+        report: Is given the figures after every epoch.
 
     Returns:
-        The share of the validation data that the trained model gets right.
+        How good the trained model is on the validation data, by the task's figure that tells it.
     """
     with _processes(config), locked(config.output):
         remember(config, write=False)
         torch.manual_seed(config.seed)
-        training, validation, classes = open_data(config)
-        model = timm.create_model(
-            config.model, pretrained=config.pretrained, num_classes=len(classes), **config.model_args
-        )
-        size = config.size or model.pretrained_cfg["input_size"][1:]
-        transform = training_transform(size, config.scale, config.flip, config.factors)
-        augmented = Augmented(training, transform, model, config)
-        held_out = Augmented(validation, evaluation_transform(size), model, config)
-        engine = create_engine(model, config)
-        trainer = Trainer(config, engine, augmented, held_out, len(classes), report)
-        accuracy = trainer.run()
+        task = task_class(config)(config)
+        model = task.create_model()
+        training, validation = task.samples(model)
+        recipe = Recipe(task.outputs, task.loss, config.clip_grad, config.ema_decay, config.precision)
+        given = config
+        if config.batch_size == "auto":
+            found = find_batch_size(model, training, task.collate, recipe, config)
+            config = dataclasses.replace(config, batch_size=found)
+        engine = create_engine(model, recipe, config)
+        trainer = Trainer(config, given, task, engine, training, validation, report)
+        figures = trainer.run()
         weights = engine.weights()  # every process has a part in it
         if rank() == 0:
-            model = timm.create_model(config.model, num_classes=len(classes), **config.model_args)
-            model.load_state_dict(weights)
-            seen = trainer.spacings.range()
-            hub.save(model, config.output / "model", label_names=classes, spacing_range=seen)
-        return accuracy
+            task.save(weights, config.output / "model", trainer.spacings.range())
+        return figures[task.score]
 
 
 @contextlib.contextmanager
@@ -69,7 +64,7 @@ def _processes(config: Config) -> Iterator[None]:
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if config.batch_size % count():
+    if config.batch_size != "auto" and config.batch_size % count():
         raise ValueError(f"batch_size must be a multiple of the {count()} processes, got {config.batch_size}")
     try:
         yield
@@ -95,15 +90,17 @@ class Trainer:
     def __init__(
         self,
         config: Config,
+        given: Config,
+        task: Task,
         engine: Engine,
-        training: Augmented,
-        validation: Augmented,
-        num_classes: int,
+        training: Dataset,
+        validation: Dataset,
         report: Callable[[dict[str, float]], None],
     ) -> None:
-        self.config, self.engine, self.training, self.report = config, engine, training, report
+        self.config, self.task, self.engine, self.training, self.report = config, task, engine, training, report
         self.held_out = DistributedSampler(validation, count(), rank(), shuffle=False)
-        self.evaluation = self._loader(validation, list(BatchSampler(self.held_out, self._share, drop_last=False)))
+        at_once = task.at_once or self._share
+        self.evaluation = self._loader(validation, list(BatchSampler(self.held_out, at_once, drop_last=False)))
         self.order = DistributedSampler(training, count(), rank(), seed=config.seed, drop_last=True)
         self.steps = len(training) // config.batch_size  # per epoch
         if not self.steps:
@@ -116,8 +113,7 @@ class Trainer:
             step_on_epochs=False,
             updates_per_epoch=self.steps,
         )
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro").to(config.device)
-        remember(config, write=rank() == 0)
+        remember(given, write=rank() == 0)
         self.checkpoints = Checkpoints(config.output / "checkpoints")
         self.step = self.checkpoints.load_last(engine)
         self.spacings = Spacings(config.output / "spacings.json", again=self.step > 0)
@@ -126,22 +122,22 @@ class Trainer:
             raise ValueError(f"epochs must be at least the {done} begun in {config.output}, got {config.epochs}")
         self.writer = SummaryWriter(config.output, purge_step=self.step + 1) if rank() == 0 else None
 
-    def run(self) -> float:
-        """Trains the epochs that are left; returns the last accuracy."""
-        accuracy = self._evaluate() if self.step == self.config.epochs * self.steps else 0.0
+    def run(self) -> dict[str, float]:
+        """Trains the epochs that are left; returns the last figures."""
+        figures = self._evaluate() if self.step == self.config.epochs * self.steps else {}
         with Progress(disable=rank() > 0) as progress:
             bar = progress.add_task(self.config.model, total=self.config.epochs * self.steps, completed=self.step)
             for epoch in range(self.step // self.steps, self.config.epochs):
                 seen = self.spacings.watch(self._batches(epoch))
                 batches = (batch.to(self.config.device, non_blocking=True) for batch in seen)
                 fit(self.engine, batches, self._prepare, functools.partial(self._finish, progress, bar), self.step)
-                accuracy = self._evaluate()
-                self.report({"epoch": epoch, "loss": self.loss, "accuracy": accuracy})
+                figures = self._evaluate()
+                self.report({"epoch": epoch, "loss": self.loss, **figures})
                 self._save()  # an epoch is done once it is evaluated
         self.spacings.save()
         if self.writer is not None:
             self.writer.close()
-        return accuracy
+        return figures
 
     @property
     def _share(self) -> int:
@@ -154,10 +150,14 @@ class Trainer:
         batches = list(BatchSampler(self.order, self._share, drop_last=True))
         return self._loader(self.training, batches[self.step - epoch * self.steps : self.steps])
 
-    def _loader(self, data: Augmented, batches: Sequence[list[int]]) -> DataLoader:
+    def _loader(self, data: Dataset, batches: Sequence[list[int]]) -> DataLoader:
         memory = self.config.device == "cuda"
         return DataLoader(
-            data, batch_sampler=batches, num_workers=self.config.workers, collate_fn=collate, pin_memory=memory
+            data,
+            batch_sampler=batches,
+            num_workers=self.config.workers,
+            collate_fn=self.task.collate,
+            pin_memory=memory,
         )
 
     def _prepare(self, step: int) -> None:
@@ -179,19 +179,48 @@ class Trainer:
         self.checkpoints.save(self.engine, self.step)
 
     @torch.no_grad()
-    def _evaluate(self) -> float:
-        """Returns the share of the validation data that is right, each sample counted once."""
-        self.accuracy.reset()
+    def _evaluate(self) -> dict[str, float]:
+        """Returns the figures of the validation data, each sample counted once."""
+        measured: dict[int, Measured] = {}  # by the sample
         place, samples = rank(), len(self.held_out.dataset)
+        call = _InStep(self.engine.predict)
         for batch in self.spacings.watch(self.evaluation):
             batch = batch.to(self.config.device)
-            logits = self.engine.predict(batch)
-            places = place + count() * torch.arange(len(logits))  # the last ones may be repeats of the first
-            new = places < samples
-            if new.any():
-                self.accuracy.update(logits[new].float(), batch.target[new])
-            place += count() * len(logits)
-        accuracy = float(self.accuracy.compute())
+            predictions = self.task.predict(call, batch)
+            if self.config.parallel != "ddp":
+                call.catch_up()
+            if self.writer is not None and not measured:
+                self._draw(predictions[0], batch)
+            for index, prediction in enumerate(predictions):
+                if place < samples:  # the last ones may be repeats of the first
+                    measured[place] = self.task.measure(prediction, batch, index)
+                place += count()
+        together = {place: one for part in gather(measured) for place, one in part.items()}
+        figures = self.task.summarize([together[place] for place in sorted(together)])
         if self.writer is not None:
-            self.writer.add_scalar("validation/accuracy", accuracy, self.step)
-        return accuracy
+            for name, value in figures.items():
+                self.writer.add_scalar(f"validation/{name}", value, self.step)
+        return figures
+
+    def _draw(self, prediction: object, batch: Any) -> None:
+        """Shows the first prediction."""
+        picture = self.task.picture(prediction, batch, 0)
+        if picture is not None:
+            self.writer.add_image("validation/prediction", picture, self.step)
+
+
+class _InStep:
+    """Calls of a model whose weights are shared, which all processes have to make together."""
+
+    def __init__(self, predict: Call) -> None:
+        self.predict, self.calls, self.last = predict, 0, None
+
+    def __call__(self, batch: Any) -> Any:
+        self.calls, self.last = self.calls + 1, batch
+        return self.predict(batch)
+
+    def catch_up(self) -> None:
+        """Makes as many calls as the process that made most."""
+        missing = max(gather(self.calls)) - self.calls
+        for _ in range(missing):
+            self(self.last)
