@@ -26,14 +26,15 @@ where it was interrupted, with the same losses as if it had not been. The folder
 import jsonargparse
 
 from training.config import Config
+from training.tasks import task_class
 from training.trainer import train
 
 
 def main() -> None:
     """Reads the command line and trains."""
     config = jsonargparse.auto_cli(Config, as_positional=False, description=__doc__)
-    accuracy = train(config)
-    print(f"accuracy {accuracy:.1%}, {config.output / 'model'}")
+    reached = train(config)
+    print(f"{task_class(config).score} {reached:.1%}, {config.output / 'model'}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from training.batch_size import find_batch_size
 from training.checkpoints import Checkpoints
 from training.config import Config, remember
 from training.engines import Engine, create_engine
-from training.processes import count, locked, rank
+from training.processes import count, gather, locked, rank
 from training.spacings import Spacings
 from training.steps import Recipe, fit
 from training.tasks import Call, Measured, Task, task_class
@@ -151,13 +151,12 @@ class Trainer:
         return self._loader(self.training, batches[self.step - epoch * self.steps : self.steps])
 
     def _loader(self, data: Dataset, batches: Sequence[list[int]]) -> DataLoader:
-        memory = self.config.device == "cuda"
         return DataLoader(
             data,
             batch_sampler=batches,
             num_workers=self.config.workers,
             collate_fn=self.task.collate,
-            pin_memory=memory,
+            pin_memory=self.config.device == "cuda",
         )
 
     def _prepare(self, step: int) -> None:

@@ -35,7 +35,7 @@ class Instances(Labelled):
         """Returns the objects ``[*grid]`` in maps ``[2, *grid]`` of pixels of a size."""
         length = self.facts.length
         least = length**self.axes / 4 if self.config.min_size is None else self.config.min_size
-        return instances(prediction[None], spacing[None], length, min_size=least)[0]
+        return instances(prediction[None], spacing[None], scale=length, min_size=least)[0]
 
     def measure(self, prediction: Tensor, batch: Scenes, index: int) -> Measured:
         """See `Task`."""
