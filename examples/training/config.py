@@ -77,7 +77,8 @@ class Config:
         workers: Processes that load data, for each training process.
         checkpoint_every: Steps between checkpoints; there is one at the end of an epoch anyway.
         seed: Of weights, order and augmentation.
-        quick: Two epochs on some of the data, to see that everything works.
+        quick: Two epochs on some of the data, to see that everything works; of the other tasks on small crops, four in
+            a step.
     """
 
     output: Path
@@ -135,6 +136,9 @@ class Config:
             raise ValueError(f"crops must be positive, got {self.crops}")
         if self.quick:
             self.epochs = 2
+        if self.quick and self.task != "classification":
+            self.size = [16, 32, 32] if self.model.endswith("_3d") else [64, 64]
+            self.batch_size = "auto" if self.batch_size == "auto" else 4
 
 
 def saved_config(output: Path) -> Config:

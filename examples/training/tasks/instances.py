@@ -4,12 +4,13 @@ import functools
 import operator
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rat_timm.data import Sample
 from rat_timm.dense import THRESHOLDS, Matches, instance_loss, instance_targets, instances, match
 from training.crops import Scenes
-from training.tasks.base import Measured
+from training.tasks.base import Call, Measured
 from training.tasks.labelled import Labelled, outlines
 
 
@@ -31,15 +32,17 @@ class Instances(Labelled):
         """See `Task`."""
         return instance_loss(outputs, batch.target, batch.levels[0].mask)
 
-    def labels(self, prediction: Tensor, spacing: Tensor) -> Tensor:
-        """Returns the objects ``[*grid]`` in maps ``[2, *grid]`` of pixels of a size."""
+    def predict(self, call: Call, batch: Scenes) -> list[Tensor]:
+        """See `Task`: labels ``[*grid]``."""
+        spacing = batch.spacing if batch.out is None else batch.out.spacing
+        maps = super().predict(call, batch)
         length = self.facts.length
         least = length**self.axes / 4 if self.config.min_size is None else self.config.min_size
-        return instances(prediction[None], spacing[None], scale=length, min_size=least)[0]
+        return list(instances(torch.stack(maps), spacing, scale=length, min_size=least))
 
     def measure(self, prediction: Tensor, batch: Scenes, index: int) -> Measured:
         """See `Task`."""
-        found = match(self.labels(prediction, batch.spacing[index]), batch.target[index])
+        found = match(prediction, batch.target[index])
         return Measured(figures(found), found)
 
     def summarize(self, measured: Sequence[Measured]) -> dict[str, float]:
@@ -48,7 +51,7 @@ class Instances(Labelled):
 
     def picture(self, prediction: Tensor, batch: Scenes, index: int) -> Tensor:
         """See `Task`."""
-        return outlines(batch.levels[0], index, self.labels(prediction, batch.spacing[index]), batch.target[index])
+        return outlines(batch.levels[0], index, prediction, batch.target[index])
 
 
 def figures(found: Matches) -> dict[str, float]:

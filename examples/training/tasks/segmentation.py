@@ -13,7 +13,7 @@ from rat_timm.data import Sample
 from rat_timm.data.samples import IGNORED
 from training.crops import Scenes
 from training.frames import are_objects
-from training.tasks.base import Measured
+from training.tasks.base import Call, Measured
 from training.tasks.labelled import Labelled, mean_of, outlines
 
 FIGURES = ("dice", "surface_dice", "hausdorff95")
@@ -49,11 +49,15 @@ class Segmentation(Labelled):
         dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)
         return dice(logits, classes) + F.cross_entropy(logits, classes[0])
 
+    def predict(self, call: Call, batch: Scenes) -> list[Tensor]:
+        """See `Task`: classes ``[*grid]``."""
+        return [logits.argmax(0) for logits in super().predict(call, batch)]
+
     def measure(self, prediction: Tensor, batch: Scenes, index: int) -> Measured:
         """See `Task`."""
         true = self.objects(batch.target[index])
-        predicted = prediction.argmax(0).where(true != IGNORED, 0)
-        classes = len(prediction)
+        classes = self.out_channels
+        predicted = prediction.where(true != IGNORED, 0)
         both = [_one_hot(labels, classes) for labels in (predicted, true.clamp(min=0))]
         spacing = batch.spacing[index].tolist()
         dice = compute_dice(*both, include_background=False)
@@ -68,7 +72,7 @@ class Segmentation(Labelled):
 
     def picture(self, prediction: Tensor, batch: Scenes, index: int) -> Tensor:
         """See `Task`."""
-        return outlines(batch.levels[0], index, prediction.argmax(0), self.objects(batch.target[index]))
+        return outlines(batch.levels[0], index, prediction, self.objects(batch.target[index]))
 
 
 def _one_hot(labels: Tensor, classes: int) -> Tensor:
