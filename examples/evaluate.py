@@ -102,9 +102,7 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0], help="factors of the pixel size")
     parser.add_argument("--wrong", type=float, nargs="+", default=[], help="factors by which the told size is wrong")
     parser.add_argument("--resized", action="store_true", help="add the control that resizes images")
-    parser.add_argument(
-        "--tile", type=int, nargs="+", help="pixels predicted at once; default: the training's"
-    )
+    parser.add_argument("--tile", type=int, nargs="+", help="pixels predicted at once; default: the training's")
     parser.add_argument("--spacing", type=float, nargs="+", help="pixel size of pictures; default: the training's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num_workers", type=int, default=0, help="processes on a Ray cluster; 0: this one alone")

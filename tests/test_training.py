@@ -28,6 +28,7 @@ tifffile = pytest.importorskip("tifffile")
 from helpers import call, finish, start
 from training import checkpoints, data, processes, spacings, trainer
 from training.config import Config, remember
+from training.tasks.classification import Classification
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 STEPS = 12  # of 3 epochs
@@ -141,11 +142,11 @@ def test_ray_goes_on_when_a_worker_dies(tmp_path):
 def test_no_evaluation_is_lost(tmp_path, monkeypatch):
     """A run that ends while it evaluates an epoch evaluates it when it goes on."""
     config = Config(tmp_path, quick=True, workers=0)
-    compute = trainer.MulticlassAccuracy.compute
-    monkeypatch.setattr(trainer.MulticlassAccuracy, "compute", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    summarize = Classification.summarize
+    monkeypatch.setattr(Classification, "summarize", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer.train(config)
-    monkeypatch.setattr(trainer.MulticlassAccuracy, "compute", compute)
+    monkeypatch.setattr(Classification, "summarize", summarize)
     reports = []
     trainer.train(config, report=reports.append)
     assert [report["epoch"] for report in reports] == [0, 1]

@@ -1,6 +1,7 @@
 """The largest batch that fits, found before training begins."""
 
 import copy
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -102,14 +103,16 @@ def _fits_gpu(step: Callable[[int], None], most: int) -> int:
 def _fits_cpu(step: Callable[[int], None], most: int) -> int:
     """Returns the largest power of two up to ``most`` whose steps are expected to fit.
 
-    Memory is that of the process above what it had before the search, so that what an allocator keeps counts too.
+    Memory is that of the process above what it had before the search.
     """
     process = psutil.Process()
+    _trim()
     before = process.memory_info().rss
     bound = SHARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", count()))
     peaks: dict[int, int] = {}
     samples = 1
     while samples <= min(most, TRIED):
+        _trim()
         with _peak(process) as peak:
             step(samples)
         peaks[samples] = peak[0] - before
@@ -123,6 +126,13 @@ def _fits_cpu(step: Callable[[int], None], most: int) -> int:
     while 2 * fits <= most and peaks[TRIED] + (2 * fits - TRIED) * each <= bound:
         fits *= 2
     return fits
+
+
+def _trim() -> None:
+    """Has glibc give back what it keeps of freed memory, which a step would take without being seen."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

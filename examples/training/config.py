@@ -24,7 +24,8 @@ class Config:
             ("instances"); boxes around objects ("detection", in 2D).
         model: A name of this package's; for segmentation and instances also "smp:ARCHITECTURE-ENCODER", a network of
             segmentation_models_pytorch around an encoder of timm, such as "smp:unet-convnext_atto".
-        model_args: Further keywords of timm's create_model, such as drop_path_rate, or of smp's.
+        model_args: Further keywords of timm's create_model, such as drop_path_rate, or of smp's. Of labelled images, a
+            model without weights has the pixel size of the first training image as its reference spacing.
         decoder: Of segmentation and instances, see `rat_timm.dense.Segmenter`.
         width: Of that decoder, or of the maps of a detector.
         detail: Whether that decoder has two more levels of convolutions at strides 1 and 2.

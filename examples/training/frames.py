@@ -104,17 +104,17 @@ def _load_labels(path: Path, config: Config) -> Tensor:
 
 
 class Discs(Dataset):
-    """Discs, or balls, of 3 to 6 units on a noisy ground: their labels tell them apart.
+    """Discs, or balls, of a radius of 6 to 12 units on a noisy ground: their labels tell them apart.
 
     Args:
         part: "train", "validation" or "test".
         axes: 2 or 3.
     """
 
-    length = 4.0
+    length = 8.0
 
     def __init__(self, part: str, axes: int) -> None:
-        self.spacing = (0.5, 0.5) if axes == 2 else (1.0, 0.5, 0.5)
+        self.spacing = (1.0, 1.0) if axes == 2 else (2.0, 1.0, 1.0)
         self.size = (96, 96) if axes == 2 else (16, 64, 64)
         self.seed = list(DISCS).index(part)
         self.names = [f"{part}-{index}" for index in range(DISCS[part])]
@@ -131,7 +131,7 @@ class Discs(Dataset):
         image = chance.normal(0.25, 0.08, self.size)
         for number in range(1, 13):
             center = chance.uniform(0, 1, len(self.size)) * self.size * self.spacing
-            inside = (np.linalg.norm(places - center, axis=-1) < chance.uniform(3, 6)) & (labels == 0)
+            inside = (np.linalg.norm(places - center, axis=-1) < chance.uniform(6, 12)) & (labels == 0)
             labels[inside] = number
             image[inside] += chance.uniform(0.3, 0.6)
         pixels = torch.from_numpy(image.astype(np.float32))[None]

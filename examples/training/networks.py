@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -25,7 +26,7 @@ def create_network(config: Config, channels: int, classes: int, spacing: Sequenc
         config: Says which one.
         channels: Of the images.
         classes: Channels that come out.
-        spacing: The reference spacing, where the config's ``model_args`` say no other.
+        spacing: The reference spacing of a model that starts without weights, where ``model_args`` say no other.
     """
     if not config.model.startswith(SMP):
         return Segmenter(
@@ -35,7 +36,7 @@ def create_network(config: Config, channels: int, classes: int, spacing: Sequenc
             width=config.width,
             detail=config.detail,
             in_chans=channels,
-            **{"pretrained": config.pretrained, "spacing": tuple(spacing), **config.model_args},
+            **backbone_args(config, spacing),
         )
     if len(spacing) != 2:
         raise ValueError(f"model must be one of this package's for volumes, got {config.model}")
@@ -46,6 +47,12 @@ def create_network(config: Config, channels: int, classes: int, spacing: Sequenc
         architecture, f"tu-{encoder}", weights, in_channels=channels, classes=classes, **config.model_args
     )
     return ImageAlone(network)
+
+
+def backbone_args(config: Config, spacing: Sequence[float]) -> dict[str, Any]:
+    """Returns timm's keywords; a reference spacing is given where no weights are, which have one."""
+    own = {} if config.pretrained else {"spacing": tuple(spacing)}
+    return {"pretrained": config.pretrained, **own, **config.model_args}
 
 
 class ImageAlone(nn.Module):

@@ -1,7 +1,7 @@
 """A run of training: data, epochs, evaluation, logs and checkpoints from which it goes on, over any processes."""
 
 import contextlib
-import dataclasses
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -45,8 +45,8 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
         recipe = Recipe(task.outputs, task.loss, config.clip_grad, config.ema_decay, config.precision)
         given = config
         if config.batch_size == "auto":
-            found = find_batch_size(model, training, task.collate, recipe, config)
-            config = dataclasses.replace(config, batch_size=found)
+            config = copy.copy(config)
+            config.batch_size = find_batch_size(model, training, task.collate, recipe, config)
         engine = create_engine(model, recipe, config)
         trainer = Trainer(config, given, task, engine, training, validation, report)
         figures = trainer.run()

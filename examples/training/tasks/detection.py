@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from rat_timm.dense import fcos, mask_rcnn
 from training.cells import boxes
 from training.config import Config
 from training.crops import Scenes
+from training.networks import backbone_args
 from training.steps import Output
 from training.tasks.base import Call, Measured
 from training.tasks.labelled import Facts, Labelled, middle
@@ -42,8 +44,8 @@ class Detection(Labelled):
     def network(self) -> nn.Module:
         """See `Labelled`."""
         config, facts = self.config, self.facts
-        told = {"pretrained": config.pretrained, "spacing": facts.spacing, **config.model_args}
-        shared = {"out_channels": config.width, "backbone_args": {"in_chans": facts.channels, **told}}
+        backbone = {"in_chans": facts.channels, **backbone_args(config, facts.spacing)}
+        shared: dict[str, Any] = {"out_channels": config.width, "backbone_args": backbone}
         if config.detector == "fcos":
             return fcos(config.model, 2, detections_per_img=MOST, **shared)
         return mask_rcnn(config.model, 2, box_detections_per_img=MOST, **shared)
