@@ -14,3 +14,24 @@ hypothesis.settings.load_profile("untimed")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def quickly(tmp_path_factory):
+    """Trains a task with --quick, once for all workers of pytest; returns the folder."""
+    filelock = pytest.importorskip("filelock")
+    from helpers import quick
+    from training import trainer
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+
+    def train(task):
+        output = shared / f"quick-{task}"
+        with filelock.FileLock(f"{output}.lock"):
+            if not (output / "model" / "facts.json").exists():
+                torch.set_num_threads(1)
+                trainer.train(quick(output, task))
+        return output
+
+    return train

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -68,3 +69,40 @@ def record_images(monkeypatch):
 
     monkeypatch.setattr(rat_model, "stage_inputs", record)
     return seen
+
+
+def read_events(output):
+    """Reads what TensorBoard shows of a training."""
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(output))
+    events.Reload()
+    return events
+
+
+def losses(output):
+    """The loss after each step, as TensorBoard shows it."""
+    scalars = read_events(output).Scalars("train/loss")
+    assert [scalar.step for scalar in scalars] == list(range(1, len(scalars) + 1))
+    return [scalar.value for scalar in scalars]
+
+
+def wait_for_checkpoint(output, process, least=0):
+    """Waits until a checkpoint of more than ``least`` steps is there."""
+    folder, end = output / "checkpoints", time.monotonic() + 400
+    while not any(path.name.isdigit() and int(path.name) > least for path in folder.glob("*")):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def places(size, spacing):
+    """An image whose channels are the physical coordinates of its pixels."""
+    axes = [(torch.arange(n) + 0.5) * step for n, step in zip(size, spacing, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).float()
+
+
+def quick(output, task, **options):
+    """The config of a training of seconds."""
+    return importlib.import_module("training.config").Config(
+        output, task=task, quick=True, workers=0, device="cpu", **options
+    )

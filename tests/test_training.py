@@ -4,7 +4,6 @@ import fcntl
 import os
 import re
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -22,10 +21,10 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 pytest.importorskip("torchmetrics")
 filelock = pytest.importorskip("filelock")
-accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+pytest.importorskip("tensorboard")
 tifffile = pytest.importorskip("tifffile")
 
-from helpers import call, finish, start
+from helpers import call, finish, losses, read_events, start, wait_for_checkpoint
 from training import checkpoints, data, processes, spacings, trainer
 from training.config import Config, remember
 from training.tasks.classification import Classification
@@ -42,24 +41,6 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def losses(output):
-    """The loss after each step, as TensorBoard shows it."""
-    events = accumulator.EventAccumulator(str(output))
-    events.Reload()
-    scalars = events.Scalars("train/loss")
-    assert [scalar.step for scalar in scalars] == list(range(1, len(scalars) + 1))
-    return [scalar.value for scalar in scalars]
-
-
-def wait_for_checkpoint(output, process, least=0):
-    """Waits until a checkpoint of more than ``least`` steps is there."""
-    folder, end = output / "checkpoints", time.monotonic() + 400
-    while not any(path.name.isdigit() and int(path.name) > least for path in folder.glob("*")):
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
     """One process, three epochs of the shipped weights on digits that are alike; once for all workers of pytest."""
@@ -73,9 +54,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_pretrained_weights_beat_random_ones_at_equal_steps(uninterrupted, tmp_path):
     def accuracy(output):
-        events = accumulator.EventAccumulator(str(output))
-        events.Reload()
-        return events.Scalars("validation/accuracy")[-1].value
+        return read_events(output).Scalars("validation/accuracy")[-1].value
 
     scratch = trainer.train(Config(tmp_path, epochs=3, pretrained=False))
     assert len(losses(uninterrupted)) == len(losses(tmp_path)) == STEPS
@@ -124,21 +103,6 @@ def test_two_processes_do_what_one_does(uninterrupted, tmp_path, parallel):
     assert checkpoints.find_damage(last) is None
 
 
-def test_ray_goes_on_when_a_worker_dies(tmp_path):
-    pytest.importorskip("ray.train")
-    options = {"batch_size": 8, "checkpoint_every": 2, "workers": 0, "quick": True}
-    trainer.train(Config(tmp_path / "one", **options))
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value).lower())]
-    process = start("train_ray.py", "--output", tmp_path / "two", "--num_workers", 2, *flags)
-    wait_for_checkpoint(tmp_path / "two", process)
-    first = next((tmp_path / "two").glob("events.out.*"))
-    os.kill(int(first.name.split(".")[-2]), signal.SIGKILL)  # of the process that writes them
-    finish(process)
-    assert len(list((tmp_path / "two").glob("events.out.*"))) > 1  # it did begin again
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-    assert (tmp_path / "two" / "model" / "config.json").exists()
-
-
 def test_no_evaluation_is_lost(tmp_path, monkeypatch):
     """A run that ends while it evaluates an epoch evaluates it when it goes on."""
     config = Config(tmp_path, quick=True, workers=0)
@@ -150,8 +114,7 @@ def test_no_evaluation_is_lost(tmp_path, monkeypatch):
     reports = []
     trainer.train(config, report=reports.append)
     assert [report["epoch"] for report in reports] == [0, 1]
-    events = accumulator.EventAccumulator(str(tmp_path))
-    events.Reload()
+    events = read_events(tmp_path)
     assert [scalar.step for scalar in events.Scalars("validation/accuracy")] == [2, 4]
     assert trainer.train(config) == pytest.approx(reports[-1]["accuracy"])  # of a run that is done
 

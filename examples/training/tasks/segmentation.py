@@ -1,6 +1,7 @@
 """Classes of pixels."""
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ FIGURES = ("dice", "surface_dice", "hausdorff95")
 class Segmentation(Labelled):
     """See `training.tasks.base.Task`.
 
-    The loss is MONAI's Dice loss and the cross entropy over annotated pixels, as in nnU-Net. The Dice, the share of
+    The loss is MONAI's Dice loss and the cross entropy over the annotated pixels of each crop. The Dice, the share of
     surfaces within a tolerance of each other, and the 95th percentile of the distances between surfaces are physical
     and means over the classes, without the background.
     """
@@ -40,14 +41,7 @@ class Segmentation(Labelled):
 
     def loss(self, outputs: Tensor, batch: Scenes) -> Tensor:
         """See `Task`."""
-        target = batch.target
-        valid = target != IGNORED
-        if not bool(valid.any()):
-            return (outputs * 0).sum()
-        logits = outputs.movedim(1, -1)[valid].T[None]  # [1, classes, valid pixels]
-        classes = target[valid][None, None]
-        dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)
-        return dice(logits, classes) + F.cross_entropy(logits, classes[0])
+        return torch.stack([_loss(*each) for each in zip(outputs, batch.target, strict=True)]).mean()
 
     def predict(self, call: Call, batch: Scenes) -> list[Tensor]:
         """See `Task`: classes ``[*grid]``."""
@@ -61,8 +55,10 @@ class Segmentation(Labelled):
         both = [_one_hot(labels, classes) for labels in (predicted, true.clamp(min=0))]
         spacing = batch.spacing[index].tolist()
         dice = compute_dice(*both, include_background=False)
-        surface = compute_surface_dice(*both, [self.facts.tolerance] * (classes - 1), spacing=spacing)
-        distance = compute_hausdorff_distance(*both, percentile=95, spacing=spacing)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*always_return_as_numpy", FutureWarning)  # of MONAI to itself
+            surface = compute_surface_dice(*both, [self.facts.tolerance] * (classes - 1), spacing=spacing)
+            distance = compute_hausdorff_distance(*both, percentile=95, spacing=spacing)
         values = dict(zip(FIGURES, (_mean(each) for each in (dice, surface, distance)), strict=True))
         return Measured(values, None)
 
@@ -73,6 +69,16 @@ class Segmentation(Labelled):
     def picture(self, prediction: Tensor, batch: Scenes, index: int) -> Tensor:
         """See `Task`."""
         return outlines(batch.levels[0], index, prediction, self.objects(batch.target[index]))
+
+
+def _loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Returns the loss of a sample: means over samples are those of any number of processes."""
+    valid = target != IGNORED
+    if not bool(valid.any()):
+        return (logits * 0).sum()
+    logits, classes = logits[None, :, valid], target[None, None, valid]  # [1, classes or 1, valid pixels]
+    dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False)
+    return dice(logits, classes) + F.cross_entropy(logits, classes[0])
 
 
 def _one_hot(labels: Tensor, classes: int) -> Tensor:
