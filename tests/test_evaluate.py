@@ -209,7 +209,7 @@ def busy_worker(program, title):
 
 
 def test_over_ray(quickly, tmp_path, cluster, monkeypatch, capfd):
-    """Two workers train, and two evaluate; one of them is killed each time, and the numbers are those of one process."""
+    """Two workers train and two evaluate; one is killed each time, and the numbers are those of one process."""
     trained = tmp_path / "trained"
     options = ("--task", "segmentation", "--quick", "true", "--workers", 0, "--device", "cpu", "--checkpoint_every", 4)
     program = start("train_ray.py", "--output", trained, "--num_workers", 2, *options)

@@ -67,9 +67,9 @@ class Detection(Labelled):
         return boxes(crop.target)
 
     def outputs(self, model: nn.Module, batch: Scenes) -> Output:
-        """See `Task`: losses in training, else boxes."""
+        """See `Task`: losses of crops with their boxes, else boxes."""
         images = _images(batch.levels[0])
-        if model.training:
+        if isinstance(batch.target, list):
             return model(images, batch.target, spacing=batch.spacing)
         return model(images, spacing=batch.spacing)
 
