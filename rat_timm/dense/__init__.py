@@ -2,6 +2,15 @@
 
 from .detection import fcos, mask_rcnn
 from .instances import instance_loss, instance_targets, instances
-from .matching import THRESHOLDS, Matches, match
+from .matching import THRESHOLDS, Matches, match_instances
 
-__all__ = ["THRESHOLDS", "Matches", "fcos", "instance_loss", "instance_targets", "instances", "mask_rcnn", "match"]
+__all__ = [
+    "THRESHOLDS",
+    "Matches",
+    "fcos",
+    "instance_loss",
+    "instance_targets",
+    "instances",
+    "mask_rcnn",
+    "match_instances",
+]
