@@ -366,6 +366,15 @@ def test_a_new_format_is_a_reader_and_a_row_of_the_table(tmp_path, monkeypatch):
         read(tmp_path / "a.npy", level=1)
 
 
+@pytest.mark.parametrize("ending", [ending for form in formats.FORMATS for ending in form.endings])
+@pytest.mark.parametrize("content", [b"", bytes(400), b"no image\n" * 99])
+def test_what_is_no_image_is_refused_by_every_format(tmp_path, ending, content):
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(content)
+    with pytest.raises(ReadError, match=f"^{re.escape(str(path))}: "):
+        read(path)
+
+
 ENDINGS = [".ome.tif", ".ome.zarr", ".nii", ".nii.gz"]
 
 
