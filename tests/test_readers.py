@@ -356,7 +356,7 @@ def test_a_new_format_is_a_reader_and_a_row_of_the_table(tmp_path, monkeypatch):
         array, sizes = np.load(source.place), {axis: Length(2.0, "um") for axis in "zyx"}
         return StoredImage("zyx", array.shape, array.dtype, array.shape, array.shape, sizes, lambda part: array[part])
 
-    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Format("NumPy", (".npy",), open_numpy)))
+    monkeypatch.setattr(formats, "FORMATS", (Format("NumPy", (".npy",), open_numpy), *formats.FORMATS))
     np.save(tmp_path / "a.npy", VOLUME)
     scan = read(tmp_path / "a.npy", "nm", region=[slice(1, 3)] * 3)
     assert scan.spacing == pytest.approx((2000,) * 3)
