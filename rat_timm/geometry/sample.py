@@ -73,19 +73,24 @@ def _inside(index: Sequence[Tensor], shape: Sequence[int], reach: float) -> Tens
 
 def _sampled(x: Tensor, index: Sequence[Tensor]) -> Tensor:
     """``[B, *grid, C]`` at indices per axis, each ``[1 or B, n]``, axis by axis: grids are products of their axes."""
-    if max(len(at) for at in index) == 1:
-        for axis, at in enumerate(index, start=1):
-            x = _interpolated(x, axis, at[0])
-        return x
-    rows = zip(x.split(1), *(at.expand(len(x), -1).split(1) for at in index), strict=True)
-    return torch.cat([_sampled(part, at) for part, *at in rows])
+    for axis, at in enumerate(index, start=1):
+        x = _interpolated(x, axis, at)
+    return x
 
 
 def _interpolated(x: Tensor, axis: int, index: Tensor) -> Tensor:
-    """Interpolates along one axis at indices ``[n]``; beyond the outermost centres their values hold."""
+    """Interpolates along one axis at indices ``[1 or B, n]``; beyond the outermost centres their values hold."""
     last = x.shape[axis] - 1
     index = index.clamp(0, last)
     lower = index.floor()
-    share = (index - lower).to(x.dtype).view(-1, *[1] * (x.ndim - 1 - axis))
-    lower = lower.long()
-    return torch.lerp(x.index_select(axis, lower), x.index_select(axis, (lower + 1).clamp(max=last)), share)
+    shape = [len(index), *[1] * (axis - 1), -1, *[1] * (x.ndim - 1 - axis)]
+    share, lower = (index - lower).to(x.dtype).view(shape), lower.long()
+    return torch.lerp(_taken(x, axis, lower), _taken(x, axis, (lower + 1).clamp(max=last)), share)
+
+
+def _taken(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """Takes places of one axis, ``[1 or B, n]``."""
+    if len(index) == 1:
+        return x.index_select(axis, index[0])
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return x.movedim(axis, 1)[rows, index].movedim(1, axis)
