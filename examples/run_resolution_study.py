@@ -18,7 +18,7 @@ from rich.progress import track
 
 from resolution_study import report
 from resolution_study.experiments import Budget, Experiment, run
-from resolution_study.networks import COARSENED, HIDDEN, NETWORKS, PEERS, RAT, TOLD
+from resolution_study.networks import COARSENED, FORMER, HIDDEN, NETWORKS, PEERS, RAT, TOLD
 from resolution_study.tasks import REGIMES, TASKS
 
 FOLDER = Path(__file__).parent / "resolution_study"
@@ -27,6 +27,7 @@ SEEDS = (0, 1, 2)
 PLAN = {
     ("cells", "one"): (
         TOLD,
+        FORMER,
         *PEERS,
         "plain rat",
         RAT,
@@ -49,9 +50,9 @@ PLAN = {
         "rat, log scaling",
         "rat, conditioned stem",
     ),
-    ("photographs", "one"): (TOLD, "convnext", "swin"),
+    ("photographs", "one"): (TOLD, COARSENED, "convnext", "swin"),
     ("photographs", "mixed"): (TOLD, HIDDEN, "convnext, channel", "convnext, resized", "swin, resized"),
-    ("cells in volumes", "one"): (TOLD,),
+    ("cells in volumes", "one"): (TOLD, COARSENED),
     ("cells in volumes", "mixed"): (TOLD, HIDDEN),
 }
 

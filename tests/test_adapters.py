@@ -15,10 +15,10 @@ from rat_timm.geometry.resample import resample
 
 
 def networks():
-    register_monai_encoder("test_rat_3d")
-    register_monai_encoder("test_rat")
+    register_monai_encoder("test_rat_3d", physical_stem=False)
+    register_monai_encoder("test_rat", physical_stem=False)
     return {
-        "smp": (smp.Unet("tu-test_rat", encoder_weights=None, classes=2), (3, 45, 70)),
+        "smp": (smp.Unet("tu-test_rat", encoder_weights=None, classes=2, physical_stem=False), (3, 45, 70)),
         "monai": (FlexibleUNet(1, 2, "test_rat_3d", spatial_dims=3), (1, 33, 20, 31)),
         "monai, images": (FlexibleUNet(3, 2, "test_rat", spatial_dims=2), (3, 45, 70)),
     }
@@ -58,7 +58,7 @@ def test_what_is_known_reaches_the_backbone(case, monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_physical_stem_gives_maps_of_the_images_pixels(masked):
     """As if the user had resampled the image, and sampled the result at its pixels."""
-    network = WithGeometry(smp.Unet("tu-test_rat", encoder_weights=None, classes=2, physical_stem=True).eval())
+    network = WithGeometry(smp.Unet("tu-test_rat", encoder_weights=None, classes=2).eval())
     x, spacing = torch.randn(3, 3, 45, 70), torch.tensor([[0.7, 0.7], [1.0, 1.0], [2.0, 1.3]])
     mask = torch.rand(3, 45, 70) > 0.3 if masked else None
     together = network(x, spacing=spacing, mask=mask)
@@ -123,7 +123,7 @@ def faster_rcnn(**kwargs):
     from torchvision.models.detection.rpn import AnchorGenerator
 
     return FasterRCNN(
-        backbone_with_fpn(),
+        backbone_with_fpn(physical_stem=False),
         num_classes=2,
         rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5),
         box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=3, sampling_ratio=1),
@@ -162,7 +162,7 @@ def test_maps_are_those_of_the_model_then_the_pyramid_network():
 
 
 def test_maps_keep_their_strides_at_any_spacing():
-    backbone = backbone_with_fpn(physical_stem=True).eval()
+    backbone = backbone_with_fpn().eval()
     x = torch.randn(1, 3, 96, 128)
     for spacing in (None, 1.0, 0.7, 2.0):
         with rat_timm.geometry(spacing=spacing):
@@ -173,7 +173,7 @@ def test_maps_keep_their_strides_at_any_spacing():
 
 
 def test_samples_of_different_spacing_have_the_maps_they_have_alone():
-    backbone, x = backbone_with_fpn(physical_stem=True).eval(), torch.randn(3, 3, 64, 96)
+    backbone, x = backbone_with_fpn().eval(), torch.randn(3, 3, 64, 96)
     mask, spacing = torch.rand(3, 64, 96) < 0.9, torch.tensor([[1.0, 1.0], [0.5, 0.7], [2.0, 1.0]])
     with rat_timm.geometry(spacing=spacing, mask=mask, origin=spacing):
         found = backbone(x)

@@ -11,11 +11,11 @@ def test_stages_of_the_default_by_hand():
     assert [s.dim for s in stages] == [64, 128, 256, 512]
     assert [s.dim_in for s in stages] == [64, 64, 128, 256]
     assert [s.num_heads for s in stages] == [2, 4, 8, 16]
-    assert [s.sga_num_heads for s in stages] == [2, 2, 4, 8]
+    assert [s.sga_num_heads for s in stages] == [2, 4, 8, 16]
     assert [s.total_stride for s in stages] == [(4, 4), (8, 8), (16, 16), (32, 32)]
     assert [s.unit for s in stages] == [(8, 2), (16, 4), (32, 8), (64, 16)]
     assert [s.sga_unit for s in stages] == [(8, 2), (8, 2), (16, 4), (32, 8)]
-    assert [s.sga_attention_type for s in stages] == [None, "sparse", "sparse", "dense"]
+    assert [s.sga_attention_type for s in stages] == [None, "sparse", "sparse", "sparse"]
     assert [s.attn_kernel_size for s in stages] == [(7, 7), (7, 7), (7, 7), None]
 
 

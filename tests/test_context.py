@@ -99,7 +99,7 @@ def test_each_thread_has_its_own():
 
 def test_compiled_models_follow_it():
     torch.compiler.reset()
-    model = timm.create_model("test_rat", iters=1).eval()
+    model = timm.create_model("test_rat", physical_stem=False).eval()
     wrapped = torch.nn.Sequential(model, torch.nn.Identity())
     compiled = torch.compile(wrapped, backend="eager", fullgraph=True)
     x = torch.randn(2, 3, 32, 32)

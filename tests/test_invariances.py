@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from helpers import lively
 from rat_timm.layers import compose
 
+PIXELS = {"physical_stem": False, "group_width": "fine", "iters": 3}
 CASES = {
     "2d": ("test_rat", {}),
-    "2d dense": ("test_rat", {"sga_attention_type": "dense", "reg_tokens": 2}),
+    "2d dense": ("test_rat", {**PIXELS, "sga_attention_type": "dense", "reg_tokens": 2}),
     "3d": ("test_rat_3d", {}),
-    "3d sparse": ("test_rat_3d", {"sga_attention_type": "sparse", "stem_stride": (1, 4, 4), "reg_tokens": 1}),
+    "3d thick": ("test_rat_3d", {"group_width": "coarse", "stem_stride": (1, 4, 4), "reg_tokens": 1}),
     "classic": ("rat_classic", {"embed_dim": (32,) * 4, "num_heads": 4}),
 }
 VIT = {"depth": 2, "spacing": 1.0}
@@ -226,7 +227,8 @@ def test_a_landmark_has_one_coordinate_in_crop_and_overview(name, stem_stride, o
     fine, ratio = torch.tensor([0.25, 0.5, 0.125][:axes], dtype=torch.float64), 4
     start = torch.tensor([7.0, -3.5, 1.25][:axes], dtype=torch.float64)
     images = [torch.randn(1, model.in_chans, *size) for size in (overview, crop)]
-    model = timm.create_model(name, stem_stride=stem_stride).eval()
+    # with the reference spacing of the finer level nothing is resampled
+    model = timm.create_model(name, stem_stride=stem_stride, spacing=fine.tolist()).eval()
     # the crop's first pixel lies on the overview's pixel number `last`
     origin = [start, start + last * fine * ratio]
     with torch.no_grad():
@@ -240,7 +242,7 @@ def test_a_landmark_has_one_coordinate_in_crop_and_overview(name, stem_stride, o
             assert torch.equal(wide.coordinates()[(0, *here)], narrow.coordinates()[(0, *there)])
 
 
-@pytest.mark.parametrize("case", ["2d dense", "3d sparse"])
+@pytest.mark.parametrize("case", ["2d dense", "3d thick"])
 @torch.no_grad()
 def test_prefix_tokens_join_in_global_attention_only(case):
     model = build(case)
@@ -267,7 +269,7 @@ def test_prefix_tokens_join_in_global_attention_only(case):
 @torch.no_grad()
 def test_compiled_pyramids_with_masks(name):
     torch._dynamo.reset()
-    model = lively(timm.create_model(name, iters=1).eval())
+    model = lively(timm.create_model(name, physical_stem=False).eval())
     images, (spacing, origin) = levels(model), geometry(model)
     given_ = {"spacing": spacing, "origin": origin, "mask": random_masks(images)}
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -276,7 +278,7 @@ def test_compiled_pyramids_with_masks(name):
 
 def test_compiled_training_on_masked_pyramids():
     torch._dynamo.reset()
-    model = lively(timm.create_model("test_rat", num_classes=3, iters=1).double().train())
+    model = lively(timm.create_model("test_rat", num_classes=3, physical_stem=False).double().train())
     images, (spacing, origin) = [x.double() for x in levels(model)], geometry(model)
     given_ = {"spacing": spacing, "origin": origin, "mask": random_masks(images)}
 
@@ -293,7 +295,7 @@ def test_compiled_training_on_masked_pyramids():
 
 @torch.no_grad()
 def test_features_only_takes_everything():
-    backbone = timm.create_model("test_rat", features_only=True).eval()
+    backbone = timm.create_model("test_rat", features_only=True, physical_stem=False).eval()
     images, (spacing, origin) = levels(backbone.model), geometry(backbone.model)
     given_ = {"spacing": spacing, "origin": origin, "mask": random_masks(images)}
     expected = backbone.model.forward_intermediates(images, intermediates_only=True, **given_)

@@ -236,7 +236,6 @@ def test_unknown_keywords_are_type_errors():
         (torch.zeros(1, 3, 32), {}, r"x must be \[B, C, \*size\] with 2 spatial axes"),
         (torch.zeros(1, 3, 32, 32, 32), {}, "with 2 spatial axes"),
         (torch.zeros(1, 1, 32, 32), {}, r"x must have 3 channels \(in_chans\), got 1"),
-        (torch.zeros(1, 3, 3, 32), {}, "x must be at least"),
         ([], {}, "x is an empty list"),
         ([1, 2], {}, r"level 0: x must be \[B, C"),
         (torch.tensor(1.0), {}, r"x must be \[B, C"),
@@ -267,6 +266,14 @@ def test_bad_inputs_are_named_before_any_work(x, kwargs, message):
     for run in (model, model.forward_features, model.forward_intermediates):
         with pytest.raises(ValueError, match=message):
             run(x, **kwargs)
+
+
+@torch.no_grad()
+def test_a_stem_of_pixels_has_a_least_size():
+    x = torch.zeros(1, 3, 3, 32)
+    with pytest.raises(ValueError, match="x must be at least"):
+        timm.create_model("test_rat", physical_stem=False)(x)
+    assert timm.create_model("test_rat", num_classes=7)(x, spacing=4.0).shape == (1, 7)
 
 
 @torch.no_grad()
@@ -312,7 +319,7 @@ def test_bfloat16_and_autocast(model):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compile_without_graph_breaks():
     torch._dynamo.reset()
-    model = timm.create_model("test_rat", num_classes=7, iters=1).eval()
+    model = timm.create_model("test_rat", num_classes=7, physical_stem=False).eval()
     x = image(model)
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
@@ -387,7 +394,7 @@ def test_a_block_is_few_operations_of_an_export():
 
 def test_compiled_once_for_all_spacings():
     torch._dynamo.reset()
-    model = timm.create_model("test_rat", iters=1).eval()
+    model = timm.create_model("test_rat", physical_stem=False).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     x = image(model)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
@@ -398,7 +405,7 @@ def test_compiled_once_for_all_spacings():
 def test_compiled_training_without_graph_breaks():
     # images are in test_invariances.py, as masked pyramids
     torch._dynamo.reset()
-    model = timm.create_model("test_rat_3d", num_classes=7, iters=1)
+    model = timm.create_model("test_rat_3d", num_classes=7)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = image(model)
     parameters = list(model.parameters())
@@ -448,8 +455,8 @@ def smooth_scene(model, spacing):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_physical_stem_sees_the_same_scene_at_any_spacing(name):
-    model = lively(timm.create_model(name, num_classes=7, physical_stem=True).eval())
-    plain = lively(timm.create_model(name, num_classes=7).eval())
+    model = lively(timm.create_model(name, num_classes=7).eval())
+    plain = lively(timm.create_model(name, num_classes=7, physical_stem=False).eval())
     plain.load_state_dict(model.state_dict())
     expected = model.forward_features(smooth_scene(model, 1.0))
     assert torch.equal(expected, plain.forward_features(smooth_scene(model, 1.0), spacing=1.0))
@@ -463,7 +470,7 @@ def test_a_physical_stem_sees_the_same_scene_at_any_spacing(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_maps_of_a_physical_stem_have_one_physical_grid(name):
-    model = timm.create_model(name, physical_stem=True, spacing=0.5).eval()
+    model = timm.create_model(name, spacing=0.5).eval()
     size = IMAGE[name][1:]
     axes = len(size)
     told = [0.25, 1.0, 0.75][:axes]
@@ -480,7 +487,7 @@ def test_maps_of_a_physical_stem_have_one_physical_grid(name):
 
 
 def test_a_physical_stem_takes_a_spacing_per_sample():
-    model = lively(timm.create_model("test_rat", num_classes=7, physical_stem=True).eval())
+    model = lively(timm.create_model("test_rat", num_classes=7).eval())
     x, spacing = torch.randn(2, 3, 40, 56), torch.tensor([[2.0, 1.5], [1.0, 0.5]])
     together = model.forward_intermediates(x, spacing=spacing, output_dict=True)
     alone = model.forward_intermediates(x[:1], spacing=spacing[:1], output_dict=True)
@@ -516,7 +523,7 @@ def sample(value, i):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_batch_of_several_pixel_sizes_equals_its_items(name, pyramid, seed):
     torch.manual_seed(seed)
-    model = lively(timm.create_model(name, num_classes=7, physical_stem=True).eval())
+    model = lively(timm.create_model(name, num_classes=7).eval())
     axes, batch = model.spatial_dims, 3
     size = torch.randint(9, (60, 28)[axes - 2], (axes,)).tolist()
     x, spacing, mask = torch.randn(batch, model.in_chans, *size), 0.5 * 3 ** torch.rand(batch, axes), None
@@ -540,7 +547,7 @@ def test_a_batch_of_several_pixel_sizes_equals_its_items(name, pyramid, seed):
 
 
 def test_samples_of_one_size_are_one_part():
-    model = lively(timm.create_model("test_rat", num_classes=7, physical_stem=True).eval())
+    model = lively(timm.create_model("test_rat", num_classes=7).eval())
     x, spacing = torch.randn(4, 3, 40, 56), torch.tensor([0.7, 0.7 + 1e-7, 1.4, 0.7]).double()[:, None].expand(4, 2)
     calls = []
     model.stem.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
@@ -549,7 +556,7 @@ def test_samples_of_one_size_are_one_part():
     for i in range(4):
         torch.testing.assert_close(together[i : i + 1], model(x[i : i + 1], spacing=spacing[i]), rtol=1e-4, atol=1e-5)
     near = spacing[:2]
-    maps = timm.create_model("test_rat", features_only=True, physical_stem=True)(x[:2], spacing=near)
+    maps = timm.create_model("test_rat", features_only=True)(x[:2], spacing=near)
     assert [m.shape[0] for m in maps] == [2] * 4
 
 
@@ -565,7 +572,7 @@ def test_geometry_in_half_precision_is_refused():
 
 
 def test_spacings_that_decide_sizes_cannot_be_mapped_over():
-    model, x = timm.create_model("test_rat", physical_stem=True).eval(), torch.randn(1, 3, 40, 56)
+    model, x = timm.create_model("test_rat").eval(), torch.randn(1, 3, 40, 56)
     with pytest.raises(ValueError, match="spacing must be numbers, not a tensor"):
         torch.func.vmap(lambda spacing: model(x, spacing=spacing))(torch.rand(3, 2) + 0.5)
 
@@ -578,7 +585,7 @@ def test_masks_of_maps_are_tensors(mask):
 
 
 def test_maps_that_do_not_tell_their_grids_have_one():
-    backbone = timm.create_model("test_rat", features_only=True, physical_stem=True).eval()
+    backbone = timm.create_model("test_rat", features_only=True).eval()
     x = torch.randn(2, 3, 40, 56)
     assert len(backbone(x, spacing=[[2.0, 2.0], [2.0, 2.0]])) == 4
     for call in (backbone, backbone.model.forward_intermediates):
@@ -588,7 +595,7 @@ def test_maps_that_do_not_tell_their_grids_have_one():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_spacing_in_a_wrong_unit_does_not_fill_the_memory(name):
-    model = timm.create_model(name, physical_stem=True, spacing=0.5).eval()
+    model = timm.create_model(name, spacing=0.5).eval()
     x = torch.randn(1, *IMAGE[name])
     with pytest.raises(ValueError, match=r"spacing would make \d+ x .* more than the limit of 16777216"):
         model(x, spacing=500.0)
@@ -606,7 +613,7 @@ def test_a_spacing_in_a_wrong_unit_does_not_fill_the_memory(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_spacings_that_overflow_are_refused(name):
-    model, x = timm.create_model(name).eval(), torch.randn(1, *IMAGE[name])
+    model, x = timm.create_model(name, physical_stem=False).eval(), torch.randn(1, *IMAGE[name])
     for spacing in (1e30, torch.full((1, model.spatial_dims), 1e30, dtype=torch.float64), 9e-31, 1e-320):
         with pytest.raises(ValueError, match=r"spacing must be positive and from 1e-30 to 1e\+30"):
             model(x, spacing=spacing)
@@ -615,7 +622,7 @@ def test_spacings_that_overflow_are_refused(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_spacings_can_be_mapped_over(name):
-    model, x = timm.create_model(name, num_classes=5).eval(), torch.randn(1, *IMAGE[name])
+    model, x = timm.create_model(name, num_classes=5, physical_stem=False).eval(), torch.randn(1, *IMAGE[name])
     spacings = 0.5 + torch.rand(3, model.spatial_dims)
     mapped = torch.func.vmap(lambda spacing: model(x, spacing=spacing))(spacings)
     for out, spacing in zip(mapped, spacings, strict=True):
@@ -624,7 +631,7 @@ def test_spacings_can_be_mapped_over(name):
 
 def test_a_physical_stem_compiles_with_numbers():
     torch.compiler.reset()
-    model = timm.create_model("test_rat", num_classes=3, iters=1, physical_stem=True).eval()
+    model = timm.create_model("test_rat", num_classes=3).eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(1, 3, 32, 48)
     for spacing in ((2.0, 1.4), (1.5, 1.5), (0.7, 2.2)):

@@ -122,7 +122,7 @@ def test_networks_have_one_budget():
             model(torch.zeros(1, 1, 48, 48), (1.0, 1.0))
         macs[name] = counter.get_total_flops() / 2
     for numbers in (parameters, macs):
-        assert all(0.85 < number / numbers["rat"] < 1.15 for number in numbers.values()), numbers
+        assert all(0.85 < number / numbers[networks.TOLD] < 1.15 for number in numbers.values()), numbers
 
 
 def test_the_spacing_reaches_those_that_are_given_it():

@@ -1,5 +1,7 @@
 """Checkpoints of other axes, channels, classes, units and wrappers give what they gave."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -108,6 +110,7 @@ def test_a_classifier_that_timm_drops_is_told():
 @pytest.mark.parametrize("kwargs", [{}, {"learnable_rose_scaling": True, "rose_initial_scaling": "power"}])
 @torch.no_grad()
 def test_another_reference_spacing_gives_the_same_for_the_same_spacing(kwargs):
+    kwargs = {**kwargs, "physical_stem": False}
     model = source(num_classes=10, spacing=(0.5, 2.0), **kwargs)
     known = model.model_args()
     other = load(model.state_dict(), "test_rat", known, num_classes=10, spacing=(1.5, 0.7), **kwargs)
@@ -122,19 +125,27 @@ def test_another_reference_spacing_gives_the_same_for_the_same_spacing(kwargs):
 @torch.no_grad()
 def test_shipped_weights_know_their_spacing():
     x = torch.randn(1, 3, 40, 33)
-    model = timm.create_model("test_rat", pretrained=True).eval()
-    other = timm.create_model("test_rat", pretrained=True, spacing=0.25).eval()
+    model = timm.create_model("test_rat", pretrained=True, physical_stem=False).eval()
+    other = timm.create_model("test_rat", pretrained=True, physical_stem=False, spacing=0.25).eval()
     torch.testing.assert_close(other(x, spacing=0.6), model(x, spacing=0.6), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_shipped_weights_know_their_spacing_however_their_entry_is_named():
     x = torch.randn(1, 3, 40, 33)
-    expected = timm.create_model("test_rat", pretrained=True).eval()(x, spacing=0.6)
+    kwargs = {"pretrained": True, "physical_stem": False}
+    expected = timm.create_model("test_rat", **kwargs).eval()(x, spacing=0.6)
     entry = timm.models.get_pretrained_cfg("test_rat.digits")
     for cfg in (entry, entry.to_dict(), "digits"):
-        other = timm.create_model("test_rat", pretrained=True, pretrained_cfg=cfg, spacing=0.25).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # positions keep their meaning, and pixels are seen as they are
+            other = timm.create_model("test_rat", **kwargs, pretrained_cfg=cfg, spacing=0.25).eval()
         torch.testing.assert_close(other(x, spacing=0.6), expected, rtol=0, atol=1e-5)
+
+
+def test_a_physical_stem_at_another_reference_spacing_is_told():
+    with pytest.warns(UserWarning, match="weights were trained with pixels of 1.0 in front of the stem"):
+        timm.create_model("test_rat", pretrained=True, spacing=0.25)
 
 
 def test_fixed_frequencies_of_images_are_not_those_of_volumes():

@@ -14,13 +14,25 @@ from rat_timm.geometry.grid import Grid, Tokens, channels_first, channels_last
 from rat_timm.geometry.resample import resample
 from resolution_study.candidates import with_conditioned_stem, with_physical_kernel
 
-RAT_OPTIONS = {"depths": (3, 2, 1, 1), "physical_stem": False}
+RAT_OPTIONS = {"depths": (3, 2, 1, 1), "embed_dim": (32, 64, 64, 112), "num_heads": (1, 2, 2, 4), "physical_stem": True}
+# as the defaults were when most candidates were tried
+FORMER_OPTIONS = {
+    "depths": (3, 2, 1, 1),
+    "physical_stem": True,
+    "group_width": "fine",
+    "sga_attention_type": ("sparse", "sparse", "dense"),
+    "sga_mlp_ratio": 1.0,
+    "iters": 3,
+}
+PIXEL_OPTIONS = {**FORMER_OPTIONS, "physical_stem": False}
+VOLUMES = {"spatial_dims": 3, "group_width": "fine", "sga_mlp_ratio": 1.0}  # as the registered RATs for volumes
 VIT = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_ratio": 4.3}
 SIZES = {"dynamic_img_size": True, "dynamic_img_pad": True}
 CONV = {"depths": (3, 2, 2, 1), "dims": (48, 72, 80, 80)}
 SWIN = {"img_size": 48, "window_size": 6, "embed_dim": 32, "depths": (3, 2, 1), "num_heads": (1, 2, 4)}
 
 RAT, TOLD, HIDDEN, COARSENED = "rat", "rat, physical stem", "rat, spacing hidden", "rat, physical stem, coarsened"
+FORMER = "rat, physical stem, former grouping"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +77,7 @@ class Network:
         axes = len(spacing)
         options = dict(self.options)
         if self.is_rat:
-            options["spacing"] = tuple(spacing)
-        if axes == 3:
-            options["spatial_dims"] = 3
+            options |= {"spacing": tuple(spacing), **(VOLUMES if axes == 3 else {})}
         channels = in_chans + (axes if self.spacing == "channel" else 0)
         model = timm.create_model(self.architecture, num_classes=num_classes, in_chans=channels, **options)
         if self.change is not None:
@@ -128,13 +138,14 @@ PEERS = {
     "vit": Network(_VIT, {**VIT, **SIZES}, lr=1e-3),
     "swin": Network(_SWIN, {**SWIN, "strict_img_size": False}, multiple=4, least=32),
 }
-PHYSICAL = Network("test_rat", {**RAT_OPTIONS, "physical_stem": True}, "given", changed=RAT)
+PHYSICAL = Network("test_rat", RAT_OPTIONS, "given")
 CONVNEXT = dataclasses.replace(PEERS["convnext"], spacing="resized")
 
 NETWORKS = {
-    RAT: Network("test_rat", RAT_OPTIONS, "given"),
     TOLD: PHYSICAL,
-    HIDDEN: Network("test_rat", RAT_OPTIONS, changed=RAT),
+    FORMER: Network("test_rat", FORMER_OPTIONS, "given", changed=TOLD),
+    RAT: Network("test_rat", PIXEL_OPTIONS, "given", changed=FORMER),
+    HIDDEN: Network("test_rat", PIXEL_OPTIONS, changed=RAT),
     "plain rat": Network(_PLAIN, {**VIT, **SIZES, "physical_patches": True}, "given", lr=1e-3),
     **PEERS,
     "convnext, channel": dataclasses.replace(PEERS["convnext"], spacing="channel"),
@@ -143,18 +154,18 @@ NETWORKS = {
     "swin, resized": dataclasses.replace(PEERS["swin"], spacing="resized"),
     "rat, log scaling": Network(
         "test_rat",
-        {**RAT_OPTIONS, "learnable_rose_scaling": True, "rose_initial_scaling": "log"},
+        {**PIXEL_OPTIONS, "learnable_rose_scaling": True, "rose_initial_scaling": "log"},
         "given",
         changed=RAT,
     ),
-    "rat, physical kernel": Network("test_rat", RAT_OPTIONS, "given", change=with_physical_kernel, changed=RAT),
-    "rat, conditioned stem": Network("test_rat", RAT_OPTIONS, "given", change=with_conditioned_stem, changed=RAT),
-    "rat, pyramid": Network("test_rat", RAT_OPTIONS, "given", levels=3, changed=RAT),
+    "rat, physical kernel": Network("test_rat", PIXEL_OPTIONS, "given", change=with_physical_kernel, changed=RAT),
+    "rat, conditioned stem": Network("test_rat", PIXEL_OPTIONS, "given", change=with_conditioned_stem, changed=RAT),
+    "rat, pyramid": Network("test_rat", PIXEL_OPTIONS, "given", levels=3, changed=RAT),
     "rat, strided convolutions": Network(
         "test_rat",
-        {**PHYSICAL.options, "depths": (4, 2, 1, 1), "sga_attention_type": "none"},
+        {**FORMER_OPTIONS, "depths": (4, 2, 1, 1), "sga_attention_type": "none"},
         "given",
-        changed=TOLD,
+        changed=FORMER,
     ),
     COARSENED: dataclasses.replace(PHYSICAL, coarsened=True, changed=TOLD),
     "convnext, resized, coarsened": dataclasses.replace(CONVNEXT, coarsened=True),

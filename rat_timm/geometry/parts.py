@@ -24,7 +24,9 @@ class Part(NamedTuple):
 
 
 def parts_at_reference(images: Pyramid, reference: tuple[float, ...]) -> list[Part]:
-    """Resamples a pyramid, so that its first level has the reference spacing and the others keep theirs relative to it.
+    """Resamples a pyramid: its finest level gets the reference spacing, and the others keep theirs relative to it.
+
+    Finest is meant axis by axis, whatever the order of the levels.
 
     Samples whose images come out in sizes of their own are parts of their own: side by side in one tensor, all but the
     largest would have to be filled up, and windows at their true border would reach into the fill.
@@ -93,9 +95,10 @@ def _select_rows(tokens: Tokens, index: Tensor) -> Tokens:
 
 def _resample(images: Pyramid, spacings: Sequence[tuple[float, ...]], reference: tuple[float, ...]) -> Pyramid:
     """Resamples images whose levels have the ``spacings``."""
+    finest = [min(axis) for axis in zip(*spacings, strict=True)]
     levels = []
     for tokens, known in zip(images.levels, spacings, strict=True):
-        wanted = [r * s / base for r, s, base in zip(reference, known, spacings[0], strict=True)]
+        wanted = [r * s / base for r, s, base in zip(reference, known, finest, strict=True)]
         levels.append(resample(tokens, wanted))
     return images._replace(levels=levels)
 

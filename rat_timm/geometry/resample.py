@@ -77,8 +77,9 @@ def spacing_rows(grid: Grid) -> list[tuple[float, ...]]:
     rows = grid.spacing
     if torch.compiler.is_compiling() or rows.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(rows):
         raise ValueError(
-            "spacing must be numbers, not a tensor, where the model is physical and compiled, mapped over or on the "
-            "meta device: sizes depend on it"
+            "spacing must be numbers, not a tensor, where stem or patches are physical and the model is compiled, "
+            "exported, mapped over or on the meta device: sizes depend on it. Models made with physical_stem=False (or "
+            "physical_patches=False) take it as an input"
         )
     return [tuple(row) for row in rows.tolist()]
 

@@ -1,13 +1,16 @@
 """The families of models; importing this package registers them with timm.
 
 **Compiling.** ``torch.compile(fullgraph=True)`` and ``torch.export`` work. Each image size is a program of its own, and
-so is each spacing where the stem or the patches are physical, which must then be numbers: give
+so is each spacing where the stem or the patches are physical, which must then be numbers
+(``physical_stem=False`` makes a RAT whose programs take the spacing as an input): give
 ``torch.compile(dynamic=False)``, and for more than eight sizes raise ``torch._dynamo.config.recompile_limit``. Inside a
 compiled model the values of a spacing tensor are not checked. ``torch.jit.trace`` works for one image size;
 ``torch.jit.script`` does not.
 
-**ONNX** (extra ``export``) takes any batch size, and the spacing as an input unless the stem is physical:
+**ONNX** (extra ``export``) takes any batch size, and the spacing as an input unless the stem is physical, as it is by
+default:
 
+    model = timm.create_model("rat_tiny", physical_stem=False)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.onnx.export(
         model.eval(),

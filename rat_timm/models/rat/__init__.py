@@ -17,8 +17,9 @@ volumes = timm.create_model("test_rat", pretrained=True, spatial_dims=3, in_chan
 
 Weights are converted where that has one meaning (`checkpoint_filter_fn`): images to volumes (a volume that is constant
 along z gives what the image gave, away from the border and with the same ``attn_kernel_size``), another number of
-channels or classes, another reference spacing (what an image of a given spacing gives stays the same). Missing or
-superfluous parameters are an error.
+channels or classes, another reference spacing (with ``physical_stem=False`` what an image of a given spacing gives
+stays the same; else the stem then sees pixels of another size, and a warning says so). Missing or superfluous
+parameters are an error.
 
 ``rat_classic`` is the network of the package ``resolution-aware-transformer`` and loads its state dicts. Its names, and
 those here:

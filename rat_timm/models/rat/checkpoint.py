@@ -1,6 +1,7 @@
 """Checkpoints of RAT: our own, upstream's, of other axes, channels or reference spacings."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTrans
     Takes our own state dicts and those of `resolution_aware_transformer.ResolutionAwareTransformer`; timm's training
     checkpoints, of which the moving average if there is one; names with the prefixes of DistributedDataParallel and
     ``torch.compile``; images' weights for a model of volumes; any number of channels; another reference spacing, if
-    ``model.pretrained_model_args`` tells the one that the weights were trained with; with or without a mask token.
+    ``model.pretrained_model_args`` tells the one that the weights were trained with (positions keep their meaning, but
+    a physical stem then sees pixels of another size, and a warning says so); with or without a mask token.
 
     Raises:
         ValueError: If parameters are missing or left over, but for the classifier, or cannot be converted.
@@ -42,6 +44,12 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTrans
     else:
         check_axes(state_dict.get("stem.convs.0.weight"), cfg)
         ratio = (1.0,) * cfg.spatial_dims if known is None else spacing_ratio(cfg, known)
+        if cfg.physical_stem and any(r != 1 for r in ratio):
+            warnings.warn(
+                f"weights were trained with pixels of {known} in front of the stem, and spacing={cfg.spacing} brings "
+                "images to others: leave spacing out and tell images' own, or fine-tune",
+                stacklevel=2,
+            )
         lengths = [(ratio, ratio)] * len(cfg.depths)
     state_dict = rescale(fit(_with_mask_token(state_dict, model), model), lengths, cfg)
     check_names(state_dict, model)
