@@ -1,6 +1,7 @@
 """Maps at other places: what a model made on its grid, at the places of any grid that a user asks for."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -89,8 +90,9 @@ def _interpolated(x: Tensor, axis: int, index: Tensor) -> Tensor:
 
 
 def _taken(x: Tensor, axis: int, index: Tensor) -> Tensor:
-    """Takes places of one axis, ``[1 or B, n]``."""
-    if len(index) == 1:
-        return x.index_select(axis, index[0])
-    rows = torch.arange(len(index), device=index.device)[:, None]
-    return x.movedim(axis, 1)[rows, index].movedim(1, axis)
+    """Takes places of one axis, ``[1 or B, n]``, out of ``[B, *grid, C]``."""
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    # as rows of a matrix: along an inner axis index_select takes up to ten times as long on the CPU
+    first = torch.arange(math.prod(before), device=x.device).view(len(x), -1, 1) * x.shape[axis]
+    rows = (first + index.unsqueeze(1)).flatten()
+    return x.reshape(-1, math.prod(after)).index_select(0, rows).view(*before, index.shape[1], *after)
