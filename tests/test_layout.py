@@ -26,6 +26,7 @@ ALLOWED = {
     "data": {"geometry"},
     "cost": set(),
     "evaluation": {"data"},
+    "dense": {"geometry", "ops", "layers", "models", "timm_api"},
     "adapters": {"geometry", "ops", "models"},
     "huggingface": {"data", "geometry"},
     "__main__": {"cost", "timm_api"},
