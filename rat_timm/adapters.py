@@ -103,7 +103,8 @@ class WithGeometry(nn.Module):
         tokens, own = at_reference.levels[0], images.levels[0]
         told = Told(tokens.grid.spacing, tokens.mask, tokens.grid.origin)
         out = self._run(tokens.x.movedim(-1, 1), told).movedim(1, -1)
-        sampled = sample_at(Tokens(out, tokens.grid, tokens.mask), own.grid)
+        # a resampled image may end up to half a pixel before the image does
+        sampled = sample_at(Tokens(out, tokens.grid, tokens.mask), own.grid, reach=1.0)
         return Pyramid([sampled._replace(x=fill(sampled.x, own.mask))])
 
     def _run(self, x: Tensor, told: Told) -> Tensor:

@@ -69,10 +69,17 @@ def test_a_physical_stem_gives_maps_of_the_images_pixels(masked):
         image = Tokens(x[i : i + 1].movedim(1, -1), Grid.create((45, 70), spacing[i]), valid)
         small = resample(image, (1.0, 1.0))
         out = network(small.x.movedim(-1, 1), spacing=1.0, mask=small.mask, origin=small.grid.origin)
-        back = sample_at(Tokens(out.movedim(1, -1), small.grid, small.mask), image.grid).x.movedim(-1, 1)
+        back = sample_at(Tokens(out.movedim(1, -1), small.grid, small.mask), image.grid, reach=1.0).x.movedim(-1, 1)
         expected = back if valid is None else torch.where(valid, back, 0.0)
         torch.testing.assert_close(together[i : i + 1], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(network(x), network(x, spacing=1.0), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pixels_past_the_end_of_a_resampled_image_have_maps():
+    network = WithGeometry(smp.Unet("tu-test_rat", encoder_weights=None, classes=2).eval())
+    out = network(torch.randn(1, 3, 101, 64), spacing=0.25)  # 25.25 pixels of the reference, so 25
+    assert (out != 0).all()
 
 
 def test_whole_multiples_need_no_fill(case):

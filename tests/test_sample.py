@@ -72,6 +72,16 @@ def test_an_image_comes_back_to_its_own_pixels():
     assert back.grid is image.grid
 
 
+def test_values_hold_as_far_as_they_are_said_to_reach():
+    values = torch.arange(3.0).view(1, 3, 1)
+    tokens, at = Tokens(values, Grid.create((3,), 4.0, 0.5)), Grid.create((16,), 1.0, -3.5)  # places at 0.5, 4.5, 8.5
+    found = [sample_at(tokens, at, reach) for reach in (0.5, 1.0)]
+    assert [f.mask[0].nonzero().flatten().tolist() for f in found] == [list(range(2, 15)), list(range(16))]
+    assert found[1].x[0, :, 0].tolist() == pytest.approx([0] * 4 + [i / 4 for i in range(9)] + [2] * 3)
+    valid = found[0].mask
+    assert torch.equal(found[0].x[valid], found[1].x[valid])
+
+
 def test_half_precision_and_gradients():
     x = torch.randn(1, 5, 5, 2, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(1, 5, 5) > 0.3

@@ -140,7 +140,7 @@ def _check_config(found: Checkpoint, variant: str, model_cls: type[nn.Module], m
     refused = sorted(name for name, value in described.items() if value and name not in allowed)
     if refused:
         raise ValueError(f"pretrained_cfg in {where} must tell preprocessing alone, got {refused}")
-    unknown = sorted(args.keys() - _keywords(model_cls, model_cfg))
+    unknown = sorted(args.keys() - keywords_of(model_cls, model_cfg))
     if unknown:
         raise ValueError(f"model_args in {where} must be keywords of {model_cls.__name__}, got {unknown}")
     classes = described.get("num_classes")
@@ -151,8 +151,8 @@ def _check_config(found: Checkpoint, variant: str, model_cls: type[nn.Module], m
         raise ValueError(f"classifier in {where} must be one of {classifiers}, got {described['classifier']!r}")
 
 
-def _keywords(model_cls: type[nn.Module], model_cfg: Architecture) -> set[str]:
-    """Returns the names of the constructor's keywords, with its bases' and those of the fields of its config."""
+def keywords_of(model_cls: type[nn.Module], model_cfg: Architecture) -> set[str]:
+    """Returns the names of a constructor's keywords, with its bases' and those of the fields of its config."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     signatures = [inspect.signature(cls.__init__) for cls in model_cls.__mro__]  # type: ignore[misc]
     names = {name for signature in signatures for name, p in signature.parameters.items() if p.kind in kinds}

@@ -247,6 +247,20 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
                 kept.append(_on_grids(x, inputs[last], prefix))
         return Run(_on_grids(x, inputs[last], prefix), kept, assignments)
 
+    def run_on_grids(self, images: Pyramid, return_assignments: bool = False) -> Run:
+        """Runs all stages on images that `rat_timm.geometry.read` has read; nothing is resampled.
+
+        Args:
+            images: Channels last; where the stem is physical, at the reference spacing.
+            return_assignments: Whether to return how each stage's tokens were grouped.
+
+        Returns:
+            All stages, finest first, the last one normalised.
+        """
+        run = self._run_stages(images, range(len(self.stages)), None, return_assignments)
+        last = self._normalized(run.last)
+        return run._replace(last=last, stages=[*run.stages[:-1], last])
+
     def _normalized(self, pyramid: Pyramid) -> Pyramid:
         return _with_output(pyramid, whole_output(self.norm(_maps(pyramid).maps, pyramid.prefix)))
 
