@@ -1,11 +1,17 @@
 """Other libraries' networks around a backbone of this package.
 
-Every library that takes timm backbones takes these, but hands on the image alone. Around any of its networks,
+Every library that takes timm backbones takes these, but hands on the image alone. `WithGeometry` tells the backbone of
+any of its networks the rest, takes images of any size, and gives maps of their own pixels, whatever size a physical
+stem has brought them to:
+
+    unet = WithGeometry(smp.Unet("tu-rat_tiny", encoder_weights=None, classes=2))
+    masks = unet(image, spacing=0.5)
+
+Networks that classify, or whose backbone is made with ``physical_stem=False``, need no more than
 
     with rat_timm.geometry(spacing=0.5):
-        masks = unet(image)
+        logits = network(image)
 
-tells the backbone the rest; `WithGeometry` does so and also takes images whose sizes are no multiples of 32.
 segmentation_models_pytorch finds the models under "tu-" and their name; MONAI's ``FlexibleUNet`` after
 `register_monai_encoder`. torchvision's detectors, which resize and pad images, take `BackboneWithFpn` and are told by
 `DetectorWithGeometry`:

@@ -59,7 +59,7 @@ def test_what_is_known_reaches_the_backbone(case, monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_physical_stem_gives_maps_of_the_images_pixels(masked):
     """As if the user had resampled the image, and sampled the result at its pixels."""
-    network = WithGeometry(smp.Unet("tu-test_rat", encoder_weights=None, classes=2, physical_stem=True).eval())
+    network = WithGeometry(smp.Unet("tu-test_rat", encoder_weights=None, classes=2).eval())
     x, spacing = torch.randn(3, 3, 45, 70), torch.tensor([[0.7, 0.7], [1.0, 1.0], [2.0, 1.3]])
     mask = torch.rand(3, 45, 70) > 0.3 if masked else None
     together = network(x, spacing=spacing, mask=mask)
@@ -161,7 +161,7 @@ def test_maps_are_those_of_the_model_then_the_pyramid_network():
 
 
 def test_maps_keep_their_strides_at_any_spacing():
-    backbone = backbone_with_fpn(physical_stem=True).eval()
+    backbone = backbone_with_fpn().eval()
     x = torch.randn(1, 3, 96, 128)
     for spacing in (None, 1.0, 0.7, 2.0):
         with rat_timm.geometry(spacing=spacing):
@@ -172,7 +172,7 @@ def test_maps_keep_their_strides_at_any_spacing():
 
 
 def test_samples_of_different_spacing_have_the_maps_they_have_alone():
-    backbone, x = backbone_with_fpn(physical_stem=True).eval(), torch.randn(3, 3, 64, 96)
+    backbone, x = backbone_with_fpn().eval(), torch.randn(3, 3, 64, 96)
     mask, spacing = torch.rand(3, 64, 96) < 0.9, torch.tensor([[1.0, 1.0], [0.5, 0.7], [2.0, 1.0]])
     with rat_timm.geometry(spacing=spacing, mask=mask, origin=spacing):
         found = backbone(x)

@@ -269,7 +269,7 @@ def test_self_distillation_with_a_moving_average(name):
     channels, *size = IMAGE.get(name, (3, 32, 48))
     views = [torch.randn(2, channels, *size), torch.randn(2, channels, *(n // 2 for n in size))]
     for ours, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
-        theirs.data = theirs.data * 0.9 + ours.data * 0.1
+        theirs.data = theirs.data.lerp(ours.data, 0.1)
     assert_same([teacher(views[0])], [student(views[0])])
     heads = [student(view).flatten(1) for view in views]
     assert [head.shape for head in heads] == [(2, student.num_features)] * 2

@@ -69,8 +69,8 @@ def trained():
     detector = fcos("test_rat", 2, 32)
     images, targets = discs(64, 0)
     optimizer = torch.optim.AdamW(detector.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=60)
-    for step in range(60):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=75)
+    for step in range(75):
         chosen = [(4 * step + i) % 64 for i in range(4)]
         losses = detector([images[i] for i in chosen], without_masks(targets[i] for i in chosen), spacing=1.0)
         optimizer.zero_grad()

@@ -41,7 +41,7 @@ class Rows(Dataset):
 
 @pytest.fixture
 def folder(tmp_path):
-    return hub.save(timm.create_model("test_rat", num_classes=2), tmp_path / "model")
+    return hub.save(timm.create_model("test_rat", num_classes=2, physical_stem=False), tmp_path / "model")
 
 
 @pytest.fixture(params=SIZES)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from rat_timm.dense import instance_loss, instance_targets, instances
+from rat_timm.dense import Segmenter, instance_loss, instance_targets, instances
 
 SPACINGS = {2: [(1.0, 1.0), (0.3, 1.1)], 3: [(1.0, 1.0, 1.0), (2.0, 0.5, 0.7)]}
 
@@ -286,3 +286,25 @@ def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "edt", None)
     with pytest.raises(ImportError, match="rat-timm\\[dense\\]"):
         instance_targets(torch.ones(1, 4, 4).long(), 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_rat", (40, 48)), ("test_rat_3d", (8, 24, 32))])
+def test_a_segmenter_trains_on_instances(name, size):
+    torch.manual_seed(0)
+    labels, spacing = torch.stack([blobs(size), blobs(size, seed=1)]), SPACINGS[len(size)][1]
+    mask = torch.ones(labels.shape, dtype=torch.bool)
+    mask[..., -9:] = False
+    model = Segmenter(name, 2, width=16, in_chans=1, spacing=spacing)
+    image = (labels > 0).float()[:, None] + 0.1 * torch.randn(2, 1, *size)
+    targets = instance_targets(labels, spacing, 3.0, mask)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(6):
+        losses.append(instance_loss(model(image, spacing=spacing, mask=mask), targets, mask))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.02
+    found = instances(model.eval()(image, spacing=spacing, mask=mask), spacing, scale=3.0)
+    assert found.shape == labels.shape
+    assert not found[~mask].any()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import lively
+from rat_timm import RatConfig, ResolutionAwareTransformer
 from rat_timm.layers import compose
 
 PIXELS = {"physical_stem": False, "group_width": "fine", "iters": 3}
@@ -277,8 +278,10 @@ def test_compiled_pyramids_with_masks(name):
 
 
 def test_compiled_training_on_masked_pyramids():
+    """Two stages have all parts; all stages train compiled in test_rat.py."""
     torch._dynamo.reset()
-    model = lively(timm.create_model("test_rat", num_classes=3, physical_stem=False).double().train())
+    cfg = RatConfig(embed_dim=32, depths=(1, 1), physical_stem=False)
+    model = lively(ResolutionAwareTransformer(cfg, num_classes=3).double().train())
     images, (spacing, origin) = [x.double() for x in levels(model)], geometry(model)
     given_ = {"spacing": spacing, "origin": origin, "mask": random_masks(images)}
 

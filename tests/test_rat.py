@@ -316,11 +316,17 @@ def test_bfloat16_and_autocast(model):
     assert relative_error(copy.deepcopy(model).bfloat16()(x.bfloat16(), spacing=0.7), expected) < 2e-2
 
 
+def two_stages(**config):
+    """A model that has each part once, since compilers are slow: windows, a grouping, global attention."""
+    return ResolutionAwareTransformer(RatConfig(embed_dim=32, depths=(1, 1), **config), num_classes=3).eval()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compile_without_graph_breaks():
+    """Numbers of the default compiler; whole models are traced below, and compiled in test_cuda.py."""
     torch._dynamo.reset()
-    model = timm.create_model("test_rat", num_classes=7, physical_stem=False).eval()
-    x = image(model)
+    model = two_stages(physical_stem=False)
+    x = torch.randn(2, 3, 22, 70)  # of 6 x 18 tokens: windows of 7 fit along one axis
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         spacing = torch.rand(2, model.cfg.spatial_dims) + 0.5
@@ -629,9 +635,10 @@ def test_spacings_can_be_mapped_over(name):
         torch.testing.assert_close(out, model(x, spacing=spacing), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_a_physical_stem_compiles_with_numbers():
     torch.compiler.reset()
-    model = timm.create_model("test_rat", num_classes=3).eval()
+    model = two_stages()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(1, 3, 32, 48)
     for spacing in ((2.0, 1.4), (1.5, 1.5), (0.7, 2.2)):

@@ -356,7 +356,7 @@ def test_a_new_format_is_a_reader_and_a_row_of_the_table(tmp_path, monkeypatch):
         array, sizes = np.load(source.place), {axis: Length(2.0, "um") for axis in "zyx"}
         return StoredImage("zyx", array.shape, array.dtype, array.shape, array.shape, sizes, lambda part: array[part])
 
-    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Format("NumPy", (".npy",), open_numpy)))
+    monkeypatch.setattr(formats, "FORMATS", (Format("NumPy", (".npy",), open_numpy), *formats.FORMATS))
     np.save(tmp_path / "a.npy", VOLUME)
     scan = read(tmp_path / "a.npy", "nm", region=[slice(1, 3)] * 3)
     assert scan.spacing == pytest.approx((2000,) * 3)
@@ -364,6 +364,15 @@ def test_a_new_format_is_a_reader_and_a_row_of_the_table(tmp_path, monkeypatch):
     assert np.array_equal(read_lazy(tmp_path / "a.npy").pixels[0].compute(), VOLUME)
     with pytest.raises(ReadError, match="level must be 0 in a format without pyramids"):
         read(tmp_path / "a.npy", level=1)
+
+
+@pytest.mark.parametrize("ending", [ending for form in formats.FORMATS for ending in form.endings])
+@pytest.mark.parametrize("content", [b"", bytes(400), b"no image\n" * 99])
+def test_what_is_no_image_is_refused_by_every_format(tmp_path, ending, content):
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(content)
+    with pytest.raises(ReadError, match=f"^{re.escape(str(path))}: "):
+        read(path)
 
 
 ENDINGS = [".ome.tif", ".ome.zarr", ".nii", ".nii.gz"]

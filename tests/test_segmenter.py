@@ -232,6 +232,41 @@ def test_gradients_reach_all_parameters(name, decoder, detail):
     assert [n for n in still if "k_bias" not in n] == []
 
 
+PLAIN = {
+    "rat_vit_medium_patch16_rope_reg1_gap_256": {"embed_dim": 64, "depth": 1, "num_heads": 2, "img_size": 64},
+    "rat_vit_pe_core_tiny_patch16_384": {"embed_dim": 64, "depth": 1, "num_heads": 2, "img_size": 64},
+    "rat_vit_small_patch16_dinov3": {"embed_dim": 64, "depth": 1, "num_heads": 2, "img_size": 64},
+    "rat_vit_small_patch16_rope_mixed_224": {
+        **{"embed_dim": 64, "depth": 1, "num_heads": 2, "img_size": 64},
+        **{"spatial_dims": 3, "patch_depth": 2, "in_chans": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_plain_transformers_of_all_kinds(name, tmp_path):
+    model = Segmenter(name, 2, **PLAIN[name]).train()
+    torch.nn.init.normal_(model.classifier.weight)
+    x = torch.randn(1, model.in_chans, *(5, 40, 70)[-model.spatial_dims :])
+    logits = model(x, spacing=0.8)
+    assert logits.shape == (1, 2, *x.shape[2:])
+    (logits * torch.randn_like(logits)).sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    with torch.no_grad():
+        again = Segmenter.load(model.eval().save(tmp_path))
+        assert torch.equal(again(x), model(x))
+
+
+@torch.no_grad()
+def test_a_sample_without_a_valid_pixel_is_zero():
+    model, x = segmenter("test_rat"), image_of("test_rat", 2) * torch.tensor([torch.nan, 1]).view(2, 1, 1, 1)
+    mask = torch.ones(2, *x.shape[2:], dtype=torch.bool)
+    mask[0] = False
+    logits = model(x, spacing=0.9, mask=mask)
+    assert (logits[0] == 0).all()
+    torch.testing.assert_close(logits[1:], model(x[1:], spacing=0.9), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_training_starts_from_no_opinion(name):
@@ -292,8 +327,13 @@ def test_strided_convolutions_have_no_groups():
 
 
 @torch.no_grad()
-def test_dense_groupings_and_a_grouping_in_front_of_stage_1():
+def test_other_groupings_stems_and_numbers_of_axes():
     x = torch.randn(1, 3, 33, 40)
+    volumes = segmenter("test_rat_3d", stem_stride=(1, 4, 4), spacing=(1.0, 0.2, 0.2), in_chans=1)
+    assert (volumes(torch.randn(1, 1, 5, 40, 36), spacing=(1.0, 0.25, 0.25)) != 0).all()
+    assert (segmenter("test_rat", spatial_dims=1)(torch.randn(2, 3, 50), spacing=0.7) != 0).all()
+    small = {"embed_dim": [32] * 4, "num_heads": 2}
+    assert segmenter("rat_classic", "groups", **small)(x, spacing=0.9).shape == (1, 3, 33, 40)
     for kwargs in ({"sga_attention_type": "dense"}, {"group_first": True}, {"output_stride": 8}, {"reg_tokens": 2}):
         model = segmenter("test_rat", "groups", **kwargs)
         assert (model(x, spacing=0.9) != 0).all()

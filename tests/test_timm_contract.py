@@ -1,5 +1,6 @@
 """timm's contract over every registered name, on the meta device where size matters."""
 
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from timm.models._manipulate import group_parameters
 
 import rat_timm
+from rat_timm.timm_api.families import FAMILIES
 
 # with the head, 1000 classes and 3 channels in 2D; headless with 1 channel in 3D
 PARAMETERS = {
@@ -24,7 +26,8 @@ PARAMETERS = {
     "rat_huge_3d": 377e6,
     "rat_classic": 4.75e6 + 129e3,
 }
-NAMES = [*PARAMETERS, "rat_classic_3d", "test_rat", "test_rat_3d"]
+VARIANTS = FAMILIES["rat"].variants
+NAMES = list(VARIANTS)
 SMALL = ["test_rat", "test_rat_3d"]
 
 
@@ -37,13 +40,19 @@ def meta_image(model, batch=2):
 
 
 def test_all_names_are_listed():
-    assert set(NAMES) <= set(timm.list_models("*rat*"))
+    assert {*PARAMETERS, "rat_classic_3d", "test_rat", "test_rat_3d"} <= set(NAMES) <= set(timm.list_models("*rat*"))
     assert set(timm.list_models(module="rat")) == set(NAMES)
 
 
 @pytest.mark.parametrize(("name", "expected"), PARAMETERS.items())
 def test_parameters(name, expected):
     assert sum(p.numel() for p in meta(name).parameters()) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if " M parameters" in VARIANTS[name].description])
+def test_descriptions_tell_the_number_of_parameters(name):
+    (told,) = re.findall(r"([\d.]+) M parameters", VARIANTS[name].description)
+    assert sum(p.numel() for p in meta(name).parameters()) == pytest.approx(float(told) * 1e6, rel=0.03)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -18,13 +18,16 @@ Spacing is physical, in array-axis order (z, y, x), as everywhere in this packag
   as key points do; `metatensor_spacing` reads what MONAI's transforms did to a ``MetaTensor``.
 - Pixel sizes at random in training: ``training_transform(size, factors=(0.5, 2.0))``, or `resolution_transform` by
   itself. `spacing_from_objects` where files do not tell, but the size of an object is known.
+- `read_levels` opens the levels of a large image, and `crop_levels` cuts a crop with overviews around it out of them:
+  a pyramid with spacings, origins and masks (`rat_timm.data.pyramid`).
 - Images too large for one call: `rat_timm.evaluation.sliding_window`. What a wrong pixel size does:
   `rat_timm.evaluation.spacing_sensitivity`.
 """
 
 from .errors import ReadError
 from .objects import spacing_from_objects
-from .readers import LazyScan, Scan, read, read_lazy, read_spacing
+from .pyramid import Crop, CropBatch, Level, collate_crops, crop_levels, levels_of, read_levels
+from .readers import LazyScan, Scan, read, read_grids, read_lazy, read_spacing
 from .resolution import resolution_transform
 from .samples import Batch, Sample, collate
 from .spacing import Spacing
@@ -33,16 +36,24 @@ from .volumes import metatensor_spacing, to_metatensor
 
 __all__ = [
     "Batch",
+    "Crop",
+    "CropBatch",
     "LazyScan",
+    "Level",
     "ReadError",
     "Sample",
     "Scan",
     "Spacing",
     "collate",
+    "collate_crops",
+    "crop_levels",
     "evaluation_transform",
+    "levels_of",
     "metatensor_spacing",
     "read",
+    "read_grids",
     "read_lazy",
+    "read_levels",
     "read_spacing",
     "resolution_transform",
     "spacing_from_objects",

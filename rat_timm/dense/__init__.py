@@ -20,11 +20,14 @@ pyramid: the first is classified, the others (an overview around it, say) are co
 
 `Segmenter.forward_features` returns what the classifier gets, for heads of one's own, and `at_grid` brings what they
 make of it to pixels. `Segmenter.save` and `Segmenter.load` keep a model in a folder without pickles.
+
+Instances are two channels of a segmenter, see `rat_timm.dense.instances`; `rat_timm.dense.detection` makes
+torchvision's detectors around any model of images.
 """
 
 from .detection import fcos, mask_rcnn
 from .instances import instance_loss, instance_targets, instances
-from .matching import THRESHOLDS, Matches, match
+from .matching import THRESHOLDS, Matches, match_instances
 from .segmenter import Segmenter, at_grid
 
 __all__ = [
@@ -37,5 +40,5 @@ __all__ = [
     "instance_targets",
     "instances",
     "mask_rcnn",
-    "match",
+    "match_instances",
 ]

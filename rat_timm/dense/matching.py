@@ -3,11 +3,11 @@
 ```python
 import torch
 
-from rat_timm.dense.matching import match
+from rat_timm.dense.matching import match_instances
 
 true = torch.tensor([[1, 1, 0, 2, 2, 2]])
 predicted = torch.tensor([[7, 0, 0, 3, 3, 3]])
-matches = match(predicted, true, thresholds=(0.4, 0.5, 0.75))
+matches = match_instances(predicted, true, thresholds=(0.4, 0.5, 0.75))
 assert matches.true_positives.tolist() == [2, 2, 1]  # an IoU of exactly 0.5 is enough
 assert matches.average_precision.tolist() == [1.0, 1.0, 1 / 3]
 ```
@@ -69,7 +69,7 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part.double() / whole.clamp(min=0.5), 1.0)
 
 
-def match(
+def match_instances(
     predicted: Tensor, true: Tensor, thresholds: Sequence[float] = THRESHOLDS, mask: Tensor | None = None
 ) -> Matches:
     """Pairs predicted objects with true ones: as many as have an IoU of the threshold, and the best of such pairings.

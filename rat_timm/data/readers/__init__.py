@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...geometry.grid import Grid
 from ...optional import import_optional
 from ..errors import ReadError, reading
-from ..units import convert
+from ..units import convert, number
 from .formats import FORMATS, format_of
 from .source import SPACE, Format, Index, Readable, Source, StoredImage, is_file_object, locate
 
@@ -164,6 +165,37 @@ def read_spacing(
     """Reads the pixel size alone, (z, y, x) or (y, x); see `read`."""
     place, form = _locate(source, format)
     return _spacing(_open(place, form, level, image, None), place.name, unit, assumed_unit)
+
+
+def read_grids(
+    source: Readable,
+    unit: str = "um",
+    *,
+    image: int | None = None,
+    assumed_unit: str | None = None,
+    format: str | None = None,
+) -> list[Grid]:
+    """Reads where the pixels of each level of a pyramid are, level 0 first: shape, spacing and origin; see `read`.
+
+    Origins are those of the file (the translations of OME-Zarr) if one of its levels has one; else levels share their
+    outer corner, at zero.
+    """
+    place, form = _locate(source, format)
+    levels = [_open(place, form, 0, image, None)]
+    levels += [_open(place, form, level, image, None) for level in range(1, levels[0].levels)]
+    placed = any(stored.offsets is not None for stored in levels)
+    return [_grid(stored, _spacing(stored, place.name, unit, assumed_unit), placed) for stored in levels]
+
+
+def _grid(stored: StoredImage, spacing: tuple[float, ...], placed: bool) -> Grid:
+    space, sizes = _space(stored), dict(zip(stored.axes, stored.shape, strict=True))
+    origin = None
+    if placed:
+        offsets = stored.offsets or {}
+        steps = [float(number(stored.sizes[axis].value) or 1) for axis in space]
+        parts = zip(space, spacing, steps, strict=True)
+        origin = [offsets.get(axis, 0.0) * (here / there) for axis, here, there in parts]  # in the unit asked for
+    return Grid.create([sizes[axis] for axis in space], spacing, origin)
 
 
 def is_readable(path: str | PathLike) -> bool:

@@ -84,7 +84,14 @@ def open_ome_tiff(source: Source, level: int, image: int | None, max_bytes: int 
         if axis in described.sizes
     }
     return StoredImage(
-        axes, shape, dtype, chunks, chunks, sizes, lambda part: _load(source, number, level, part, max_bytes)
+        axes,
+        shape,
+        dtype,
+        chunks,
+        chunks,
+        sizes,
+        lambda part: _load(source, number, level, part, max_bytes),
+        len(levels),
     )
 
 

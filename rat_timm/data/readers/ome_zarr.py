@@ -26,10 +26,11 @@ def open_ome_zarr(source: Source, level: int, image: int | None, max_bytes: int 
     multiscale = _multiscale(group, source.name)
     axes = multiscale["axes"]
     dataset = pick(multiscale["datasets"], level, source.name)
-    scale = _scale(dataset, len(axes), source.name)
+    scale, shift = _transform(dataset, len(axes), source.name)
     if multiscale.get("coordinateTransformations"):  # on top of each level's own
-        common = _scale(multiscale, len(axes), source.name)
-        scale = [one * other for one, other in zip(scale, common, strict=True)]
+        outer, common = _transform(multiscale, len(axes), source.name)
+        shift = _moved(shift, outer, common)
+        scale = [one * other for one, other in zip(scale, outer, strict=True)]
     array = _array(group, dataset.get("path"), source.name)
     if max_bytes is not None:
         array = importlib.import_module(f"{__package__}.zarr_codecs").bounded(array)  # imports zarr
@@ -43,7 +44,18 @@ def open_ome_zarr(source: Source, level: int, image: int | None, max_bytes: int 
     }
     shape, pieces = tuple(map(int, array.shape)), tuple(map(int, array.chunks))
     chunks = tuple(map(int, array.shards or array.chunks))
-    return StoredImage(letters, shape, array.dtype, chunks, pieces, sizes, lambda part: np.asarray(array[part]))
+    offsets = None if shift is None else {a: by for a, by in zip(letters, shift, strict=True) if a in SPACE}
+    return StoredImage(
+        letters,
+        shape,
+        array.dtype,
+        chunks,
+        pieces,
+        sizes,
+        lambda part: np.asarray(array[part]),
+        len(multiscale["datasets"]),
+        offsets,
+    )
 
 
 def _is_zarr(folder: Path) -> bool:
@@ -66,14 +78,24 @@ def _are_dicts(items: Any) -> bool:
     return isinstance(items, list) and bool(items) and all(isinstance(item, dict) for item in items)
 
 
-def _scale(described: dict[str, Any], count: int, name: str) -> list[float]:
-    """Returns the scale, one number per axis, of metadata that have exactly one."""
+def _transform(described: dict[str, Any], count: int, name: str) -> tuple[list[float], list[float] | None]:
+    """Returns the scale and the translation after it, one number per axis; None for the latter if there is none."""
     parts = described["coordinateTransformations"]
-    scales = [part.get("scale") for part in parts if part.get("type") == "scale"] if _are_dicts(parts) else []
-    kinds = {part.get("type") for part in parts} if scales else set()
-    if len(scales) != 1 or not _are_numbers(scales[0], count) or not kinds <= {"scale", "translation"}:
+    kinds = [part.get("type") for part in parts] if _are_dicts(parts) else []
+    if kinds not in (["scale"], ["scale", "translation"]):
         raise ReadError(f"{name}: must have one scale of {count} numbers, got {parts!r:.200}")
-    return scales[0]
+    values = [part.get(kind) for part, kind in zip(parts, kinds, strict=True)]
+    if not all(_are_numbers(value, count) for value in values):
+        raise ReadError(f"{name}: must have one scale of {count} numbers, got {parts!r:.200}")
+    return values[0], values[1] if len(values) > 1 else None
+
+
+def _moved(shift: list[float] | None, scale: list[float], common: list[float] | None) -> list[float] | None:
+    """Returns a level's translation after the scale and the translation that all levels have in common."""
+    if shift is None and common is None:
+        return None
+    zero = [0.0] * len(scale)
+    return [a * s + b for a, s, b in zip(shift or zero, scale, common or zero, strict=True)]
 
 
 def _are_numbers(items: Any, count: int) -> bool:

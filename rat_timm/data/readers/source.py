@@ -48,6 +48,9 @@ class StoredImage(NamedTuple):
         pieces: Shape of the smallest parts that have an entry of their own in the file.
         sizes: Pixel size of spatial axes, as far as the file says it.
         load: Opens the file, reads the part of an index, and closes it.
+        levels: How many levels the image has.
+        offsets: Position of the first pixel's centre along spatial axes, in the units of ``sizes``; None if the file
+            does not say it.
     """
 
     axes: str
@@ -57,6 +60,8 @@ class StoredImage(NamedTuple):
     pieces: tuple[int, ...]
     sizes: Mapping[str, Length]
     load: Callable[[Index], np.ndarray]
+    levels: int = 1
+    offsets: Mapping[str, float] | None = None
 
 
 class Opener(Protocol):

@@ -17,7 +17,11 @@ from . import flex, natten
 from . import torch as tiled
 from .backend import Backend, Call, is_installed
 
-BACKENDS: dict[str, Backend] = {"natten": natten.BACKEND, "torch": tiled.BACKEND, "flex": flex.BACKEND}
+BACKENDS: dict[str, Backend] = {
+    "natten": natten.BACKEND,
+    "torch": tiled.BACKEND,
+    "flex": flex.BACKEND,
+}
 """By name, in the order in which "auto" asks them."""
 
 VARIABLE = "RAT_TIMM_ATTENTION"
