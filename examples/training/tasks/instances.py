@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rat_timm.data import Sample
-from rat_timm.dense import THRESHOLDS, Matches, instance_loss, instance_targets, instances, match
+from rat_timm.dense import THRESHOLDS, Matches, instance_loss, instance_targets, instances, match_instances
 from training.crops import Scenes
 from training.tasks.base import Call, Measured
 from training.tasks.labelled import Labelled, outlines
@@ -42,7 +42,7 @@ class Instances(Labelled):
 
     def measure(self, prediction: Tensor, batch: Scenes, index: int) -> Measured:
         """See `Task`."""
-        found = match(prediction, batch.target[index])
+        found = match_instances(prediction, batch.target[index])
         return Measured(figures(found), found)
 
     def summarize(self, measured: Sequence[Measured]) -> dict[str, float]:
