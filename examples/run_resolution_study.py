@@ -36,10 +36,11 @@ PLAN = {
         "rat, strided convolutions",
         COARSENED,
         "convnext, resized, coarsened",
+        "swin, resized, coarsened",
     ),
-    ("cells", "two"): (TOLD, HIDDEN, "convnext, channel", "convnext, resized"),
+    ("cells", "two"): (FORMER, HIDDEN, "convnext, channel", "convnext, resized"),
     ("cells", "mixed"): (
-        TOLD,
+        FORMER,
         HIDDEN,
         *PEERS,
         "convnext, channel",
@@ -50,10 +51,10 @@ PLAN = {
         "rat, log scaling",
         "rat, conditioned stem",
     ),
-    ("photographs", "one"): (TOLD, COARSENED, "convnext", "swin"),
-    ("photographs", "mixed"): (TOLD, HIDDEN, "convnext, channel", "convnext, resized", "swin, resized"),
-    ("cells in volumes", "one"): (TOLD, COARSENED),
-    ("cells in volumes", "mixed"): (TOLD, HIDDEN),
+    ("photographs", "one"): (TOLD, COARSENED, FORMER, "convnext", "swin", "swin, resized, coarsened"),
+    ("photographs", "mixed"): (FORMER, HIDDEN, "convnext, channel", "convnext, resized", "swin, resized"),
+    ("cells in volumes", "one"): (TOLD, COARSENED, FORMER),
+    ("cells in volumes", "mixed"): (FORMER, HIDDEN),
 }
 
 

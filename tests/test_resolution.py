@@ -203,6 +203,24 @@ def test_seeding_repeats_it(axes, kind):
     assert all(draw(seed).mask is None for seed in range(3))
 
 
+def test_some_samples_stay_as_they_are():
+    sample = Sample(torch.rand(1, 32, 32), torch.tensor([0.5, 0.5]))
+    torch.manual_seed(0)
+    for transform in (
+        resolution_transform((2.0, 2.0), p=0.25),
+        training_transform((32, 32), (1.0, 1.0), False, (2.0, 2.0), p=0.25),
+    ):
+        done = [transform(sample) for _ in range(400)]
+        same = [each for each in done if each.spacing.tolist() == [0.5, 0.5]]
+        assert 0.69 < len(same) / 400 < 0.81  # 0.75 and 2.8 deviations
+        assert all(each.spacing.tolist() == [1.0, 1.0] for each in done if each.image.shape != sample.image.shape)
+        assert all(torch.allclose(each.image, sample.image, atol=1e-6) for each in same)
+    with pytest.raises(ValueError, match="p must be a probability"):
+        resolution_transform(p=1.5)
+    with pytest.raises(ValueError, match="noise and p go with factors"):
+        training_transform((8, 8), p=0.5)
+
+
 @pytest.mark.parametrize("factors", [(0, 1), (2, 1), (1, math.inf), (1,), (-1, 2)])
 def test_factors_that_are_not_allowed(factors):
     for make in (resolution_transform, lambda given: training_transform((8, 8), factors=given)):
@@ -214,7 +232,7 @@ def test_what_does_not_fit():
     for noise in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="noise must be a standard deviation"):
             resolution_transform(noise=noise)
-    with pytest.raises(ValueError, match="noise goes with factors"):
+    with pytest.raises(ValueError, match="noise and p go with factors"):
         training_transform((8, 8), noise=0.1)
     sample = ramps(2)
     with pytest.raises(ValueError, match="mask must be bool"):

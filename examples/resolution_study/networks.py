@@ -46,7 +46,7 @@ class Network:
             "channel" per axis; or images are "resized" to the training spacing, in training too.
         multiple: Its images' sizes have to be multiples of this; they are filled up with zeros.
         least: And at least as large as this.
-        coarsened: Whether images are made coarser at random in training, and said to be so.
+        coarsened: Whether half of the images in training, at random, are made coarser, and said to be so.
         levels: How many levels of a pyramid of the one image it is given, each half as fine as the one before, as long
             as there are four pixels along each axis, which is a token.
         change: What is changed in the model.
@@ -94,7 +94,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor, ratio: Sequence[float]) -> Tensor:
         """Returns logits for images ``[B, C, *size]`` whose pixels are ``ratio`` times the training spacing wide."""
-        if self.training and self.network.coarsened:
+        if self.training and self.network.coarsened and float(torch.rand(())) >= 0.5:
             x, ratio = coarsen(x, ratio)
         if self.network.spacing == "channel":
             told = x.new_tensor(ratio).log2().view(1, -1, *[1] * (x.ndim - 2))
@@ -169,4 +169,5 @@ NETWORKS = {
     ),
     COARSENED: dataclasses.replace(PHYSICAL, coarsened=True, changed=TOLD),
     "convnext, resized, coarsened": dataclasses.replace(CONVNEXT, coarsened=True),
+    "swin, resized, coarsened": dataclasses.replace(PEERS["swin"], spacing="resized", coarsened=True),
 }

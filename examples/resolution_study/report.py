@@ -12,22 +12,23 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from resolution_study.networks import COARSENED, HIDDEN, NETWORKS, TOLD
+from resolution_study.networks import COARSENED, FORMER, HIDDEN, NETWORKS, TOLD
 from resolution_study.tasks import REGIMES, TASKS
 
 COLUMNS = ["task", "network", "regime", "seed", "setting", "factor", "control", "right", "count", "seconds", "answers"]
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 ORDER = {name: place for names in (TASKS, REGIMES, NETWORKS) for place, name in enumerate(names)}
 TRAINED_AT = {"one": "one pixel size (1)", "two": "two pixel sizes (0.7, 1.4)", "mixed": "pixel sizes from 0.5 to 2"}
+RATS = (TOLD, COARSENED, FORMER)  # those that are told, and compared with the controls
 TOLD_WRONG = ("wrong spacing", "spacing hidden")
 SAME_VIEW = "loss to the same field of view"
 OVER_HIDDEN, OVER_BEST = "gain over itself, spacing hidden", "gain over the best control"
 
 # networks in pictures, and how they are tested: the first that there is
 PICTURED = {
-    "RAT, told the pixel size": [(TOLD, "")],
+    "RAT, told the pixel size": [(TOLD, ""), (FORMER, "")],
     "RAT, told, coarsened in training": [(COARSENED, "")],
-    "RAT, not told": [(HIDDEN, ""), (TOLD, "spacing hidden")],
+    "RAT, not told": [(HIDDEN, ""), (TOLD, "spacing hidden"), (FORMER, "spacing hidden")],
     "plain RAT, told": [("plain rat", "")],
     "ConvNeXt, images resized": [("convnext, resized", ""), ("convnext", "resized")],
     "Swin, images resized": [("swin, resized", ""), ("swin", "resized")],
@@ -98,7 +99,7 @@ def tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     parts = {"right": [], "gains": [], "changes": []}
     for (task, setting, regime), rows in results.groupby(["task", "setting", "regime"], sort=False):
         where = {"task": task, "setting": setting, "trained at": TRAINED_AT[regime]}
-        told = [name for name in (TOLD, COARSENED) if name in set(rows["network"])]
+        told = [name for name in RATS if name in set(rows["network"])]
         parts["right"].append(_labelled(table(rows), where, "network"))
         parts["gains"] += [_labelled(compare(rows, name), {**where, "network": name}, "points") for name in told]
         parts["changes"].append(_labelled(changes(rows), where, "change"))
@@ -115,8 +116,8 @@ def goals(results: pd.DataFrame) -> pd.DataFrame:
     """Returns what was asked for, with a fixed field of view: losses and gains beyond the training pixel sizes."""
     rows = []
     for (task, regime), part in results[results["setting"] == "field"].groupby(["task", "regime"], sort=False):
-        if TOLD in set(part["network"]):
-            found = differences(part, TOLD)
+        for network in (name for name in RATS if name in set(part["network"])):
+            found = differences(part, network)
             finest, coarsest = min(REGIMES[regime]), max(REGIMES[regime])
             losses = {
                 f"loss {by}x {way}": found["loss"].get(at, "")
@@ -128,7 +129,7 @@ def goals(results: pd.DataFrame) -> pd.DataFrame:
                 for name in (OVER_HIDDEN, OVER_BEST)
                 if name in found
             }
-            rows.append({"task": task, "trained at": TRAINED_AT[regime], **losses, **gains})
+            rows.append({"task": task, "trained at": TRAINED_AT[regime], "network": network, **losses, **gains})
     return pd.DataFrame(rows).fillna("").map(str)
 
 
@@ -153,11 +154,11 @@ def differences(rows: pd.DataFrame, network: str) -> dict[str, dict[float, Point
     found = {
         "loss": {at: points(trained, right) for at, right in ours.items()},
         SAME_VIEW: {at: points(right, ours[at]) for at, right in cropped.items()},
-        OVER_HIDDEN: _over(answers, ours, dict.fromkeys(ours, (HIDDEN, ""))) if network == TOLD else {},
+        OVER_HIDDEN: {} if NETWORKS[network].coarsened else _over(answers, ours, dict.fromkeys(ours, (HIDDEN, ""))),
         OVER_BEST: _over(answers, ours, best),
     }
-    if network == TOLD and not found[OVER_HIDDEN]:  # where both would be trained alike
-        found[OVER_HIDDEN] = _over(answers, ours, dict.fromkeys(ours, (TOLD, "spacing hidden")))
+    if not found[OVER_HIDDEN]:  # where both would be trained alike
+        found[OVER_HIDDEN] = _over(answers, ours, dict.fromkeys(ours, (network, "spacing hidden")))
     return {name: values for name, values in found.items() if values}
 
 
@@ -185,7 +186,7 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
     """Returns what changes to networks of this package change, and wrong spacings, per pixel size."""
     answers = read_answers(rows)
     pairs = {(name, ""): (network.changed, "") for name, network in NETWORKS.items()}
-    pairs |= {(TOLD, control): (TOLD, "") for control in TOLD_WRONG}
+    pairs |= {(name, control): (name, "") for name in (TOLD, FORMER) for control in TOLD_WRONG}
     found = {}
     for who, base in pairs.items():
         ours = {at: answers[(*who, at)] for at in rows["factor"].unique() if (*who, at) in answers}

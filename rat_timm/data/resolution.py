@@ -35,7 +35,9 @@ _MEASURED = 2**16  # how many places the noise is measured at; the median of mor
 _MAD = 0.6745  # the median of the absolute values of a normal distribution of variance 1
 
 
-def resolution_transform(factors: tuple[float, float] = (0.5, 2.0), noise: float | None = None) -> Transform:
+def resolution_transform(
+    factors: tuple[float, float] = (0.5, 2.0), noise: float | None = None, p: float = 1.0
+) -> Transform:
     """Returns a transform that resamples images or volumes, all axes alike, by a factor drawn log-uniformly.
 
     The lower corner and the spacing times the factor are exact; the field of view keeps its extent up to half a pixel.
@@ -48,22 +50,29 @@ def resolution_transform(factors: tuple[float, float] = (0.5, 2.0), noise: float
         noise: Standard deviation of the noise in the images, in their numbers; 0 adds none. Default: measured in each
             image and channel (`noise_level`).
 
+        p: Probability that a sample is resampled. With ``factors=(1.0, 4.0)`` and a half, networks that are trained at
+            one pixel size held at all others that were tried (``examples/resolution_study``).
+
     Raises:
-        ValueError: If factors or noise are not allowed.
+        ValueError: If factors, noise or probability are not allowed.
     """
-    return _AtRandomResolution(factors, noise)
+    return _AtRandomResolution(factors, noise, p)
 
 
-def check_variation(factors: tuple[float, float], noise: float | None) -> None:
-    """Raises ``ValueError`` unless factors and noise are what `resolution_transform` allows."""
+def check_variation(factors: tuple[float, float], noise: float | None, p: float) -> None:
+    """Raises ``ValueError`` unless factors, noise and probability are what `resolution_transform` allows."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be a probability, got {p}")
     if len(factors) != 2 or not 0 < factors[0] <= factors[1] < math.inf:
         raise ValueError(f"factors must be two positive numbers, the lesser first, got {factors}")
     if noise is not None and not 0 <= noise < math.inf:
         raise ValueError(f"noise must be a standard deviation, not negative, or None, got {noise}")
 
 
-def draw_factor(factors: tuple[float, float]) -> float:
-    """Draws a factor log-uniformly; chance is PyTorch's."""
+def draw_factor(factors: tuple[float, float], p: float = 1.0) -> float:
+    """Draws a factor log-uniformly with probability ``p``, else 1; chance is PyTorch's."""
+    if p < 1 and float(torch.rand(())) >= p:
+        return 1.0
     low, high = map(math.log, factors)
     return math.exp(low + (high - low) * float(torch.rand((), dtype=torch.float64)))
 
@@ -71,14 +80,14 @@ def draw_factor(factors: tuple[float, float]) -> float:
 class _AtRandomResolution:
     """See `resolution_transform`."""
 
-    def __init__(self, factors: tuple[float, float], noise: float | None) -> None:
-        check_variation(factors, noise)
-        self.factors, self.noise = factors, noise
+    def __init__(self, factors: tuple[float, float], noise: float | None, p: float) -> None:
+        check_variation(factors, noise, p)
+        self.factors, self.noise, self.p = factors, noise, p
 
     def __call__(self, sample: Sample) -> Sample:
         check_sample(sample, sample.image.ndim - 1)
         check_target(sample.target, sample.image.shape[1:])
-        factor = draw_factor(self.factors)
+        factor = draw_factor(self.factors, self.p)
         return with_noise(lambda given: at_factor(given, factor), sample, self.noise)
 
 

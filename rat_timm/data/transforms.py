@@ -33,6 +33,7 @@ def training_transform(
     flip: bool = True,
     factors: tuple[float, float] | None = None,
     noise: float | None = None,
+    p: float = 1.0,
 ) -> Transform:
     """Returns a random crop, of a share of the image within ``scale``, resized to ``size``, and flips along all axes.
 
@@ -48,17 +49,18 @@ def training_transform(
             by it, and have the noise of such pixels (see `rat_timm.data.resolution`). Samples then differ in size,
             which `collate` fills up. Default: all have ``size``, and no noise is added.
         noise: With ``factors``, see `rat_timm.data.resolution_transform`.
+        p: With ``factors``, probability that a sample has another pixel size than that of ``size``.
 
     Raises:
-        ValueError: If sizes, shares, factors or noise are not allowed.
+        ValueError: If sizes, shares, factors, noise or probability are not allowed.
     """
     _check_size(size)
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale must be two shares between 0 and 1, the lesser first, got {scale}")
     if factors is not None:
-        return _AtRandomSize(size, scale, flip, factors, noise)
-    if noise is not None:
-        raise ValueError(f"noise goes with factors, got {noise} and no factors")
+        return _AtRandomSize(size, scale, flip, factors, noise, p)
+    if noise is not None or p != 1:
+        raise ValueError(f"noise and p go with factors, got {noise}, {p} and no factors")
     return _random_crop(size, scale, flip)
 
 
@@ -80,13 +82,14 @@ class _AtRandomSize:
         flip: bool,
         factors: tuple[float, float],
         noise: float | None,
+        p: float,
     ) -> None:
-        check_variation(factors, noise)
-        self.size, self.scale, self.flip, self.factors, self.noise = size, scale, flip, factors, noise
+        check_variation(factors, noise, p)
+        self.size, self.scale, self.flip, self.factors, self.noise, self.p = size, scale, flip, factors, noise, p
 
     def __call__(self, sample: Sample) -> Sample:
         check_sample(sample, len(self.size))
-        factor = draw_factor(self.factors)
+        factor = draw_factor(self.factors, self.p)
         size = [max(1, round(n / factor)) for n in self.size]
         return with_noise(_random_crop(size, self.scale, self.flip), sample, self.noise)
 
