@@ -1,6 +1,7 @@
-"""Trains any variant on a folder of images or volumes, or on handwritten digits, with the pixel size.
+"""Trains any variant on a folder of images or volumes, or on data of its own, with the pixel size.
 
     python examples/train.py --output runs/digits         # test_rat on digits, half a minute
+    python examples/train.py --output runs/discs --task instances --quick true   # or segmentation, detection
     python examples/train.py --config mine.yaml --lr 1e-4               # a config, and flags over it
     torchrun --nproc_per_node=4 examples/train.py --config mine.yaml    # DDP
     torchrun --nproc_per_node=4 examples/train.py --config mine.yaml --parallel fsdp
@@ -9,7 +10,33 @@
 `--help` lists what a config may hold. The folder has `train/<class>/*` and `validation/<class>/*`: OME-TIFF, OME-Zarr,
 NIfTI or DICOM, which say their pixel size, or PNG and JPEG, whose pixel size `--spacing` says. The same command goes on
 where it was interrupted, with the same losses as if it had not been. The folder `model` in the output is what
-`timm.create_model("local-dir:OUTPUT/model", pretrained=True)` takes. A config is YAML:
+`timm.create_model("local-dir:OUTPUT/model", pretrained=True)` takes. What the other tasks save, evaluate.py evaluates,
+also at pixel sizes that training did not have.
+
+Segmentation, instances and detection take folders `train/images/*` and `train/labels/*` of the same names, and
+`validation/...` and `test/...` likewise, of the same formats and TIFF: labels are classes of pixels, or number objects.
+Training sees random crops, with the pixel sizes that `factors` allows, and with overviews around them where `levels`
+says so; validation sees whole images, in windows of `tile` pixels if they are too large. `--data hela`, `bacteria` and
+`cho` (volumes) are real cells, which are fetched once (see `training.cells`). Nuclei in minutes, and a U-Net to compare:
+
+    python examples/train.py --output runs/hela --config hela.yaml
+    python examples/train.py --output runs/unet --config hela.yaml --model smp:unet-resnet10t --model_args {}
+    python examples/evaluate.py --trained runs/hela --output runs/hela/test --factors 0.5 0.7 1 1.4 2 --resized
+
+    # hela.yaml
+    output: runs/hela
+    task: instances
+    data: hela
+    model: rat_tiny
+    model_args: {embed_dim: 32, depths: [2, 3, 8, 3]}
+    pretrained: false
+    flip: true
+    crops: 40
+    epochs: 4
+    batch_size: 4
+    workers: 0
+
+A config of a classifier:
 
     output: runs/cells
     model: rat_tiny

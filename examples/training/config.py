@@ -58,6 +58,7 @@ class Config:
         factors: Least and largest factor of the pixel size of training crops, drawn log-uniformly: a crop has so many
             more or fewer pixels in the same field of view, and the noise of such pixels. (Of the other tasks a crop
             keeps its number of pixels, and the field of view is so many times as large.) Default: pixels as they are.
+        p_factors: Probability that a training crop has another pixel size, with ``factors``.
         flip: Whether to flip training crops along each axis, half of the time.
         epochs: Number of epochs.
         batch_size: Samples in a step, over all processes; "auto" tries powers of two with the model before training,
@@ -107,6 +108,7 @@ class Config:
     intensity: Literal["model", "sample"] = "model"
     scale: tuple[float, float] = (0.6, 1.0)
     factors: tuple[float, float] | None = None
+    p_factors: float = 1.0
     flip: bool = False
     epochs: int = 10
     batch_size: int | Literal["auto"] = 16

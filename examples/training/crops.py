@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rat_timm.data import Batch, Sample, collate, resolution_transform
-from rat_timm.data.resolution import draw_factor
+from rat_timm.data.resolution import check_variation, draw_factor
 from rat_timm.data.samples import Target
 from rat_timm.geometry.grid import Grid
 from training.config import Config
@@ -148,7 +148,8 @@ class Crops(Dataset):
     def __init__(self, frames: Dataset, size: Sequence[int], target: TargetOf, config: Config) -> None:
         self.frames, self.size, self.target, self.epoch = frames, list(size), target, 0
         self.seed, self.count, self.levels = config.seed, config.crops, config.levels
-        self.factors, self.flip = config.factors or (1.0, 1.0), config.flip
+        self.factors, self.p, self.flip = config.factors or (1.0, 1.0), config.p_factors, config.flip
+        check_variation(self.factors, None, self.p)
 
     def __len__(self) -> int:
         return len(self.frames) * self.count
@@ -156,7 +157,7 @@ class Crops(Dataset):
     def __getitem__(self, index: int) -> list[Level]:
         frame = self.frames[index // self.count]
         with seeded(self.seed, self.epoch, index):
-            factor = draw_factor(self.factors)
+            factor = draw_factor(self.factors, self.p)
             box = self._box(frame.image.shape[1:], factor)
             first = at_pixel_size(frame, box, factor, noise=None)
         first = first._replace(sample=self._trimmed(first.sample))

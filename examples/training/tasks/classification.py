@@ -37,7 +37,7 @@ class Classification:
         """See `Task`."""
         config = self.config
         size = config.size or model.pretrained_cfg["input_size"][1:]
-        transform = training_transform(size, config.scale, config.flip, config.factors)
+        transform = training_transform(size, config.scale, config.flip, config.factors, p=config.p_factors)
         return (
             Augmented(self.training, transform, model, config),
             Augmented(self.validation, evaluation_transform(size), model, config),
