@@ -17,7 +17,7 @@ Segmentation, instances and detection take folders `train/images/*` and `train/l
 `validation/...` and `test/...` likewise, of the same formats and TIFF: labels are classes of pixels, or number objects.
 Training sees random crops, with the pixel sizes that `factors` allows, and with overviews around them where `levels`
 says so; validation sees whole images, in windows of `tile` pixels if they are too large. `--data hela`, `bacteria` and
-`cho` (volumes) are real cells, which are fetched once (see `training.cells`). Nuclei in minutes, and a U-Net to compare:
+`cho` (volumes) are real cells, fetched once (see `training.cells`). Nuclei in minutes, and a U-Net to compare:
 
     python examples/train.py --output runs/hela --config hela.yaml
     python examples/train.py --output runs/unet --config hela.yaml --model smp:unet-resnet10t --model_args {}

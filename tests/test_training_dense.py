@@ -322,12 +322,12 @@ def test_networks_that_see_images_alone():
 def test_others(tmp_path, options):
     if str(options.get("model")).startswith("smp"):
         pytest.importorskip("segmentation_models_pytorch")
-    config = dataclasses.replace(quick(tmp_path, options["task"]), crops=2, **{**options, "quick": False, "epochs": 1})
+    config = dataclasses.replace(quick(tmp_path, options["task"]), crops=1, **{**options, "quick": False, "epochs": 1})
     config = dataclasses.replace(config, size=[16, 32, 32] if "3d" in config.model else [48, 48])
     trainer.train(config)
     task, model = task_class(config).load(config, tmp_path / "model")
     assert not model.training
-    assert len(losses(tmp_path)) == 4
+    assert len(losses(tmp_path)) == 2
     images = read_events(tmp_path).Images("validation/prediction")
     assert len(images) == 1
     assert task.facts.channels == 1
@@ -341,6 +341,19 @@ def test_detection_is_of_images(tmp_path):
     with pytest.raises(ValueError, match=r"layer_decay must be 1 for Segmenter, .* got 0\.8"):
         trainer.train(quick(tmp_path, "segmentation", layer_decay=0.8))
     assert set(TASKS) == {"classification", *FLOORS}
+
+
+def test_all_processes_take_the_size_that_fits_in_each(tmp_path, monkeypatch):
+    config = Config(tmp_path, "segmentation", device="cpu", batch_size="auto")
+    monkeypatch.setattr(batch_size, "_fits_cpu", lambda step, most: 8)
+    monkeypatch.setattr(batch_size, "gather", lambda found: [found, 2, 4])
+    monkeypatch.setattr(batch_size, "count", lambda: 3)
+    model = torch.nn.Linear(1, 1)
+    recipe = trainer.Recipe(lambda model, batch: None, lambda outputs, batch: None)
+    assert batch_size.find_batch_size(model, range(99), list, recipe, config) == 6
+    assert (tmp_path / "batch_size").read_text() == "6"
+    monkeypatch.setattr(batch_size, "gather", lambda found: [4, 4, 4])
+    assert batch_size.find_batch_size(model, range(99), list, recipe, config) == 12  # no training has begun
 
 
 class Memory:

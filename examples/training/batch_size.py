@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from training.config import Config
+from training.config import BEGAN, Config
 from training.engines import TorchEngine, create_optimizer
 from training.processes import count, gather, on_first, rank
 from training.steps import Recipe
@@ -44,7 +44,7 @@ def find_batch_size(
         ValueError: If one sample does not fit.
     """
     file = config.output / "batch_size"
-    chosen = on_first(lambda: int(file.read_text()) if file.exists() else 0)
+    chosen = on_first(lambda: int(file.read_text()) if (config.output / BEGAN).exists() else 0)
     if chosen:
         return chosen
     most = _power_of_two(len(data) // count())
