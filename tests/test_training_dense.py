@@ -148,6 +148,24 @@ def test_crops_follow_from_their_numbers():
         Crops(Discs("train", 2), [8, 8, 8], lambda crop: None, config)[0]
 
 
+def test_crops_with_labels_in_them():
+    """A labelled pixel in the corner is in as many crops as are wanted, and at every place of them."""
+    size = (40, 60)
+    labels = torch.zeros(size, dtype=torch.int32)
+    labels[30, 5] = 1
+    frame = Sample(torch.zeros(1, *size), torch.ones(2), target=labels)
+    config = Config("x", "instances", flip=True, crops=200, foreground=0.5)
+    crops = Crops([frame], [8, 8], lambda crop: crop.target, config)
+    found = [crop.sample.target.nonzero() for (crop,) in (crops[index] for index in range(200))]
+    inside = torch.cat([places for places in found if len(places)])
+    assert 75 < len(inside) < 135  # of 200, at which three standard deviations are 21; others by chance
+    assert inside[:, 0].unique().tolist() == list(range(8))
+    without = Crops([frame._replace(target=labels * 0)], [8, 8], lambda crop: crop.target, config)
+    assert not without[0][0].sample.target.any()
+    with pytest.raises(ValueError, match="foreground must be a probability, got 2"):
+        Config("x", "instances", foreground=2)
+
+
 def test_flipped_boxes():
     frame = Sample(torch.arange(20.0).view(1, 4, 5), torch.ones(2), target=torch.arange(20).view(4, 5))
     cut = Box([1, 0], [3, 2], (0,)).cut(frame)

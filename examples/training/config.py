@@ -37,6 +37,7 @@ class Config:
         size: Pixels along each axis to which images are brought. Default: the model's. Of the other tasks: of random
             crops; default: 128 (2D), 16 x 64 x 64 (3D).
         crops: Random crops of each image in an epoch; not of classification.
+        foreground: Probability that a crop is chosen among those with a label above 0 in them, rather than among all.
         levels: Pixel sizes of the levels of a pyramid relative to the crop's: with [1, 4] the model also gets an
             overview around each crop, four times as wide; of segmentation and instances.
         ignored: Number in a folder's labels that means "not annotated"; -1 always does.
@@ -95,6 +96,7 @@ class Config:
     data: str | None = None
     size: list[int] | None = None
     crops: int = 8
+    foreground: float = 0.5
     levels: list[float] = dataclasses.field(default_factory=lambda: [1])
     ignored: int | None = None
     length: float | None = None
@@ -137,6 +139,8 @@ class Config:
             raise ValueError(f"levels must begin with 1 and be at least that, got {self.levels}")
         if self.crops < 1:
             raise ValueError(f"crops must be positive, got {self.crops}")
+        if not 0 <= self.foreground <= 1:
+            raise ValueError(f"foreground must be a probability, got {self.foreground}")
         if self.quick:
             self.epochs = 2
         if self.quick and self.task != "classification":

@@ -58,6 +58,11 @@ class Scenes(NamedTuple):
         levels = [batch.to(device, non_blocking) for batch in self.levels]
         return self._replace(levels=levels, origins=[origin.to(device) for origin in self.origins])
 
+    def select(self, index: int) -> "Scenes":
+        """Returns a scene by itself."""
+        levels = [one_of(batch, index) for batch in self.levels]
+        return self._replace(levels=levels, origins=[origin[index : index + 1] for origin in self.origins])
+
     def told(self) -> dict[str, Any]:
         """Returns what a `rat_timm.dense.Segmenter` is called with, ``x`` among it."""
         images, spacings, masks = zip(*(batch[:3] for batch in self.levels), strict=True)
@@ -69,6 +74,11 @@ class Scenes(NamedTuple):
         elif masks[0] is None:
             told["mask"] = None
         return {"x": list(images) if len(images) > 1 else images[0], "out": self.out, **told}
+
+
+def one_of(batch: Batch, index: int) -> Batch:
+    """Returns a sample of a batch by itself."""
+    return Batch(*(None if part is None else part[index : index + 1] for part in batch))
 
 
 def _valid(image: Tensor) -> Tensor:
@@ -149,6 +159,7 @@ class Crops(Dataset):
         self.frames, self.size, self.target, self.epoch = frames, list(size), target, 0
         self.seed, self.count, self.levels = config.seed, config.crops, config.levels
         self.factors, self.p, self.flip = config.factors or (1.0, 1.0), config.p_factors, config.flip
+        self.foreground = config.foreground
         check_variation(self.factors, None, self.p)
 
     def __len__(self) -> int:
@@ -158,20 +169,39 @@ class Crops(Dataset):
         frame = self.frames[index // self.count]
         with seeded(self.seed, self.epoch, index):
             factor = draw_factor(self.factors, self.p)
-            box = self._box(frame.image.shape[1:], factor)
+            box = self._box(frame, factor)
             first = at_pixel_size(frame, box, factor, noise=None)
         first = first._replace(sample=self._trimmed(first.sample))
         first = first._replace(sample=first.sample._replace(target=self.target(first.sample)))
         return [first, *(overview(frame, box, level, factor) for level in self.levels[1:])]
 
-    def _box(self, grid: Sequence[int], factor: float) -> Box:
+    def _box(self, frame: Sample, factor: float) -> Box:
+        grid = frame.image.shape[1:]
         if len(grid) != len(self.size):
             raise ValueError(f"size must be {len(grid)} numbers, one per axis of the images, got {self.size}")
         extent = [min(n, math.ceil(size * factor)) for n, size in zip(grid, self.size, strict=True)]
-        start = [int(torch.randint(n - size + 1, ())) for n, size in zip(grid, extent, strict=True)]
         flips = torch.rand(len(grid)) < 0.5
         flipped = tuple(axis for axis in range(len(grid)) if self.flip and flips[axis])
+        bounds = [(0, n - size) for n, size in zip(grid, extent, strict=True)]  # of the first pixel
+        if float(torch.rand(())) < self.foreground:
+            bounds = self._around_label(frame.target, extent, bounds, flipped)
+        start = [int(torch.randint(low, high + 1, ())) for low, high in bounds]
         return Box(start, [a + size for a, size in zip(start, extent, strict=True)], flipped)
+
+    def _around_label(
+        self, labels: Tensor, extent: Sequence[int], bounds: Sequence[tuple[int, int]], flipped: Sequence[int]
+    ) -> Sequence[tuple[int, int]]:
+        """Narrows the bounds of a box's first pixel to those with which it has a labelled pixel, drawn at random."""
+        labelled = (labels > 0).flatten().nonzero()[:, 0]
+        if not len(labelled):
+            return bounds
+        drawn = labelled[torch.randint(len(labelled), ())]
+        narrowed = []
+        for axis, place in enumerate(torch.unravel_index(drawn, labels.shape)):
+            at = labels.shape[axis] - 1 - int(place) if axis in flipped else int(place)
+            low, high = bounds[axis]
+            narrowed.append((max(low, at - extent[axis] + 1), min(high, at)))
+        return narrowed
 
     def _trimmed(self, sample: Sample) -> Sample:
         """Removes what rounding of a crop's extent gives it too much."""
