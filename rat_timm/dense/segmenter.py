@@ -14,6 +14,7 @@ from ..geometry.parts import Part, join_parts, parts_at_reference
 from ..geometry.read import Told, read_images, what_is_told
 from ..geometry.sample import sample_at
 from ..geometry.types import ImageOrPyramid, MaskLike, OriginLike, SpacingLike
+from ..layers.sharded import run_parts, tie
 from ..models import RatVit, ResolutionAwareTransformer
 from ..ops.assignment import Assignment
 from .decoders import BEYOND, DECODERS, Decoder, DetailLevels, SimplePyramid
@@ -199,7 +200,7 @@ class Segmenter(nn.Module):
     def _features(self, images: Pyramid, told: Told) -> Tokens:
         """Decodes the images of a batch; those that come to sizes of their own at the reference spacing, apart."""
         parts = self._parts(images, told)
-        decoded = [self._decode(part.images, told) for part in parts]
+        decoded = run_parts(self, lambda part: self._decode(part.images, told), parts, _tied)
         if len(parts) == 1:
             return decoded[0]
         return join_parts([Pyramid([tokens]) for tokens in decoded], [part.rows or [] for part in parts]).levels[0]
@@ -239,6 +240,10 @@ class Segmenter(nn.Module):
         x, grid, mask = found if images.single else [levels[0] for levels in found]
         x = self.backbone.fc_norm(x.movedim(1, -1))  # where there is one, what maps have not passed yet
         return self.pyramid(Tokens(x, grid, mask)), []
+
+
+def _tied(tokens: Tokens, other: Tokens) -> Tokens:
+    return tokens._replace(x=tie(tokens.x, other.x))
 
 
 def at_grid(tokens: Tokens, image: Tokens, grid: Grid) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from timm.layers import calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.fx import Proxy
 
 from ...geometry.grid import Pyramid, Tokens, fill, integers, merge_axes
@@ -25,6 +24,7 @@ from ...geometry.read import read_images, what_is_told
 from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 from ...layers.head import carried_mask, with_mask
 from ...layers.rose import RotarySpatialEmbedding
+from ...layers.sharded import run_parts, tie
 from ...ops.assignment import Assignment
 from .config import RatConfig
 from .places import StageInput, pool_masks, stage_places
@@ -212,14 +212,7 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
             return [Part(None, images)]
         if isinstance(images, Proxy):
             return [Part(None, to_reference(images, self.reference_spacing))]
-        parts = parts_at_reference(images, self.reference_spacing)
-        if len(parts) > 1 and any(isinstance(p, DTensor) for p in self.parameters()):
-            # processes with other numbers of parts would wait for each other
-            raise ValueError(
-                "spacing must be such that all images come to one size where the stem is physical and parameters are "
-                "sharded: batch by spacing"
-            )
-        return parts
+        return parts_at_reference(images, self.reference_spacing)
 
     def _run(
         self,
@@ -229,9 +222,12 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
         return_assignments: bool = False,
     ) -> Run:
         """Runs the first ``count`` stages on each part of a batch; keeps those in ``take``."""
-        if len(parts) == 1:
-            return self._run_stages(parts[0].images, take, count, return_assignments)
-        return _join([self._run_stages(part.images, take, count, return_assignments) for part in parts], parts)
+
+        def run(part: Part) -> Run:
+            return self._run_stages(part.images, take, count, return_assignments)
+
+        runs = run_parts(self, run, parts, _tied) if self.cfg.physical_stem else [run(parts[0])]
+        return runs[0] if len(runs) == 1 else _join(runs, parts)
 
     def _run_stages(self, images: Pyramid, take: Sequence[int], count: int | None, return_assignments: bool) -> Run:
         inputs = stage_inputs(self.cfg, images)
@@ -500,6 +496,19 @@ def _maps(pyramid: Pyramid) -> Maps:
 def _features(pyramid: Pyramid) -> MapOrMaps:
     """Returns a pyramid's maps, each of which carries its mask."""
     return pyramid.unwrap([with_mask(tokens.x.movedim(-1, 1), tokens.mask) for tokens in pyramid.levels])
+
+
+def _tied(run: Run, other: Run) -> Run:
+    pairs = [(run.last, other.last), *zip(run.stages, other.stages, strict=True)]
+    last, *stages = [_tied_pyramid(one, same) for one, same in pairs]
+    return run._replace(last=last, stages=stages)
+
+
+def _tied_pyramid(one: Pyramid, other: Pyramid) -> Pyramid:
+    pairs = zip(one.levels, other.levels, strict=True)
+    levels = [level._replace(x=tie(level.x, same.x)) for level, same in pairs]
+    prefix = None if one.prefix is None or other.prefix is None else tie(one.prefix, other.prefix)
+    return one._replace(levels=levels, prefix=prefix)
 
 
 def _join(runs: Sequence[Run], parts: Sequence[Part]) -> Run:

@@ -1,0 +1,71 @@
+"""Sharded over processes whose batches have other numbers of pixel sizes, models give what they give in one process."""
+
+import pytest
+import timm
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from rat_timm.dense import Segmenter
+from rat_timm.layers.sharded import run_parts, tie
+
+SPACINGS = ([[1.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [0.5, 2.0]])  # one part, and two
+
+
+def create(kind):
+    torch.manual_seed(0)
+    small = {"embed_dim": 32, "depths": (1, 1), "num_classes": 3}
+    return Segmenter("test_rat", width=16, **small) if kind == "segmenter" else timm.create_model("test_rat", **small)
+
+
+def batch(place):
+    torch.manual_seed(1 + place)
+    return torch.randn(2, 3, 24, 20), torch.tensor(SPACINGS[place])
+
+
+def work(place, folder, kind):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=place, world_size=2)
+    model = create(kind).train()
+    for module in model.modules():
+        if module.__class__.__name__ == "Block":
+            fully_shard(module)
+    fully_shard(model)
+    x, spacing = batch(place)
+    out = model(x, spacing=spacing)
+    out.square().mean().backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, spacing=spacing), out, rtol=1e-5, atol=1e-6)
+    torch.save((out.detach(), grads), folder / f"{place}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["classifier", "segmenter"])
+def test_other_numbers_of_parts_per_process(kind, tmp_path):
+    multiprocessing.spawn(work, (tmp_path, kind), nprocs=2)
+    model = create(kind).train()
+    for place in range(2):
+        x, spacing = batch(place)
+        out = model(x, spacing=spacing)
+        (out.square().mean() / 2).backward()  # processes average
+        sharded, grads = torch.load(tmp_path / f"{place}.pt")
+        torch.testing.assert_close(sharded, out.detach(), rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_in_one_process_each_part_passes_once():
+    module, seen = torch.nn.Linear(2, 2), []
+    assert run_parts(module, lambda part: seen.append(part) or part, [3, 4], lambda a, b: pytest.fail("tied")) == [3, 4]
+    assert seen == [3, 4]
+
+
+def test_tied_results_change_nothing():
+    x, other = torch.randn(3), torch.randn(3, requires_grad=True)
+    assert torch.equal(tie(x, other), x)
+    tie(x, other).sum().backward()
+    assert torch.equal(other.grad, torch.zeros(3))
