@@ -15,8 +15,8 @@ also at pixel sizes that training did not have.
 
 Segmentation, instances and detection take folders `train/images/*` and `train/labels/*` of the same names, and
 `validation/...` and `test/...` likewise, of the same formats and TIFF: labels are classes of pixels, or number objects.
-Training sees random crops, with the pixel sizes that `factors` allows, and with overviews around them where `levels`
-says so; validation sees whole images, in windows of `tile` pixels if they are too large. `--data hela`, `bacteria` and
+Training sees random crops, `foreground` of which have labels in them (where objects are few, nearly all should), with
+the pixel sizes that `factors` allows, and with overviews around them where `levels` says so; validation sees whole images, in windows of `tile` pixels if they are too large. `--data hela`, `bacteria` and
 `cho` (volumes) are real cells, fetched once (see `training.cells`). Nuclei in minutes, and a U-Net to compare:
 
     python examples/train.py --output runs/hela --config hela.yaml

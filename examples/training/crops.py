@@ -58,11 +58,6 @@ class Scenes(NamedTuple):
         levels = [batch.to(device, non_blocking) for batch in self.levels]
         return self._replace(levels=levels, origins=[origin.to(device) for origin in self.origins])
 
-    def select(self, index: int) -> "Scenes":
-        """Returns a scene by itself."""
-        levels = [one_of(batch, index) for batch in self.levels]
-        return self._replace(levels=levels, origins=[origin[index : index + 1] for origin in self.origins])
-
     def told(self) -> dict[str, Any]:
         """Returns what a `rat_timm.dense.Segmenter` is called with, ``x`` among it."""
         images, spacings, masks = zip(*(batch[:3] for batch in self.levels), strict=True)
@@ -74,11 +69,6 @@ class Scenes(NamedTuple):
         elif masks[0] is None:
             told["mask"] = None
         return {"x": list(images) if len(images) > 1 else images[0], "out": self.out, **told}
-
-
-def one_of(batch: Batch, index: int) -> Batch:
-    """Returns a sample of a batch by itself."""
-    return Batch(*(None if part is None else part[index : index + 1] for part in batch))
 
 
 def _valid(image: Tensor) -> Tensor:

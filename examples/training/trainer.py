@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.progress import Progress, TaskID
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
@@ -19,11 +19,10 @@ from torch.utils.tensorboard import SummaryWriter
 from training.batch_size import find_batch_size
 from training.checkpoints import Checkpoints
 from training.config import Config, remember
-from training.crops import Scenes, one_of
 from training.engines import Engine, create_engine
 from training.processes import count, gather, locked, rank
 from training.spacings import Spacings
-from training.steps import Output, Recipe, fit
+from training.steps import Recipe, fit
 from training.tasks import Call, Measured, Task, task_class
 
 
@@ -43,8 +42,7 @@ def train(config: Config, report: Callable[[dict[str, float]], None] = lambda me
         task = task_class(config)(config)
         model = task.create_model()
         training, validation = task.samples(model)
-        outputs = task.outputs if config.parallel == "ddp" else functools.partial(in_equal_calls, task.outputs)
-        recipe = Recipe(outputs, task.loss, config.clip_grad, config.ema_decay, config.precision)
+        recipe = Recipe(task.outputs, task.loss, config.clip_grad, config.ema_decay, config.precision)
         given = config
         if config.batch_size == "auto":
             config = copy.copy(config)
@@ -208,28 +206,6 @@ class Trainer:
         picture = self.task.picture(prediction, batch, 0)
         if picture is not None:
             self.writer.add_image("validation/prediction", picture, self.step)
-
-
-def in_equal_calls(outputs: Callable[[nn.Module, Any], Output], model: nn.Module, batch: Any) -> Output:
-    """Calls a model whose weights are shared, so that all processes make the same calls.
-
-    Samples that differ in pixel size are brought to sizes of their own by a physical stem, which then runs on each:
-    where any process has such samples, all call the model on one after the other.
-    """
-    mixed = bool((batch.spacing != batch.spacing[:1]).any())
-    if not any(gather(mixed)):
-        return outputs(model, batch)
-    select = batch.select if isinstance(batch, Scenes) else functools.partial(one_of, batch)
-    return _joined([outputs(model, select(index)) for index in range(len(batch.spacing))])
-
-
-def _joined(parts: Sequence[Output]) -> Output:
-    """Puts logits or lists of boxes side by side; of losses it takes the mean."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts))
-    if isinstance(parts[0], dict):
-        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-    return [one for part in parts for one in part]
 
 
 class _InStep:
