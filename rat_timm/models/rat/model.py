@@ -14,6 +14,7 @@ import torch
 from timm.layers import calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.fx import Proxy
 
 from ...geometry.grid import Pyramid, Tokens, fill, integers, merge_axes
@@ -226,7 +227,8 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
         def run(part: Part) -> Run:
             return self._run_stages(part.images, take, count, return_assignments)
 
-        runs = run_parts(self, run, parts, _tied) if self.cfg.physical_stem else [run(parts[0])]
+        alone = not (dist.is_available() and dist.is_initialized())
+        runs = [run(part) for part in parts] if alone else run_parts(self, run, parts, _tied)
         return runs[0] if len(runs) == 1 else _join(runs, parts)
 
     def _run_stages(self, images: Pyramid, take: Sequence[int], count: int | None, return_assignments: bool) -> Run:
