@@ -16,11 +16,12 @@ also at pixel sizes that training did not have.
 Segmentation, instances and detection take folders `train/images/*` and `train/labels/*` of the same names, and
 `validation/...` and `test/...` likewise, of the same formats and TIFF: labels are classes of pixels, or number objects.
 Training sees random crops, `foreground` of which have labels in them (where objects are few, nearly all should), with
-the pixel sizes that `factors` allows, and with overviews around them where `levels` says so; validation sees whole images, in windows of `tile` pixels if they are too large. `--data hela`, `bacteria` and
-`cho` (volumes) are real cells, fetched once (see `training.cells`). Nuclei in minutes, and a U-Net to compare:
+the pixel sizes that `factors` allows, and with overviews around them where `levels` says so; validation sees whole
+images, in windows of `tile` pixels if they are too large. `--data hela`, `bacteria` and `cho` (volumes) are real cells,
+fetched once (see `training.cells`). Nuclei in minutes, and a U-Net to compare:
 
-    python examples/train.py --output runs/hela --config hela.yaml
-    python examples/train.py --output runs/unet --config hela.yaml --model smp:unet-resnet10t --model_args {}
+    python examples/train.py --config hela.yaml
+    python examples/train.py --config hela.yaml --output runs/unet --model smp:unet-convnext_atto --model_args "{}"
     python examples/evaluate.py --trained runs/hela --output runs/hela/test --factors 0.5 0.7 1 1.4 2 --resized
 
     # hela.yaml
