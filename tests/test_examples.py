@@ -52,7 +52,7 @@ def test_the_test_weights_are_trained(run, tmp_path):
 def test_shipped_weights_are_as_good_as_their_card_says(name):
     example = importlib.import_module("pretrain_test_weights")
     file = Path(timm.create_model(name).pretrained_cfg["file"])
-    assert file.stat().st_size < 1.5e6
+    assert file.stat().st_size < 2e6
     stated = ModelCard.load(file.with_suffix(".md")).data.eval_results
     results = {tuple(map(int, result.dataset_config.split(" x "))): result.metric_value for result in stated}
     assert list(results) == example.TASKS[name].test
@@ -74,7 +74,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     names = {}
     exec("\n".join(blocks), names)
     assert names["logits"].shape == (1, 10)
-    assert names["segmentation"].shape == (2, 2, 192, 256)
+    assert names["cells"].shape == (2, 96, 128)
     assert names["shares"].shape == (1, 48, 64, 48)
     assert names["labels"].shape == (1, 192, 256)
     assert names["scan"].spacing == (0.5, 0.25)

@@ -639,7 +639,8 @@ def test_tiles_of_ome_tiff_decode_to_no_more_than_they_promise(tmp_path, compres
     image = np.ones((size, size), np.uint8)
     tile = {"tile": (size, size), "photometric": "minisblack"}
     write_tiff(path, image, "YX", SIZES[1:], compression=compression, **tile)
-    read(path)  # whatever is imported once
+    for region in (None, [slice(3, 9)] * 2):
+        read(path, region=region)  # whatever is imported once
     for axis in "XY":
         edit_xml(path, f'Size{axis}="{size}"', f'Size{axis}="32"')
     with tifffile.TiffFile(path, mode="r+") as tiff:

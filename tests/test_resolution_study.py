@@ -140,7 +140,7 @@ def test_the_plan_names_networks_and_every_one_is_planned():
 
 def test_the_physical_stem_is_resizing_beforehand():
     torch.manual_seed(0)
-    told = networks.NETWORKS[networks.TOLD].create((1.0, 1.0), 3).eval()
+    told = networks.NETWORKS[networks.FORMER].create((1.0, 1.0), 3).eval()
     hidden = networks.NETWORKS[networks.HIDDEN].create((1.0, 1.0), 3).eval()
     hidden.load_state_dict(told.state_dict())
     x = torch.randn(2, 1, 24, 36)
@@ -203,6 +203,7 @@ def results():
         ("rat, physical stem", "cropped"): (85, None, None),
         ("rat, physical stem", "spacing hidden"): (45, 90, 40),
         ("rat", ""): (40, 90, 40),
+        ("rat, physical stem, former grouping", ""): (65, 90, 65),
         ("rat, pyramid", ""): (50, 91, 50),
         ("rat, pyramid", "resized"): (97, 97, 97),
         ("plain rat", "resized"): (97, 97, 97),
@@ -271,7 +272,8 @@ def test_seeds_are_compared_with_the_same_seeds(results):
 
 
 def test_what_the_study_asked_for(results):
-    (goal,) = report.goals(results).to_dict("records")
+    goal, former = report.goals(results).to_dict("records")
+    assert (goal["network"], former["network"]) == (networks.TOLD, networks.FORMER)
     assert goal["loss 2x finer"].startswith("10.0 ± 0.0")
     assert goal["loss 2x coarser"].startswith("20.0 ± 0.0")
     assert goal["loss 4x coarser"] == ""
@@ -282,7 +284,8 @@ def test_what_the_study_asked_for(results):
 def test_changes_are_those_to_the_network_that_is_changed(results):
     found = report.changes(results)[0.5]
     assert {name: float(by.split()[0]) for name, by in found.items()} == {
-        "rat, physical stem - rat": 40,
+        "rat, physical stem - rat, physical stem, former grouping": 15,
+        "rat, physical stem, former grouping - rat": 25,
         "rat, pyramid - rat": 10,
         "rat, physical stem / spacing hidden - rat, physical stem": -35,
     }

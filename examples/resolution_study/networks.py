@@ -138,13 +138,13 @@ PEERS = {
     "vit": Network(_VIT, {**VIT, **SIZES}, lr=1e-3),
     "swin": Network(_SWIN, {**SWIN, "strict_img_size": False}, multiple=4, least=32),
 }
-PHYSICAL = Network("test_rat", RAT_OPTIONS, "given")
+PHYSICAL = Network("test_rat", RAT_OPTIONS, "given", changed=FORMER)
 CONVNEXT = dataclasses.replace(PEERS["convnext"], spacing="resized")
 
 NETWORKS = {
     TOLD: PHYSICAL,
-    FORMER: Network("test_rat", FORMER_OPTIONS, "given", changed=TOLD),
-    RAT: Network("test_rat", PIXEL_OPTIONS, "given", changed=FORMER),
+    FORMER: Network("test_rat", FORMER_OPTIONS, "given", changed=RAT),
+    RAT: Network("test_rat", PIXEL_OPTIONS, "given"),
     HIDDEN: Network("test_rat", PIXEL_OPTIONS, changed=RAT),
     "plain rat": Network(_PLAIN, {**VIT, **SIZES, "physical_patches": True}, "given", lr=1e-3),
     **PEERS,
