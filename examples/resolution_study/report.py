@@ -35,7 +35,7 @@ PICTURED = {
 POINTS = {
     "cells": "Told the pixel size, RAT holds from a quarter to four times of it",
     "photographs": "Photographs: finer pixels do no harm, coarser ones lack the detail",
-    "cells in volumes": "Volumes: half of training coarsened holds at all voxel sizes",
+    "cells in volumes": "Volumes: told, and trained at several voxel sizes, RAT holds to 2.8 times",
 }
 MARKERS = "osv^D<>x"
 
