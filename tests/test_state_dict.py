@@ -1,5 +1,6 @@
 """Checkpoints of other axes, channels, classes, units and wrappers give what they gave."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -10,8 +11,8 @@ from timm.models import load_checkpoint
 from timm.utils import ModelEmaV3
 
 from helpers import lively
-from rat_timm.models.rat import checkpoint_filter_fn
-from rat_timm.models.rat.checkpoint import rescale
+from rat_timm.models.rat import RatConfig, checkpoint_filter_fn
+from rat_timm.models.rat.checkpoint import rescale, upgrade_keywords
 from rat_timm.timm_api.state_dict import fit
 
 
@@ -146,6 +147,19 @@ def test_shipped_weights_know_their_spacing_however_their_entry_is_named():
 def test_a_physical_stem_at_another_reference_spacing_is_told():
     with pytest.warns(UserWarning, match="weights were trained with pixels of 1.0 in front of the stem"):
         timm.create_model("test_rat", pretrained=True, spacing=0.25)
+
+
+@pytest.mark.parametrize(("depths", "kinds"), [((1, 1, 1, 1), ("sparse", "sparse", "dense")), ((2,), ())])
+def test_keywords_that_were_saved_before_mean_what_they_meant(depths, kinds):
+    """Then groups had the finer stage's width, and by default the last grouping was dense."""
+    former = {"depths": depths, "iters": 3, "sga_mlp_ratio": 1.0, "physical_stem": False, "group_first": False}
+    for saved in ({**former, "sga_attention_type": None}, former):
+        upgraded = upgrade_keywords(saved)
+        assert upgraded == {**former, "group_width": "fine", "sga_attention_type": kinds}
+        assert saved.get("group_width") is None  # it is not changed itself
+    now = dataclasses.asdict(RatConfig())
+    assert upgrade_keywords(now) == now
+    assert upgrade_keywords({"embed_dim": 32}) == {"embed_dim": 32}
 
 
 def test_fixed_frequencies_of_images_are_not_those_of_volumes():
