@@ -16,6 +16,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Lets a test compute as programs that are started do (`helpers.start`)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def quickly(tmp_path_factory):
     """Trains a task with --quick, once for all workers of pytest; returns the folder."""

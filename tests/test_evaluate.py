@@ -23,13 +23,7 @@ from training.conditions import Condition, Evaluation, conditions, view
 from training.config import Config
 from training.frames import Discs
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def dice(predicted, true):

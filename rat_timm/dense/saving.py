@@ -2,10 +2,8 @@
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from timm.models._hub import load_cfg_from_json
@@ -13,8 +11,9 @@ from timm.models._input import get_model_args
 from torch import nn
 
 from ..timm_api.build import keywords_of
-from ..timm_api.checkpoints import CONFIG, KEY, METADATA, WEIGHTS, Checkpoint, Place, config_digest, read, sha256
+from ..timm_api.checkpoints import CONFIG, KEY, Checkpoint, Place, read, replacing, write
 from ..timm_api.families import FAMILIES
+from ..timm_api.state_dict import different_shapes
 
 OPTIONS = "segmenter"
 """The key of a config.json under which a segmenter's own options stand; what makes its backbone stands where timm has
@@ -27,17 +26,9 @@ def save_segmenter(model: nn.Module, folder: str | Path) -> Path:
     from .. import __version__  # at the end of the package's import
 
     config = {**_describe(model), KEY: {"version": __version__}}
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    data = safetensors.torch.save(tensors, metadata={"format": "pt", METADATA: config_digest(config)})
-    config[KEY]["sha256"] = sha256(data)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as temporary:  # if saving fails, a good folder stays as it is
-        new = Path(temporary)
-        (new / WEIGHTS).write_bytes(data)
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in new.iterdir():
-            file.replace(folder / file.name)
+    with replacing(folder) as new:
+        write(model, config, new)
     return folder
 
 
@@ -78,9 +69,8 @@ def _describe(model: Any) -> dict[str, Any]:
     options = dict(zip(OPTION_NAMES, values, strict=True))
     with torch.device("meta"):
         again = type(model)(architecture, **options, **args)
-    shapes, expected = ({name: value.shape for name, value in m.state_dict().items()} for m in (model, again))
-    if shapes != expected:
-        changed = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    changed = different_shapes(model, again)
+    if changed:
         raise ValueError(f"model must be what its keywords make to be saved, but differs from it in {changed}")
     return {"architecture": architecture, "pretrained_cfg": {}, "model_args": args, OPTIONS: options}
 

@@ -6,20 +6,22 @@ version of this package, whose config was not covered, or another library's, for
 Digests find damage and mix-ups. They are no signatures: whoever writes both files can write anything.
 """
 
+import contextlib
 import copy
 import io
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import safetensors.torch
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from timm.models._hub import _parse_model_cfg, load_cfg_from_json
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -85,6 +87,33 @@ def config_digest(config: dict[str, Any]) -> str:
 def sha256(data: bytes) -> str:
     """Returns the SHA-256 of bytes in hexadecimal digits, as the Hub states it of files."""
     return sha_fileobj(io.BytesIO(data)).hex()
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields a new folder, whose files come to ``folder`` once all are written: if that fails, it stays as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as temporary:
+        new = Path(temporary)
+        yield new
+        for file in new.iterdir():
+            file.replace(folder / file.name)
+
+
+def write(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Writes a model's weights and its config, each with the digest of the other; the config gets that of the weights.
+
+    Args:
+        model: Whose state dict is written.
+        config: With a dict under `KEY`.
+        folder: Where to.
+    """
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    metadata = {"format": "pt", METADATA: config_digest(config)}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    with (folder / WEIGHTS).open("rb") as stream:
+        config[KEY]["sha256"] = sha_fileobj(stream).hex()
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read(place: Place, name: str = WEIGHTS) -> Checkpoint:

@@ -25,11 +25,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import safetensors.torch
 import timm
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import safe_open
 from timm.models import PretrainedCfg
 from timm.models._hub import download_from_hf, load_cfg_from_json, save_config_for_hf
@@ -37,7 +35,8 @@ from timm.models._input import get_model_args
 from torch import nn
 
 from ..geometry.ranges import RangeLike, SpacingRange, describe_range, range_of_json, read_range
-from .checkpoints import CONFIG, KEY, METADATA, WEIGHTS, Checkpoint, Place, config_digest, read
+from .checkpoints import CONFIG, KEY, METADATA, WEIGHTS, Checkpoint, Place, read, replacing, write
+from .state_dict import different_shapes
 
 README = "README.md"
 
@@ -79,20 +78,11 @@ def save(
     _check_labels(label_names, model)
     known = _known_range(spacing_range, model)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as temporary:  # if saving fails, a good folder stays as it is
-        new = Path(temporary)
-        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    with replacing(folder) as new:
         config = _describe(model, new / CONFIG, label_names, data_config, known)
-        metadata = {"format": "pt", METADATA: config_digest(config)}
-        safetensors.torch.save_file(tensors, new / WEIGHTS, metadata=metadata)
-        with (new / WEIGHTS).open("rb") as stream:
-            config[KEY]["sha256"] = sha_fileobj(stream).hex()
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write(model, config, new)
         if not (folder / README).exists():
             _card(config, model_name or f"local-dir:{folder}", card_data, description).save(new / README)
-        for file in new.iterdir():
-            file.replace(folder / file.name)
     return folder
 
 
@@ -104,9 +94,8 @@ def _check_model(model: Any) -> None:
         )
     args = get_model_args(model, _model_args(model))
     again = timm.create_model(model.pretrained_cfg["architecture"], device="meta", **args)
-    shapes, expected = ({name: value.shape for name, value in m.state_dict().items()} for m in (model, again))
-    if shapes != expected:
-        changed = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    changed = different_shapes(model, again)
+    if changed:
         raise ValueError(f"model must be whole: what its keywords make differs from it in {changed} (is it pruned?)")
 
 

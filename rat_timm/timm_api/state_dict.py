@@ -57,6 +57,12 @@ def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
     return adapted.unflatten(2, weight.shape[2:]).squeeze(-1)
 
 
+def different_shapes(one: nn.Module, other: nn.Module) -> list[str]:
+    """Returns the names of what only one of two models has, or both in other shapes."""
+    a, b = ({name: value.shape for name, value in model.state_dict().items()} for model in (one, other))
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
 def check_names(state_dict: dict[str, Tensor], model: nn.Module, but: tuple[str, ...] = ("head.fc.",)) -> None:
     """Raises ``ValueError`` if parameters are missing or left over, but for those whose names begin so.
 
