@@ -95,8 +95,7 @@ class WithGeometry(nn.Module):
         images = read_images(x, told, backbone.reference_spacing, x.shape[1], (1,) * (x.ndim - 2))
         parts = parts_at_reference(images, backbone.reference_spacing)
         maps = [self._sampled(part.images, select_rows(images, part.rows)) for part in parts]
-        joined = maps[0] if len(maps) == 1 else join_parts(maps, [part.rows or [] for part in parts])
-        return joined.levels[0].x.movedim(-1, 1)
+        return join_parts(maps, [part.rows or [] for part in parts]).levels[0].x.movedim(-1, 1)
 
     def _sampled(self, at_reference: Pyramid, images: Pyramid) -> Pyramid:
         """Runs the network on resampled images; returns its maps at the pixels of ``images``, zero where masked."""

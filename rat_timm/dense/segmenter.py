@@ -201,8 +201,6 @@ class Segmenter(nn.Module):
         """Decodes the images of a batch; those that come to sizes of their own at the reference spacing, apart."""
         parts = self._parts(images, told)
         decoded = run_parts(self, lambda part: self._decode(part.images, told), parts, _tied)
-        if len(parts) == 1:
-            return decoded[0]
         return join_parts([Pyramid([tokens]) for tokens in decoded], [part.rows or [] for part in parts]).levels[0]
 
     def _parts(self, images: Pyramid, told: Told) -> list[Part]:

@@ -108,8 +108,10 @@ def join_parts(pyramids: Sequence[Pyramid], rows: Sequence[Sequence[int]]) -> Py
 
     Args:
         pyramids: What a model made of each part.
-        rows: The indices of its samples in the batch.
+        rows: The indices of its samples in the batch. Of a single part, which is the batch, no use is made.
     """
+    if len(pyramids) == 1:
+        return pyramids[0]
     order = torch.tensor([row for part in rows for row in part], device=pyramids[0].levels[0].x.device).argsort()
     joined = _side_by_side(pyramids)
     prefix = None if joined.prefix is None else joined.prefix.index_select(0, order)
