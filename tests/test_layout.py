@@ -28,6 +28,7 @@ ALLOWED = {
     "evaluation": {"data"},
     "dense": {"geometry", "ops", "layers", "models", "timm_api", "adapters"},
     "adapters": {"geometry", "ops", "models"},
+    "predict": {"geometry", "layers", "models", "data", "dense", "timm_api"},
     "huggingface": {"data", "geometry"},
     "__main__": {"cost", "timm_api"},
 }
