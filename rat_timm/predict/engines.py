@@ -5,6 +5,7 @@ An engine starts workers, hands out tiles and restarts what was killed. Nothing 
 """
 
 import os
+import sys
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessP
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache, partial
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -137,8 +139,7 @@ class _Pool:
         self.executor = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
-        # not forked: a forked process must not use CUDA, nor threads
-        return ProcessPoolExecutor(self.arguments[1], get_context("spawn"), _hold, self.arguments)
+        return ProcessPoolExecutor(self.arguments[1], _context(), _hold, self.arguments)
 
     def submit(self, tile: int) -> Future:
         try:
@@ -147,6 +148,15 @@ class _Pool:
             self.executor.shutdown()
             self.executor = self._start()
             return self.executor.submit(_process_tile, tile)
+
+
+def _context() -> BaseContext:
+    """Returns how processes start: never forked from this one, since then they could use neither CUDA nor threads."""
+    if sys.platform != "linux":
+        return get_context("spawn")
+    context = get_context("forkserver")  # a process that has imported the package, and does nothing but fork
+    context.set_forkserver_preload([__package__])
+    return context
 
 
 _held: list[Work] = []  # in a process of a pool: its work
