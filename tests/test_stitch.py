@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.measure import label
-from test_instances import balls, network_that_is_right
 
 from rat_timm.dense import instance_targets, instances
 from rat_timm.predict.stitch import Faces, directions, faces_of, join, load_faces, relabel, save_faces
+from test_instances import balls, network_that_is_right
 
 
 def tiles_of(size, tile, halo):
@@ -341,7 +341,7 @@ def test_faces_that_do_not_fit():
     left, right = faces_of(labels, (full, slice(0, 3))), faces_of(labels, (full, slice(3, 6)))
     blind, short = faces_of(labels, (full, slice(0, 6))), faces_of(labels, (slice(0, 3), slice(3, 6)))
     assert join((1, 2), lambda tile, _: (left, right)[tile]).objects == 1
-    with pytest.raises(ValueError, match=r"tiles 0 and 1 must see pixels of each other: one sees none, \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"tiles 0 and 1 must have a halo: one sees no pixel of the other, \(0, 1\)"):
         join((1, 2), lambda tile, _: (left, blind)[tile])
     with pytest.raises(ValueError, match=r"tiles 0 and 1 must share a face, got \[2, 4\] and \[2, 3\]"):
         join((1, 2), lambda tile, _: (left, short)[tile])

@@ -207,9 +207,7 @@ def _links(tile: int, grid: Sequence[int], present: Sequence[Labels], load: Load
         back = tuple(-step for step in direction)
         theirs = load(other, [back])
         if own is None or theirs is None or direction not in own.beside or back not in theirs.beside:
-            raise ValueError(
-                f"tiles {tile} and {other} must see a pixel of each other: one sees none towards {direction}"
-            )
+            raise ValueError(f"tiles {tile} and {other} must have a halo: one sees no pixel of the other, {direction}")
         one, two = own.beside[direction], theirs.beside[back][::-1]  # the same pixels
         if one.shape != two.shape:
             raise ValueError(f"tiles {tile} and {other} must share a face, got {list(one.shape)} and {list(two.shape)}")
