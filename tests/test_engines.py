@@ -74,12 +74,16 @@ def test_this_process_goes_tile_by_tile(tmp_path):
     run(work, TILES, done=told.append)
     assert told == TILES
     assert work.computed() == {tile: [os.getpid()] for tile in TILES}
-    run(work, [])
     run(work, [3])
     assert work.computed()[3] == 2 * [os.getpid()]
     with pytest.raises(KeyError, match="no such tile"):
         run(Work(tmp_path, fail=4), TILES, done=told.append)
     assert told == [*TILES, 3]
+
+
+@pytest.mark.parametrize("scheduler", [None, "tcp://127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_without_tiles_there_is_no_cluster(scheduler):
+    run(print, [], scheduler=scheduler, workers=2)
 
 
 def test_processes(tmp_path):

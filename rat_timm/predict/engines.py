@@ -50,7 +50,7 @@ def run(
     """Calls ``work`` for each tile.
 
     A worker that is killed is replaced, and what it had in hand is computed again, three times at most. Few tiles are
-    handed out at a time, so that memory does not grow with their number.
+    handed out at a time, so that memory does not grow with their number. Without tiles nothing is started.
 
     Args:
         work: What is called. Sent once to each worker, however many tiles it gets. Its calls do not depend on each
@@ -75,9 +75,9 @@ def run(
         for tile in tiles:
             work(tile)
             _tell(done, tile)
-        return
-    with engine as (submit, most):
-        _hand_out(submit, most, tiles, done)
+    elif tiles:
+        with engine as (submit, most):
+            _hand_out(submit, most, tiles, done)
 
 
 def _engine(work: Work, scheduler: str | None, workers: int) -> AbstractContextManager[Engine] | None:
