@@ -90,7 +90,7 @@ def cases(draw):
 
 
 @given(cases(), st.floats(0.0, 1.0), st.sampled_from(["seen", "split"]))
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_tiles_that_see_what_is_true_make_the_whole(case, share, kind):
     """Snakes, specks that touch over corners, objects larger than tiles: any labels.
 
