@@ -9,17 +9,15 @@ results are added to `results.csv` when it is done, so that the study may be int
 """
 
 import argparse
-import dataclasses
+import functools
 import itertools
 from pathlib import Path
-
-from joblib import Parallel, delayed
-from rich.progress import track
 
 from resolution_study import report
 from resolution_study.experiments import Budget, Experiment, run
 from resolution_study.networks import COARSENED, FORMER, HIDDEN, NETWORKS, PEERS, RAT, TOLD
 from resolution_study.tasks import REGIMES, TASKS
+from studies.results import carry_out
 
 FOLDER = Path(__file__).parent / "resolution_study"
 SEEDS = (0, 1, 2)
@@ -89,14 +87,13 @@ def main() -> None:
         wanted = [Experiment("cells", "plain rat", "one", 0)]
     chosen = {"network": given.networks, "regime": given.regimes, "seed": given.seeds}
     wanted = [each for each in wanted if all(getattr(each, name) in allowed for name, allowed in chosen.items())]
-    file = output / "results.csv"
-    done = report.read(file)
-    finished = set(done[["task", "network", "regime", "seed"]].itertuples(index=False, name=None))
-    left = [each for each in wanted if dataclasses.astuple(each) not in finished]
-    jobs = (delayed(run)(each, budget, given.cache) for each in left)
-    output.mkdir(parents=True, exist_ok=True)
-    for rows in track(Parallel(given.jobs, return_as="generator_unordered")(jobs), "trainings", total=len(left)):
-        rows[report.COLUMNS].to_csv(file, mode="a", header=not file.exists(), index=False)
+    carry_out(
+        wanted,
+        functools.partial(run, budget=budget, cache=given.cache),
+        output / "results.csv",
+        report.COLUMNS,
+        given.jobs,
+    )
     report.write(output)
 
 

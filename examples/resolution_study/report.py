@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+import studies.results
 from resolution_study.networks import COARSENED, FORMER, HIDDEN, NETWORKS, TOLD
 from resolution_study.tasks import REGIMES, TASKS
+from studies.results import put_into, spread
 
 COLUMNS = ["task", "network", "regime", "seed", "setting", "factor", "control", "right", "count", "seconds", "answers"]
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 ORDER = {name: place for names in (TASKS, REGIMES, NETWORKS) for place, name in enumerate(names)}
 TRAINED_AT = {"one": "one pixel size (1)", "two": "two pixel sizes (0.7, 1.4)", "mixed": "pixel sizes from 0.5 to 2"}
 RATS = (TOLD, COARSENED, FORMER)  # those that are told, and compared with the controls
@@ -56,14 +57,12 @@ class Points(NamedTuple):
     half: float
 
     def __str__(self) -> str:
-        return f"{_spread(self.mean, self.deviation)} ({self.mean - self.half:.0f} to {self.mean + self.half:.0f})"
+        return f"{spread(self.mean, self.deviation)} ({self.mean - self.half:.0f} to {self.mean + self.half:.0f})"
 
 
 def read(file: Path) -> pd.DataFrame:
     """Reads the results, none if there is no file."""
-    if not file.exists():
-        return pd.DataFrame(columns=COLUMNS)
-    return pd.read_csv(file, keep_default_na=False, dtype={"answers": str})
+    return studies.results.read(file, COLUMNS, dtype={"answers": str})
 
 
 def write(folder: Path) -> None:
@@ -86,10 +85,7 @@ def write_tables(results: pd.DataFrame, folder: Path) -> None:
     trainings = results.drop_duplicates(["task", "network", "regime", "seed"])["seconds"]
     sections = [f"{len(trainings)} trainings and their tests, {trainings.sum() / 3600:.1f} hours of one core."]
     sections += [found.to_markdown(index=False)] if len(found) else []
-    file = folder / "README.md"
-    text = file.read_text() if file.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    file.write_text(before + BEGIN + "\n\n" + "\n\n".join(sections) + "\n\n" + END + rest.partition(END)[2])
+    put_into(folder / "README.md", sections)
 
 
 def tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -233,12 +229,7 @@ def _cell(rows: pd.DataFrame) -> str:
     share = 100 * rows["right"] / rows["count"]
     # all seeds are tested on the same images, so that more seeds do not make the interval narrower
     interval = binomtest(round(rows["right"].mean()), int(rows["count"].iloc[0])).proportion_ci(method="wilson")
-    return f"{_spread(share.mean(), share.std())} ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
-
-
-def _spread(mean: float, deviation: float) -> str:
-    """Writes the deviation of seeds only where there is more than one seed."""
-    return f"{mean:.1f}" if np.isnan(deviation) else f"{mean:.1f} ± {deviation:.1f}"
+    return f"{spread(share.mean(), share.std())} ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
 
 
 def _label(who: tuple[str, str]) -> str:

@@ -4,7 +4,7 @@ Pixel sizes are factors of a task's own; images are cached, since all networks s
 """
 
 import dataclasses
-import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +14,11 @@ import torch
 from joblib import Memory
 from torch import Tensor
 
+from resolution_study import photographs, scenes
 from resolution_study.photographs import KINDS, photograph
 from resolution_study.scenes import DIAMETERS, Scene, render
+from studies import places
+from studies.results import digest
 
 FACTORS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # of the training spacing, to test at
 REGIMES = {"one": (1.0,), "two": (0.7, 1.4), "mixed": (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0)}  # to train at
@@ -114,5 +117,4 @@ def _draw(
 
 def _version() -> str:
     """A digest of the code that draws, so that images of older code are drawn anew."""
-    files = [Path(__file__).with_name(name) for name in ("scenes.py", "photographs.py", "tasks.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return digest(scenes, photographs, places, sys.modules[__name__])

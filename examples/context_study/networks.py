@@ -1,0 +1,210 @@
+"""The networks of the study, at one budget: parameters and multiplications within 15% of those of RAT on the pyramid.
+
+All are called on a `Batch` and return logits at the crops' pixels. MuViT comes from its package, `muvit` 0.1.0 (BSD-3),
+which has no decoder for segmentation: it gets the one that this package puts on plain transformers.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from monai.networks.nets import UNet
+from torch import Tensor, nn
+
+from context_study.tasks import Task
+from context_study.views import Batch, Level, cut, show_nothing
+from rat_timm import Grid
+from rat_timm.cost import count_macs
+from rat_timm.dense import Segmenter
+from rat_timm.dense.decoders import DECODERS, DetailLevels, SimplePyramid
+from rat_timm.dense.segmenter import at_grid
+from rat_timm.geometry.grid import Tokens, channels_first, channels_last
+from rat_timm.geometry.sample import sample_at
+from rat_timm.layers.grouping import CONVS
+
+PYRAMID = ("crop", "overview")
+UNLIMITED = 0.0  # share of the batch, of a network outside the budget
+
+_RAT, _VIT = "test_rat", "rat_vit_small_patch16_rope_mixed_224"
+
+
+class Rat(nn.Module):
+    """This package's `Segmenter`, whose backbone is a hierarchical or plain RAT."""
+
+    def __init__(self, task: Task, views: Sequence[str], options: Mapping[str, Any]) -> None:
+        super().__init__()
+        axes, alone = len(task.size), task.factors if views[0] == "overview" else (1,) * len(task.size)
+        # reference spacing: that of the finest image it is trained with
+        self.model = Segmenter(
+            num_classes=len(task.classes),
+            in_chans=1,
+            spacing=task.scaled(alone),
+            spatial_dims=axes,
+            **options,
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """``[B, classes, *size]``."""
+        levels = batch.levels
+        masks = None
+        if any(level.mask is not None for level in levels):
+            masks = [_mask(level) for level in levels]
+        told = {
+            "spacing": [level.spacing for level in levels],
+            "origin": [level.origin for level in levels],
+            "mask": masks,
+        }
+        return self.model([level.image for level in levels], out=batch.place, **told)
+
+
+def _mask(level: Level) -> Tensor:
+    return torch.ones_like(level.image[:, 0], dtype=torch.bool) if level.mask is None else level.mask
+
+
+class Muvit(nn.Module):
+    """An encoder of the package `muvit`, with the decoder that `Segmenter` has for plain transformers.
+
+    Its levels have one number of pixels. It is told where each begins and ends, in pixels of the crop.
+    """
+
+    def __init__(self, task: Task, views: Sequence[str], options: Mapping[str, Any]) -> None:
+        super().__init__()
+        axes, patch = len(task.size), tuple(options["patch_size"])
+        encoder = getattr(_import_muvit(), f"MuViTEncoder{axes}d")
+        # without boxes the levels' factors would be those of all axes; with boxes they are names
+        levels = (1.0, float(max(task.factors)))
+        width = options["width"]
+        self.spacing = task.spacing
+        self.encoder = encoder(1, levels, patch, **{k: v for k, v in options.items() if k not in ("patch_size", "width")})
+        self.pyramid = SimplePyramid(self.encoder.dim, patch)
+        self.decoder = DECODERS["fpn"](self.pyramid.dims, width, axes)
+        self.detail = DetailLevels(1, width, [2 if stride >= 2 else 1 for stride in self.pyramid.strides])
+        self.classifier = CONVS[axes](self.detail.dims, len(task.classes), 3, padding=1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """``[B, classes, *size]``."""
+        first, patch = batch.levels[0], self.encoder.patch_size
+        images = torch.stack([level.image for level in batch.levels], dim=1)  # [B, L, C, *size]
+        features = self.encoder.compute_features(images, bbox=self._boxes(batch.levels))[:, 0]
+        grid = first.grid.conv(patch, patch, [0] * len(patch))
+        image = Tokens(channels_last(first.image), first.grid)
+        decoded = self.detail(image, self.decoder(self.pyramid(Tokens(channels_last(features), grid))))
+        logits = decoded._replace(x=channels_last(self.classifier(channels_first(decoded.x))))
+        return channels_first(at_grid(logits, image, image.grid if batch.place is None else batch.place))
+
+    def _boxes(self, levels: Sequence[Level]) -> Tensor:
+        """Where the centres of the first and of the last pixel of each level are, ``[B, L, 2, axes]``."""
+        pixel = levels[0].origin.new_tensor(self.spacing)
+        boxes = []
+        for level in levels:
+            last = [(n - 1) * step for n, step in zip(level.image.shape[2:], level.spacing, strict=True)]
+            boxes.append(torch.stack([level.origin, level.origin + level.origin.new_tensor(last)], dim=1) / pixel)
+        return torch.stack(boxes, dim=1).float()
+
+
+def _import_muvit() -> Any:
+    try:
+        return importlib.import_module("muvit.encoders")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"MuViT needs {error.name}: pip install muvit==0.1.0. It is in no extra of this package, since it takes "
+            "lightning, wandb and x-transformers, and Python 3.11 to 3.13 only"
+        ) from error
+
+
+class CropUnet(nn.Module):
+    """MONAI's U-Net on the crop; with the overview as more channels, if there is one."""
+
+    def __init__(self, task: Task, views: Sequence[str], options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.factors = task.factors
+        channels = 1 if len(views) == 1 else 3
+        self.model = _unet(task, channels, options)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """``[B, classes, *size]``."""
+        crop = batch.levels[0]
+        return self.model(torch.cat([crop.image, *(self._about(crop, level) for level in batch.levels[1:])], dim=1))
+
+    def _about(self, crop: Level, overview: Level) -> Tensor:
+        """The overview as wide as it was in training, about the crop's middle, and where it shows something."""
+        size = crop.image.shape[2:]
+        spacing = [step * by for step, by in zip(crop.spacing, self.factors, strict=True)]
+        half = crop.origin.new_tensor([(n - 1) / 2 for n in size])
+        middle = crop.origin + half * crop.origin.new_tensor(crop.spacing)
+        grid = Grid.create(size, spacing, middle - half * crop.origin.new_tensor(spacing), len(crop.image))
+        seen = sample_at(Tokens(channels_last(overview.image), overview.grid, overview.mask), grid)
+        assert seen.mask is not None
+        return torch.cat([channels_first(seen.x), seen.mask[:, None].float()], dim=1)
+
+
+class FieldUnet(nn.Module):
+    """MONAI's U-Net on the whole field of view at the crop's pixel size, of which the crop's part is read."""
+
+    def __init__(self, task: Task, views: Sequence[str], options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.size = task.size
+        self.model = _unet(task, 1, options)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """``[B, classes, *size]``."""
+        (field,) = batch.levels
+        assert batch.place is not None
+        corner = ((batch.place.origin - field.origin) / batch.place.spacing).round().long()
+        return cut(self.model(field.image), corner.tolist(), self.size)
+
+
+def _unet(task: Task, channels: int, options: Mapping[str, Any]) -> nn.Module:
+    return UNet(len(task.size), channels, len(task.classes), norm="batch", num_res_units=1, **options)
+
+
+FAMILIES = {"rat": Rat, "vit": Rat, "muvit": Muvit, "unet": CropUnet, "field": FieldUnet}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network of the study.
+
+    Attributes:
+        family: A key of `FAMILIES`.
+        views: What it is shown.
+        options: Of its architecture, for images and for volumes, by the number of axes.
+        lr: Learning rate at its peak.
+        at_once: Share of a step's crops that it is given, as far as its budget goes.
+        in_budget: Whether it has the budget of the others.
+    """
+
+    family: Literal["rat", "vit", "muvit", "unet", "field"]
+    views: tuple[str, ...]
+    options: Mapping[int, Mapping[str, Any]]
+    lr: float = 1e-3
+    at_once: float = 1.0
+    in_budget: bool = True
+
+    def create(self, task: Task) -> nn.Module:
+        """Builds it for a task."""
+        return FAMILIES[self.family](task, self.views, self.options[len(task.size)])
+
+
+def count_cost(network: Network, task: Task) -> tuple[int, int]:
+    """Returns parameters, and multiplications for one crop, without computing it."""
+    with torch.device("meta"):
+        model = network.create(task)
+    batch = show_nothing(task, network.views)
+    counted = _OnImages(model, batch).eval()
+    macs = count_macs(counted, [level.image for level in batch.levels])
+    return sum(parameter.numel() for parameter in model.parameters()), macs
+
+
+class _OnImages(nn.Module):
+    """A network on the images of levels whose geometry stays as it is."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        self.model, self.batch = model, batch
+
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        levels = [level._replace(image=image) for level, image in zip(self.batch.levels, images, strict=True)]
+        return self.model(self.batch._replace(levels=tuple(levels)))

@@ -1,0 +1,171 @@
+"""The tasks: what scenes they are of, how crops and overviews lie in them, and scenes that are drawn once and kept.
+
+A scene is kept as its whole field of view at the pixel size of crops; what coarser images show are means of its pixels.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from joblib import Memory
+
+from context_study import brain, scenes
+from context_study.scenes import Field, Tissue
+from studies import places
+from studies.results import digest
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        draw: Renders a scene: from seed, whether it is to be trained on, size and spacing.
+        classes: Names of the classes.
+        size: Pixels of a crop, and of an overview, per axis.
+        spacing: Size of a crop's pixels, per axis.
+        unit: Of the spacing.
+        factors: By what an overview's pixels are larger, and its field of view wider, per axis.
+        finer: The same of an overview whose pixels are finer than in training.
+        coarser: The same of one whose pixels are coarser.
+        training: Number of scenes to train on.
+        test: Number of scenes to test on.
+        crops: Crops of each of them.
+        steps: Steps of training.
+        batch: Crops in a step.
+        flips: Whether mirrored scenes are scenes.
+    """
+
+    draw: Callable[[int, bool, Sequence[int], Sequence[float]], Field]
+    classes: tuple[str, ...]
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    unit: str
+    factors: tuple[int, ...]
+    finer: tuple[int, ...]
+    coarser: tuple[int, ...]
+    training: int
+    test: int
+    crops: int
+    steps: int
+    batch: int
+    flips: bool
+
+    @property
+    def field(self) -> tuple[int, ...]:
+        """Pixels of the whole field of view at the crops' pixel size."""
+        return tuple(n * by for n, by in zip(self.size, self.factors, strict=True))
+
+    def scaled(self, factors: Sequence[float]) -> tuple[float, ...]:
+        """Returns the size of pixels that are larger than a crop's by factors."""
+        return tuple(step * by for step, by in zip(self.spacing, factors, strict=True))
+
+
+def _draw_tissue(tissue: Tissue) -> Callable[[int, bool, Sequence[int], Sequence[float]], Field]:
+    def draw(seed: int, train: bool, size: Sequence[int], spacing: Sequence[float]) -> Field:
+        return scenes.render(tissue, 2 * seed + train, size, spacing)
+
+    return draw
+
+
+TISSUE = Tissue(diameter=9.0, pitch=11.0, texture=3.0, wavelength=72.0, region=190.0)
+TISSUE_3D = Tissue(diameter=7.0, pitch=8.0, texture=3.5, wavelength=36.0, region=95.0)
+TASKS = {
+    "tissue": Task(
+        _draw_tissue(TISSUE),
+        scenes.CLASSES,
+        size=(48, 48),
+        spacing=(1.0, 1.0),
+        unit="um",
+        factors=(8, 8),
+        finer=(4, 4),
+        coarser=(12, 12),
+        training=400,
+        test=100,
+        crops=4,
+        steps=1000,
+        batch=16,
+        flips=True,
+    ),
+    "tissue in volumes": Task(
+        _draw_tissue(TISSUE_3D),
+        scenes.CLASSES,
+        size=(8, 24, 24),
+        spacing=(2.0, 1.0, 1.0),
+        unit="um",
+        factors=(4, 6, 6),
+        finer=(2, 3, 3),
+        coarser=(4, 8, 8),
+        training=200,
+        test=60,
+        crops=4,
+        steps=600,
+        batch=8,
+        flips=True,
+    ),
+    "brain": Task(
+        brain.render,
+        brain.CLASSES,
+        size=(12, 24, 24),
+        spacing=(3.0, 1.0, 1.0),
+        unit="mm",
+        factors=(4, 8, 8),
+        finer=(2, 4, 4),
+        coarser=(4, 12, 12),
+        training=40,
+        test=20,
+        crops=12,
+        steps=500,
+        batch=8,
+        flips=False,
+    ),
+}
+
+
+class Scenes(NamedTuple):
+    """Scenes of a task at the pixel size of crops.
+
+    Attributes:
+        images: ``[N, *field]``, uint8: 0 to 255 for 0 to 1.
+        labels: ``[N, *field]``, uint8.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def training_scenes(name: str, count: int, cache: Path) -> Scenes:
+    """Returns scenes to train on."""
+    return _scenes(name, range(count), True, cache)
+
+
+def test_scenes(name: str, count: int, cache: Path) -> Scenes:
+    """Returns scenes to test on."""
+    return _scenes(name, range(count), False, cache)
+
+
+def _scenes(name: str, seeds: range, train: bool, cache: Path) -> Scenes:
+    memory = Memory(cache, verbose=0, mmap_mode="r")
+    return Scenes(*memory.cache(_draw)(name, seeds, train, _version(), _told(TASKS[name])))
+
+
+def _draw(name: str, seeds: range, train: bool, version: str, told: Any) -> tuple[np.ndarray, np.ndarray]:
+    task = TASKS[name]
+    images, labels = (np.empty((len(seeds), *task.field), np.uint8) for _ in range(2))
+    for place, seed in enumerate(seeds):
+        field = task.draw(seed, train, task.field, task.spacing)
+        images[place] = np.round(255 * field.image.clip(0, 1))
+        labels[place] = field.labels
+    return images, labels
+
+
+def _told(task: Task) -> tuple[Any, ...]:
+    return task.field, task.spacing
+
+
+def _version() -> str:
+    """A digest of the code that draws."""
+    return digest(places, scenes, brain, sys.modules[__name__])
