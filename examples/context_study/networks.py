@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from monai.networks.nets import UNet
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from context_study.tasks import Task
 from context_study.views import Batch, Level, cut, show_nothing
 from rat_timm import Grid
-from rat_timm.cost import count_macs
 from rat_timm.dense import Segmenter
 from rat_timm.dense.decoders import DECODERS, DetailLevels, SimplePyramid
 from rat_timm.dense.segmenter import at_grid
@@ -25,8 +26,6 @@ from rat_timm.geometry.sample import sample_at
 from rat_timm.layers.grouping import CONVS
 
 PYRAMID = ("crop", "overview")
-UNLIMITED = 0.0  # share of the batch, of a network outside the budget
-
 _RAT, _VIT = "test_rat", "rat_vit_small_patch16_rope_mixed_224"
 
 
@@ -189,22 +188,63 @@ class Network:
 
 
 def count_cost(network: Network, task: Task) -> tuple[int, int]:
-    """Returns parameters, and multiplications for one crop, without computing it."""
-    with torch.device("meta"):
-        model = network.create(task)
-    batch = show_nothing(task, network.views)
-    counted = _OnImages(model, batch).eval()
-    macs = count_macs(counted, [level.image for level in batch.levels])
-    return sum(parameter.numel() for parameter in model.parameters()), macs
+    """Returns parameters, and multiplications for one crop."""
+    model, batch = network.create(task).eval(), show_nothing(task, network.views)
+    # fused attention is not counted by every PyTorch
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(batch)
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
 
 
-class _OnImages(nn.Module):
-    """A network on the images of levels whose geometry stays as it is."""
+_RAT_2D = {"backbone": _RAT, "embed_dim": (32, 64, 96), "num_heads": (1, 2, 3), "stem_stride": 2, "width": 48}
+_RAT_3D = {**_RAT_2D, "stem_stride": (1, 2, 2), "width": 32}
+_VIT_2D = {
+    "backbone": _VIT,
+    "img_size": 48,
+    "patch_size": 6,
+    "embed_dim": 96,
+    "depth": 5,
+    "num_heads": 3,
+    "mlp_ratio": 2.0,
+    "width": 48,
+}
+_VIT_3D = {**_VIT_2D, "img_size": 24, "patch_depth": 4, "width": 40}
+# a patch of an overview has to be a pixel or more, and so is large in a crop
+_PHYSICAL_2D = {**_VIT_2D, "patch_size": 24, "depth": 3, "mlp_ratio": 2.6, "physical_patches": True}
+_PHYSICAL_3D = {
+    **_VIT_3D,
+    "patch_size": 12,
+    "patch_depth": 8,
+    "depth": 2,
+    "mlp_ratio": 3.0,
+    "physical_patches": True,
+}
+_MUVIT = {
+    2: {"patch_size": (6, 6), "num_layers": 5, "dim": 96, "heads": 3, "width": 56},
+    3: {"patch_size": (4, 6, 6), "num_layers": 5, "dim": 96, "heads": 3, "width": 40},
+}
+_UNET = {
+    2: {"channels": (28, 48, 96, 160), "strides": (1, 2, 2)},
+    3: {"channels": (20, 36, 64, 104), "strides": (1, 2, 2)},
+}
+_WIDE_UNET = {
+    2: {"channels": (16, 32, 64, 96, 128), "strides": (2, 2, 2, 2)},
+    3: {"channels": (12, 24, 48, 96), "strides": (2, 2, 2)},
+}
+# one image has half of the multiplications, so that the network is deeper
+_DEEPER = {2: {**_RAT_2D, "depths": (4, 4, 2)}, 3: {**_RAT_3D, "depths": (3, 3, 2)}}
+_TWO = {2: {**_RAT_2D, "depths": (1, 2, 3)}, 3: {**_RAT_3D, "depths": (1, 2, 2)}}
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
-        super().__init__()
-        self.model, self.batch = model, batch
-
-    def forward(self, images: Sequence[Tensor]) -> Tensor:
-        levels = [level._replace(image=image) for level, image in zip(self.batch.levels, images, strict=True)]
-        return self.model(self.batch._replace(levels=tuple(levels)))
+OURS, MUVIT, CHANNELS = "RAT, pyramid", "MuViT, pyramid", "U-Net, overview in channels"
+NETWORKS = {
+    OURS: Network("rat", PYRAMID, _TWO),
+    "RAT, crop": Network("rat", ("crop",), _DEEPER),
+    "RAT, overview": Network("rat", ("overview",), _DEEPER),
+    "plain RAT, pyramid": Network("vit", PYRAMID, {2: _VIT_2D, 3: _VIT_3D}),
+    "plain RAT, physical patches, pyramid": Network("vit", PYRAMID, {2: _PHYSICAL_2D, 3: _PHYSICAL_3D}),
+    MUVIT: Network("muvit", PYRAMID, _MUVIT),
+    "U-Net, crop": Network("unet", ("crop",), _UNET),
+    CHANNELS: Network("unet", PYRAMID, _UNET),
+    "U-Net, whole field": Network("field", ("field",), _WIDE_UNET, at_once=0.125, in_budget=False),
+}
+"""Networks by name."""
