@@ -28,7 +28,11 @@ QUICK = {"networks": ["RAT, pyramid", "U-Net, overview in channels"], "tasks": [
 
 def plan(tasks: Sequence[str], networks: Sequence[str], seeds: Sequence[int]) -> list[Experiment]:
     """Returns all experiments, task by task and seed by seed."""
-    return [Experiment(task, network, seed) for task, seed, network in itertools.product(tasks, seeds, networks)]
+    return [
+        Experiment(task, network, seed)
+        for task, seed, network in itertools.product(tasks, seeds, networks)
+        if task not in NETWORKS[network].without
+    ]
 
 
 def add_times(file: Path, tasks: Sequence[str], networks: Sequence[str], rounds: int, cache: Path) -> None:
@@ -36,7 +40,8 @@ def add_times(file: Path, tasks: Sequence[str], networks: Sequence[str], rounds:
     done = set(read(file, ["task"])["task"])
     for task in tasks:
         if task not in done:
-            time_steps(task, networks, rounds, cache).to_csv(file, mode="a", header=not file.exists(), index=False)
+            able = [name for name in networks if task not in NETWORKS[name].without]
+            time_steps(task, able, rounds, cache).to_csv(file, mode="a", header=not file.exists(), index=False)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from joblib import Memory
@@ -23,6 +23,7 @@ class Task:
     """A task.
 
     Attributes:
+        name: Its key in `TASKS`.
         draw: Renders a scene: from seed, whether it is to be trained on, size and spacing.
         classes: Names of the classes.
         size: Pixels of a crop, and of an overview, per axis.
@@ -39,6 +40,7 @@ class Task:
         flips: Whether mirrored scenes are scenes.
     """
 
+    name: str
     draw: Callable[[int, bool, Sequence[int], Sequence[float]], Field]
     classes: tuple[str, ...]
     size: tuple[int, ...]
@@ -73,8 +75,9 @@ def _draw_tissue(tissue: Tissue) -> Callable[[int, bool, Sequence[int], Sequence
 
 TISSUE = Tissue(diameter=9.0, pitch=11.0, texture=3.0, wavelength=72.0, region=190.0)
 TISSUE_3D = Tissue(diameter=7.0, pitch=8.0, texture=3.5, wavelength=36.0, region=95.0)
-TASKS = {
-    "tissue": Task(
+_ALL = (
+    Task(
+        "tissue",
         _draw_tissue(TISSUE),
         scenes.CLASSES,
         size=(48, 48),
@@ -90,7 +93,8 @@ TASKS = {
         batch=16,
         flips=True,
     ),
-    "tissue in volumes": Task(
+    Task(
+        "tissue in volumes",
         _draw_tissue(TISSUE_3D),
         scenes.CLASSES,
         size=(8, 24, 24),
@@ -106,7 +110,8 @@ TASKS = {
         batch=8,
         flips=True,
     ),
-    "brain": Task(
+    Task(
+        "brain",
         brain.render,
         brain.CLASSES,
         size=(8, 24, 24),
@@ -122,7 +127,9 @@ TASKS = {
         batch=8,
         flips=False,
     ),
-}
+)
+TASKS = {task.name: task for task in _ALL}
+"""Tasks by name."""
 
 
 class Scenes(NamedTuple):
@@ -149,10 +156,13 @@ def test_scenes(name: str, count: int, cache: Path) -> Scenes:
 
 def _scenes(name: str, seeds: range, train: bool, cache: Path) -> Scenes:
     memory = Memory(cache, verbose=0, mmap_mode="r")
-    return Scenes(*memory.cache(_draw)(name, seeds, train, _version(), _told(TASKS[name])))
+    task = TASKS[name]
+    return Scenes(*memory.cache(_draw)(name, seeds, train, (task.field, task.spacing), _version()))
 
 
-def _draw(name: str, seeds: range, train: bool, version: str, told: Any) -> tuple[np.ndarray, np.ndarray]:
+def _draw(
+    name: str, seeds: range, train: bool, grid: tuple[Sequence[float], ...], version: str
+) -> tuple[np.ndarray, np.ndarray]:
     task = TASKS[name]
     images, labels = (np.empty((len(seeds), *task.field), np.uint8) for _ in range(2))
     for place, seed in enumerate(seeds):
@@ -160,10 +170,6 @@ def _draw(name: str, seeds: range, train: bool, version: str, told: Any) -> tupl
         images[place] = np.round(255 * field.image.clip(0, 1))
         labels[place] = field.labels
     return images, labels
-
-
-def _told(task: Task) -> tuple[Any, ...]:
-    return task.field, task.spacing
 
 
 def _version() -> str:
