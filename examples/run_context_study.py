@@ -5,8 +5,8 @@
     python examples/run_context_study.py --quick --output FOLDER    # a small part, in a minute
 
 Every training is one line of the plan: a task, a network and a seed. Its results are added to `results.csv` when it is
-done, so that the study may be interrupted and goes on where it was. In the end what steps cost is measured, all networks
-in turn in one process, for tasks that `times.csv` does not have: for that, leave the machine alone.
+done, so that the study may be interrupted and goes on where it was. In the end what steps cost is measured, all
+networks in turn in one process, for tasks that `times.csv` does not have: for that, leave the machine alone.
 """
 
 import argparse

@@ -5,8 +5,9 @@ T1 and the probabilities of grey and white matter, 1 x 1 x 1 mm (ICBM 2009a nonl
 (see `training.wheels`). The class of a voxel is its tissue and in which octant of the brain it lies. The template is
 symmetric, so that nothing but the place in the head tells left from right.
 
-Scenes are affine maps and changes of brightness, small ones to train on and larger ones to test on: no parameter of one
-is in the other's range. All of them are one template, the mean of 152 heads: what is right here is right for no patient.
+Scenes are affine maps and changes of brightness, small ones to train on and larger ones to test on: no parameter of
+one is in the other's range. All of them are one template, the mean of 152 heads: what is right here is right for no
+patient.
 """
 
 import functools

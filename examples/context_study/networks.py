@@ -76,7 +76,9 @@ class Muvit(nn.Module):
         levels = (1.0, float(max(task.factors)))
         width = options["width"]
         self.spacing = task.spacing
-        self.encoder = encoder(1, levels, patch, **{k: v for k, v in options.items() if k not in ("patch_size", "width")})
+        self.encoder = encoder(
+            1, levels, patch, **{k: v for k, v in options.items() if k not in ("patch_size", "width")}
+        )
         self.pyramid = SimplePyramid(self.encoder.dim, patch)
         self.decoder = DECODERS["fpn"](self.pyramid.dims, width, axes)
         self.detail = DetailLevels(1, width, [2 if stride >= 2 else 1 for stride in self.pyramid.strides])

@@ -182,7 +182,9 @@ def draw(task: str, rows: pd.DataFrame, file: Path) -> None:
     figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for place, network in enumerate(name for name in PICTURED if name in set(rows["network"])):
         part = rows[(rows["network"] == network) & rows["condition"].isin(SHIFTS)]
-        mean = part.groupby("condition")["iou"].mean().reindex([name for name in SHIFTS if name in set(part["condition"])])
+        mean = (
+            part.groupby("condition")["iou"].mean().reindex([name for name in SHIFTS if name in set(part["condition"])])
+        )
         shift = [SHIFTS.index(name) / 2 for name in mean.index]
         axis.plot(shift, mean, marker=MARKERS[place], label=network, linewidth=3 if network == OURS else 1.5)
     alone = rows[(rows["network"] == LEVELS[0]) & (rows["condition"] == "")]["iou"]

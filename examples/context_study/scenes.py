@@ -82,7 +82,9 @@ def render(
     centres, _ = area_axes(size, spacing, begin, np.inf)
     if max(parts) > 1:
         _, cells = _cells(tissue, centres, seed)
-    return Field(image, np.where(cells < 0, 0, 1 + len(CELLS) * regions(tissue, centres, seed) + cells).astype(np.uint8))
+    return Field(
+        image, np.where(cells < 0, 0, 1 + len(CELLS) * regions(tissue, centres, seed) + cells).astype(np.uint8)
+    )
 
 
 def regions(tissue: Tissue, axes: Sequence[np.ndarray], seed: int) -> np.ndarray:

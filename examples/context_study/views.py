@@ -69,7 +69,9 @@ def choose(task: Task, labels: np.ndarray, scene: np.ndarray, rng: np.random.Gen
     return Chosen(scene, corner)
 
 
-def show(task: Task, scenes: Scenes, chosen: Chosen, views: Sequence[str], seed: int, mirrored: Sequence[bool]) -> Batch:
+def show(
+    task: Task, scenes: Scenes, chosen: Chosen, views: Sequence[str], seed: int, mirrored: Sequence[bool]
+) -> Batch:
     """Cuts views out of scenes.
 
     Args:
@@ -83,7 +85,8 @@ def show(task: Task, scenes: Scenes, chosen: Chosen, views: Sequence[str], seed:
     corner = np.where(mirrored, np.array(task.field) - task.size - chosen.corner, chosen.corner)
     axes = [axis for axis, flip in enumerate(mirrored, start=1) if flip]
     fields, labels = (
-        torch.from_numpy(np.ascontiguousarray(np.flip(each[chosen.scene], axes))) for each in (scenes.images, scenes.labels)
+        torch.from_numpy(np.ascontiguousarray(np.flip(each[chosen.scene], axes)))
+        for each in (scenes.images, scenes.labels)
     )
     generator = torch.Generator().manual_seed(seed)
     levels = []

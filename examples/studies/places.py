@@ -43,9 +43,7 @@ def pixels(image: np.ndarray, parts: Sequence[int]) -> np.ndarray:
     return split.mean(axis=tuple(range(1, split.ndim, 2)))
 
 
-def lattice(
-    axes: Sequence[np.ndarray], pitch: float, seed: int, disturbed: float = 0.35
-) -> tuple[np.ndarray, Chance]:
+def lattice(axes: Sequence[np.ndarray], pitch: float, seed: int, disturbed: float = 0.35) -> tuple[np.ndarray, Chance]:
     """Returns the points ``[N, axes]`` of a disturbed lattice in and around a field of view, and their chance.
 
     Args:
