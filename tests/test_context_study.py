@@ -463,3 +463,14 @@ def test_batches_of_a_seed_are_the_same_for_all_networks(tmp_path, monkeypatch):
     assert torch.equal(places[0].origin, places[1].origin)
     assert torch.equal(places[0].origin[:1], places[2].origin)
     assert len(places[0].origin) == 8
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_no_crop_is_tested_twice(name):
+    task = tasks.TASKS[name]
+    labels = np.broadcast_to(np.uint8(1), (3, *task.field))
+    chosen = experiments.choose_for_tests(task, tasks.Scenes(labels, labels))
+    crops = {(int(scene), *corner.tolist()) for part in chosen for scene, corner in zip(*part, strict=True)}
+    assert len(crops) == 3 * task.crops
+    for _, *corner in crops:
+        assert all(0 <= at <= whole - n for at, whole, n in zip(corner, task.field, task.size, strict=True))

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from context_study.conditions import CONDITIONS
 from context_study.networks import NETWORKS, Network, count_cost
 from context_study.tasks import TASKS, Scenes, Task, test_scenes, training_scenes
-from context_study.views import Batch, choose, show
+from context_study.views import Batch, Chosen, choose, show
 from training.engines import TorchEngine
 from training.steps import Recipe, fit, one_cycle
 
@@ -115,19 +115,22 @@ def confuse(model: nn.Module, task: Task, scenes: Scenes, network: str, conditio
     """Returns how many pixels of each class (rows) were said to be of each (columns): the same crops for all."""
     changed, count = CONDITIONS[condition], len(task.classes)
     confusion = torch.zeros(count * count, dtype=torch.int64)
-    for part in batches_of(np.arange(len(scenes.images)).repeat(task.crops), AT_ONCE // int(np.prod(task.field))):
-        chosen = choose(task, scenes.labels, part, np.random.default_rng([len(part), int(part[0])]))
+    for place, chosen in enumerate(choose_for_tests(task, scenes)):
         views = changed.views or NETWORKS[network].views
-        batch = changed.change(task, show(task, scenes, chosen, views, int(part[0]), [False] * len(task.size)))
+        batch = changed.change(task, show(task, scenes, chosen, views, place, [False] * len(task.size)))
         said = model(batch).argmax(1)
         confusion += torch.bincount((batch.target * count + said).flatten(), minlength=count * count)
     return confusion.view(count, count)
 
 
-def batches_of(scene: np.ndarray, at_once: int) -> list[np.ndarray]:
-    """Parts what is tested into batches."""
-    size = max(1, min(32, at_once))
-    return [scene[begin : begin + size] for begin in range(0, len(scene), size)]
+def choose_for_tests(task: Task, scenes: Scenes) -> list[Chosen]:
+    """Returns the crops that all networks are tested on, in batches."""
+    scene = np.arange(len(scenes.images)).repeat(task.crops)
+    size = max(1, min(32, AT_ONCE // int(np.prod(task.field))))
+    return [
+        choose(task, scenes.labels, scene[begin : begin + size], np.random.default_rng(begin))
+        for begin in range(0, len(scene), size)
+    ]
 
 
 def time_steps(task: str, networks: Sequence[str], rounds: int, cache: Path) -> pd.DataFrame:

@@ -158,7 +158,8 @@ class FieldUnet(nn.Module):
 
 
 def _unet(task: Task, channels: int, options: Mapping[str, Any]) -> nn.Module:
-    return UNet(len(task.size), channels, len(task.classes), norm="batch", num_res_units=1, **options)
+    options = {"num_res_units": 1, **options}
+    return UNet(len(task.size), channels, len(task.classes), norm="batch", **options)
 
 
 FAMILIES = {"rat": Rat, "vit": Rat, "muvit": Muvit, "unet": CropUnet, "field": FieldUnet}
@@ -234,7 +235,8 @@ _UNET = {
 }
 _WIDE_UNET = {
     2: {"channels": (16, 32, 64, 96, 128), "strides": (2, 2, 2, 2)},
-    3: {"channels": (12, 24, 48, 96), "strides": (2, 2, 2)},
+    # a residual unit at full resolution, of as many channels as there are classes, would be most of its cost
+    3: {"channels": (8, 16, 32, 64, 96), "strides": (2, 2, 2, 2), "num_res_units": 0},
 }
 # one image has half of the multiplications, so that the network is deeper
 _DEEPER = {2: {**_RAT_2D, "depths": (4, 4, 2)}, 3: {**_RAT_3D, "depths": (3, 3, 2)}}
