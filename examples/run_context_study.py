@@ -61,7 +61,7 @@ def main() -> None:
     if given.quick:
         if given.output is None:
             parser.error("--quick needs --output, so that its results are not taken for the study's")
-        budget, rounds, whole = Budget(steps=0.02, scenes=0.01), 1, QUICK
+        budget, rounds, whole = Budget(steps=0.01, scenes=0.01), 1, QUICK
     chosen = {name: getattr(given, name) or values for name, values in whole.items()}
     carry_out(
         plan(**chosen),

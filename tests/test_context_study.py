@@ -17,16 +17,14 @@ nibabel = pytest.importorskip("nibabel")
 import run_context_study
 
 from context_study import brain, conditions, experiments, networks, report, scenes, tasks, views
-from helpers import EXAMPLES, call, finish, start
+from helpers import EXAMPLES, call
 from rat_timm import Grid
 from studies.results import carry_out
 from training.wheels import UnavailableError
 
 STUDY = EXAMPLES / "context_study"
 TASK = tasks.TASKS["tissue"]
-VOLUMES = tasks.TASKS["tissue in volumes"]
 TISSUE = {2: tasks.TISSUE, 3: tasks.TISSUE_3D}
-WAYS = (tasks.TASKS["tissue"].size, tasks.TASKS["tissue in volumes"].size)
 
 try:
     networks._import_muvit()
@@ -142,7 +140,7 @@ def test_arrangements_have_one_density(monkeypatch):
 
 @pytest.fixture(params=["tissue", "tissue in volumes"])
 def shown(request):
-    """Two scenes, whose pixels are the index of the pixel, and crops of them."""
+    """Two random scenes of a task."""
     task = tasks.TASKS[request.param]
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 7, (2, *task.field)).astype(np.uint8)
@@ -221,7 +219,7 @@ def test_networks_have_one_budget(task):
 
 @pytest.fixture(scope="module")
 def crops():
-    """Crops of an empty and of a random scene, with the two networks' views."""
+    """Shows two crops of two random scenes in the views that are asked for."""
     rng = np.random.default_rng(0)
     known = tasks.Scenes(*(rng.integers(0, 7, (2, *TASK.field)).astype(np.uint8) * 30 for _ in range(2)))
     chosen = views.Chosen(np.array([0, 1]), np.array([[10, 300], [200, 40]]))
@@ -237,8 +235,6 @@ def test_every_network_can_be_tested_as_it_is_said(name, crops):
     """And what it can not be tested for has a reason."""
     torch.manual_seed(0)
     model, known = networks.NETWORKS[name].create(TASK).eval(), networks.NETWORKS[name]
-    if known.family == "field":
-        model = networks.NETWORKS[name].create(dataclasses.replace(TASK)).eval()
     answers = {}
     with torch.inference_mode():
         for condition, changed in conditions.CONDITIONS.items():
@@ -416,8 +412,11 @@ def test_a_plan_goes_on_where_it_was(tmp_path):
     assert file.read_text().splitlines() == ["name,seed,value", "a,0,1", "a,1,1", "b,0,1"]
 
 
-def test_quick_results_are_not_taken_for_the_studys():
-    assert "--quick needs --output" in finish(start("run_context_study.py", "--quick"), code=2)
+def test_quick_results_are_not_taken_for_the_studys(monkeypatch, capfd):
+    with pytest.raises(SystemExit) as end:
+        call("run_context_study.py", "--quick", patch=monkeypatch, capture=capfd)
+    assert end.value.code == 2
+    assert "--quick needs --output" in capfd.readouterr().err
 
 
 def test_the_study_runs_and_goes_on(tmp_path, monkeypatch, capfd):
