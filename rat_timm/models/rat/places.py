@@ -9,7 +9,7 @@ from torch import Tensor
 from ...geometry.grid import Grid, Positions, field_center
 from ...ops.grouping import local_tiles
 from ...ops.masking import pool_mask
-from ...ops.neighborhood import neighborhood_plan
+from ...ops.neighborhood import neighborhood_plan, padded_grid
 from ...ops.windows import Tiles
 from .config import RatConfig, StageConfig, share_stride
 
@@ -19,8 +19,8 @@ class StagePlaces(NamedTuple):
 
     Attributes:
         grids: The tokens' grids.
-        tokens: Positions for the blocks, in the stage's unit; of a global stage, those of all tokens of all levels in
-            one sequence, prefix tokens first.
+        tokens: Positions for the blocks, in the stage's unit, on grids that are filled up for windows if they are; of a
+            global stage, those of all tokens of all levels in one sequence, prefix tokens first.
         windows: How the blocks' neighbourhoods cut each level's grid; None where another backend than PyTorch attends.
             Empty for a global stage.
         stride: That of the grouping, per axis; None without one.
@@ -83,8 +83,10 @@ def _of_blocks(
     kernel = stage.attn_kernel_size
     if kernel is None:
         return (_sequence_positions(grids, stage.unit, prefix),), ()
-    tokens = [grid.positions(field_center([grid]), stage.unit) for grid in grids]
-    return tuple(tokens), tuple([neighborhood_plan(grid.shape, kernel, grid.spacing.device) for grid in grids])
+    wide = [Grid(padded_grid(grid.shape, kernel), *grid[1:]) for grid in grids] if stage.pad_windows else grids
+    tokens = [side.positions(field_center([grid]), stage.unit) for side, grid in zip(wide, grids, strict=True)]
+    biased = stage.bias_kernel_size is not None
+    return tuple(tokens), tuple([neighborhood_plan(grid.shape, kernel, grid.spacing.device, biased) for grid in wide])
 
 
 def _of_grouping(

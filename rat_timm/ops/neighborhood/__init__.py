@@ -83,6 +83,11 @@ def neighborhood_plan(
     return tiled.make_plan(tuple(grid), tuple(kernel_size), device, biased) if name == "torch" else None
 
 
+def padded_grid(grid: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of a grid that is filled up where it is smaller than a window."""
+    return tuple([max(n, k) for n, k in zip(grid, kernel_size, strict=True)])
+
+
 def _is_there(backend: Backend) -> bool:
     """Tells whether a backend can run at all; compilers look into no package."""
     return backend.package is None or (not compiler.is_compiling() and is_installed(backend.package))
