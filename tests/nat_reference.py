@@ -1,4 +1,4 @@
-"""NAT (arXiv 2204.07143) written down from the paper, in loops over windows, with the names of its published weights."""
+"""NAT (arXiv 2204.07143) written down from the paper, in loops over windows, under its published names."""
 
 import math
 
@@ -57,7 +57,7 @@ def random_weights(*architecture, **kwargs):
         x = torch.randn(shape, dtype=torch.float64)
         if len(shape) in (2, 4):
             x = x / math.sqrt(math.prod(shape[1:]))
-        if "norm" in name and name.endswith("weight") or "gamma" in name:
+        if ("norm" in name and name.endswith("weight")) or "gamma" in name:
             x = 0.5 + 0.1 * x
         weights[name] = x
     return weights

@@ -51,11 +51,10 @@ def convert(source: Path, like: str, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = timm.create_model(like, pretrained=True, pretrained_cfg_overlay=overlay)
-    model.pretrained_cfg.pop("state_dict")
-    entry = timm.get_pretrained_cfg(like)
-    card = ModelCardData(license=entry.license)
-    description = "\n\n".join([f"{entry.description} Converted from {entry.origin_url}.", *(entry.notes or ())])
-    return hub.save(model, folder, description=description, card_data=card)
+        model.pretrained_cfg.pop("state_dict")
+        entry: Any = timm.get_pretrained_cfg(like)
+        description = "\n\n".join([f"{entry.description} Converted from {entry.origin_url}.", *(entry.notes or ())])
+        return hub.save(model, folder, description=description, card_data=ModelCardData(license=entry.license))
 
 
 def convertible() -> list[str]:
