@@ -131,10 +131,10 @@ def test_geometry_starts_at_zero_and_is_learned():
     # what stands behind a gate that is shut learns once it is open
     shut = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert all(".sga." in n and not n.endswith(("norm2.weight", "norm3.weight")) for n in shut)
-    torch.optim.SGD(model.parameters(), 1e-3).step()
+    torch.optim.SGD(model.parameters(), 0.03).step()
     model.zero_grad()
     torch.nn.functional.cross_entropy(model(x), torch.tensor([3, 7])).backward()
-    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if n not in ("stem.mask_token",))
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
     flat = narrow(physical_stem=False).eval()
     torch.testing.assert_close(flat(x, spacing=2.0), flat(x), rtol=0, atol=1e-6)
     flat.load_state_dict(model.state_dict())
@@ -181,9 +181,8 @@ def test_the_command_converts(tmp_path, monkeypatch, capsys):
     weights = {n: t.float() for n, t in nat_reference.random_weights(*ARCHITECTURES["mini"]).items()}
     torch.save(weights, tmp_path / "nat_mini.pth")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["rat_timm", "convert", "nat_mini.pth", "--output", "out", "--like", "rat_nat_mini"]
-    )
+    arguments = ["convert", "nat_mini.pth", "--output", "out", "--like", "rat_nat_mini"]
+    monkeypatch.setattr(sys, "argv", ["rat_timm", *arguments])
     main()
     assert capsys.readouterr().out.strip() == "local-dir:out"
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -309,15 +308,14 @@ def test_masked_pixels_influence_nothing(size):
 
 
 def test_compiled_and_exported_networks_agree():
-    shallow = (32, (1, 1), (1, 2), 2, True)
-    model = lively(narrow(nat_reference.random_weights(*shallow), depths=(1, 1)))
-    x = torch.randn(2, 3, 40, 100)
+    model = lively(narrow(nat_reference.random_weights(32, (1,), (1,), 2, True), depths=(1,)))
+    x = torch.randn(2, 3, 20, 40)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-4)
     shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
     program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
-    x = torch.randn(3, 3, 40, 100)
+    x = torch.randn(3, 3, 20, 40)
     torch.testing.assert_close(program(x), model(x), rtol=0, atol=1e-4)
 
 

@@ -471,19 +471,23 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
         bias: What is added to the logits, broadcastable to ``[B, heads, M, N]``.
         dropout_p: Probability of dropping an attention weight.
     """
-    if dropout_p > 0.0 or not query.requires_grad or not _explicit_is_best(query, key):
+    if dropout_p > 0.0 or not query.requires_grad or not _explicit_is_best(query, key, bias):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
     logits = (query * query.shape[-1] ** -0.5) @ key.mT
     logits = logits if bias is None else logits + bias
     return logits.softmax(dim=-1) @ value
 
 
-def _explicit_is_best(query: Tensor, key: Tensor) -> bool:
-    """Tells whether training is faster with weights that are made: few, on the CPU, in a precision products keep."""
+def _explicit_is_best(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
+    """Tells whether training is faster with weights that are made: on the CPU, in a precision products keep.
+
+    So it is if they are few, or PyTorch would make them too, since the bias learns.
+    """
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    return exact and query.shape[:3].numel() * key.shape[2] <= _FEW
+    learns = bias is not None and bias.requires_grad
+    return exact and (learns or query.shape[:3].numel() * key.shape[2] <= _FEW)
 
 
 def masked_attention(
