@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..geometry.grid import Positions
 from ..ops.neighborhood import neighborhood_attention, neighborhood_plan, padded_grid
+from ..ops.relative import pair_bias
 from ..ops.windows import Tiles, attend_in_tiles, masked_attention
 from .rose import RotarySpatialEmbedding
 from .tracing import compiled_once, split_heads_in_export
@@ -64,7 +65,13 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, x: Tensor, positions: Positions, mask: Tensor | None = None, tiles: Tiles | None = None
+        self,
+        x: Tensor,
+        positions: Positions,
+        mask: Tensor | None = None,
+        tiles: Tiles | None = None,
+        all_to_all: bool = False,
+        entries: Tensor | None = None,
     ) -> Tensor:
         """Attends.
 
@@ -74,9 +81,11 @@ class Attention(nn.Module):
             mask: ``[B, *grid]`` or ``[B, N]``, bool, True = valid: others are not attended to.
             tiles: What `plan` returned for the grid, so that it is not asked again; None: `neighborhood_attention`
                 chooses what it runs on.
+            all_to_all: Whether every token attends to every token in spite of a neighbourhood: ``x`` is a sequence.
+            entries: Of such a sequence, the biases' entry of each pair, `rat_timm.ops.relative.pair_entries`.
         """
         size = x.shape[1:-1]
-        if self.pad_windows:
+        if self.pad_windows and not all_to_all:
             x, mask = self._pad(x, mask)
         qkv = self.qkv(x)
         rotation = self.rose.rotation(positions, qkv.dtype)
@@ -87,15 +96,17 @@ class Attention(nn.Module):
         if rotation is not None:
             query, key = rotation(query), rotation(key)
         dropout_p = self.attn_drop if self.training else 0.0
-        if self.attn_kernel_size is None:
+        if all_to_all or self.attn_kernel_size is None:
             allowed = None if mask is None else mask[:, None, None, :]
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, N, d]
-            out = masked_attention(query, key, value, allowed, dropout_p).transpose(1, 2)
+            out = masked_attention(query, key, value, allowed, dropout_p, self._pair_bias(entries, query)).transpose(
+                1, 2
+            )
         elif tiles is not None:
             out = attend_in_tiles(query, key, value, tiles, mask, dropout_p, self._bias())
         else:
             out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p, self._bias())
-        if self.pad_windows and out.shape[1:-2] != size:
+        if self.pad_windows and not all_to_all and out.shape[1:-2] != size:
             out = out[(slice(None), *map(slice, size))]
         return self.proj_drop(self.proj(out.flatten(-2)))
 
@@ -115,6 +126,10 @@ class Attention(nn.Module):
             return x, mask
         pads = [n for count in reversed(missing) for n in (0, count)]
         return F.pad(x, [0, 0, *pads]), None if mask is None else F.pad(mask, pads, value=True)
+
+    def _pair_bias(self, entries: Tensor | None, query: Tensor) -> Tensor | None:
+        table = None if entries is None else self._bias()
+        return None if table is None or entries is None else pair_bias(table.to(query.dtype), entries)
 
     def _bias(self) -> Tensor | None:
         """Returns ``[heads, *(2 * kernel - 1)]``."""
@@ -173,18 +188,32 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, positions: Positions, mask: Tensor | None = None, tiles: Tiles | None = None
+        self,
+        x: Tensor,
+        positions: Positions,
+        mask: Tensor | None = None,
+        tiles: Tiles | None = None,
+        all_to_all: bool = False,
+        entries: Tensor | None = None,
     ) -> Tensor:
         """See `Attention.forward`."""
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            if tiles is None:
+            if tiles is None and not all_to_all:
                 tiles = self.attn.plan(x.shape[1:-1], x.device)
-            return _compiled_block(self, x, positions, mask, tiles)
-        return _run_block(self, x, positions, mask, tiles)
+            return _compiled_block(self, x, positions, mask, tiles, all_to_all, entries)
+        return _run_block(self, x, positions, mask, tiles, all_to_all, entries)
 
 
-def _run_block(block: Block, x: Tensor, positions: Positions, mask: Tensor | None, tiles: Tiles | None) -> Tensor:
-    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), positions, mask, tiles)))
+def _run_block(
+    block: Block,
+    x: Tensor,
+    positions: Positions,
+    mask: Tensor | None,
+    tiles: Tiles | None,
+    all_to_all: bool,
+    entries: Tensor | None,
+) -> Tensor:
+    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), positions, mask, tiles, all_to_all, entries)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 

@@ -506,13 +506,13 @@ def masked_attention(
         value: ``[B, heads, N, d]``; finite also where it is not allowed.
         allowed: Bool, broadcastable to ``[B, heads, M, N]``; None allows all.
         dropout_p: Probability of dropping an attention weight.
-        bias: What is added to the logits, ``[B, heads, M, N]``; no row of it may be minus infinity throughout.
+        bias: What is added to the logits, broadcastable to ``[B, heads, M, N]``; no row is minus infinity throughout.
     """
     if allowed is None:
         return attention(query, key, value, bias, dropout_p)
     reached = allowed.any(dim=-1, keepdim=True)  # [B, heads, M, 1]
     seen = allowed | ~reached
-    added = seen if bias is None else bias.masked_fill(~seen, -math.inf)
+    added = seen if bias is None else torch.where(seen, bias, -math.inf)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout_p)
     return torch.where(reached, out, 0.0)
 

@@ -10,6 +10,7 @@ from ...geometry.grid import Grid, Positions, field_center
 from ...ops.grouping import local_tiles
 from ...ops.masking import pool_mask
 from ...ops.neighborhood import neighborhood_plan, padded_grid
+from ...ops.relative import pair_entries
 from ...ops.windows import Tiles
 from .config import RatConfig, StageConfig, share_stride
 
@@ -19,14 +20,15 @@ class StagePlaces(NamedTuple):
 
     Attributes:
         grids: The tokens' grids.
-        tokens: Positions for the blocks, in the stage's unit, on grids that are filled up for windows if they are; of a
-            global stage, those of all tokens of all levels in one sequence, prefix tokens first.
+        tokens: Positions for the blocks, in the stage's unit, on grids that may be filled up for windows; where all
+            tokens attend to all, those of all levels in one sequence, prefix tokens first.
         windows: How the blocks' neighbourhoods cut each level's grid; None where another backend than PyTorch attends.
-            Empty for a global stage.
+            Empty where all tokens attend to all.
         stride: That of the grouping, per axis; None without one.
         fine: Positions of the tokens that are grouped, in the grouping's unit; empty without a grouping.
         groups: Positions of the groups, likewise.
         cells: How a sparse grouping cuts the tokens' grid; None for another one.
+        entries: Where all tokens attend to all and relative positions have a bias, the entry of each pair, ``[N, N]``.
     """
 
     grids: tuple[Grid, ...]
@@ -36,6 +38,7 @@ class StagePlaces(NamedTuple):
     fine: tuple[Positions, ...] = ()
     groups: tuple[Positions, ...] = ()
     cells: tuple[Tiles | None, ...] = ()
+    entries: Tensor | None = None
 
 
 class StageInput(NamedTuple):
@@ -72,7 +75,8 @@ def stage_places(cfg: RatConfig, grids: Sequence[Grid]) -> tuple[StagePlaces, ..
     for stage in cfg.stages():
         fine, grids, prefix = grids, [_grouped(grid, stage) for grid in grids], stage.reg_tokens or prefix
         grouping = () if stage.sga_attention_type is None else _of_grouping(stage, fine, grids)
-        places.append(StagePlaces(tuple(grids), *_of_blocks(stage, grids, prefix), *grouping))
+        here = StagePlaces(tuple(grids), *_of_blocks(stage, grids, prefix), *grouping)
+        places.append(StagePlaces(*here[:-1], _entries(stage, grids, prefix, not here.windows)))
     return tuple(places)
 
 
@@ -81,12 +85,20 @@ def _of_blocks(
 ) -> tuple[tuple[Positions, ...], tuple[Tiles | None, ...]]:
     """Returns the positions of the tokens and the windows for a stage's blocks."""
     kernel = stage.attn_kernel_size
-    if kernel is None:
+    if kernel is None or (stage.joint_attention and (prefix or len(grids) > 1)):
         return (_sequence_positions(grids, stage.unit, prefix),), ()
     wide = [Grid(padded_grid(grid.shape, kernel), *grid[1:]) for grid in grids] if stage.pad_windows else grids
     tokens = [side.positions(field_center([grid]), stage.unit) for side, grid in zip(wide, grids, strict=True)]
     biased = stage.bias_kernel_size is not None
     return tuple(tokens), tuple([neighborhood_plan(grid.shape, kernel, grid.spacing.device, biased) for grid in wide])
+
+
+def _entries(stage: StageConfig, grids: Sequence[Grid], prefix: int, all_to_all: bool) -> Tensor | None:
+    """Returns which bias each pair of tokens has in one sequence; None where there is no sequence or no bias."""
+    kernel = stage.attn_kernel_size
+    if kernel is None or stage.bias_kernel_size is None or not all_to_all:
+        return None
+    return pair_entries([grid.shape for grid in grids], prefix, kernel, grids[0].spacing.device)
 
 
 def _of_grouping(
