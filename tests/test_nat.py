@@ -317,12 +317,21 @@ def test_compiled_and_exported_networks_agree():
     program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
     x = torch.randn(3, 3, 20, 40)
     torch.testing.assert_close(program(x), model(x), rtol=0, atol=1e-4)
+    levels = [x, x[..., ::2, ::2]]
+    torch.testing.assert_close(compiled(levels), model(levels), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}])
+def test_levels_and_prefix_tokens_take_part(kwargs):
+    model = timm.create_model("rat_nat_tiny", **SMALLER, **kwargs)
+    x = torch.randn(2, 3, 64, 64)
+    out = model([x, x[..., ::2, ::2]], spacing=[(0.5, 0.5), (1.0, 1.0)])
+    out.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if n.endswith("rpb"))
 
 
 @torch.no_grad()
-def test_levels_and_sizes_of_pixels():
-    model = lively(narrow())
-    x = torch.randn(1, 3, 64, 64)
-    out = model([x, x[..., ::2, ::2]], spacing=[(0.5, 0.5), (1.0, 1.0)])
-    assert out.shape == (1, 1000)
+def test_the_reference_spacing_is_nats():
+    model, x = narrow(), torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(model(x, spacing=1.0), model(x), rtol=0, atol=1e-5)

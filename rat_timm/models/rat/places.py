@@ -75,8 +75,9 @@ def stage_places(cfg: RatConfig, grids: Sequence[Grid]) -> tuple[StagePlaces, ..
     for stage in cfg.stages():
         fine, grids, prefix = grids, [_grouped(grid, stage) for grid in grids], stage.reg_tokens or prefix
         grouping = () if stage.sga_attention_type is None else _of_grouping(stage, fine, grids)
-        here = StagePlaces(tuple(grids), *_of_blocks(stage, grids, prefix), *grouping)
-        places.append(StagePlaces(*here[:-1], _entries(stage, grids, prefix, not here.windows)))
+        tokens, windows = _of_blocks(stage, grids, prefix)
+        entries = None if windows else _entries(stage, grids, prefix)
+        places.append(StagePlaces(tuple(grids), tokens, windows, *grouping, entries=entries))
     return tuple(places)
 
 
@@ -93,10 +94,10 @@ def _of_blocks(
     return tuple(tokens), tuple([neighborhood_plan(grid.shape, kernel, grid.spacing.device, biased) for grid in wide])
 
 
-def _entries(stage: StageConfig, grids: Sequence[Grid], prefix: int, all_to_all: bool) -> Tensor | None:
-    """Returns which bias each pair of tokens has in one sequence; None where there is no sequence or no bias."""
+def _entries(stage: StageConfig, grids: Sequence[Grid], prefix: int) -> Tensor | None:
+    """Returns which bias each pair of tokens has in one sequence; None where there is no bias."""
     kernel = stage.attn_kernel_size
-    if kernel is None or stage.bias_kernel_size is None or not all_to_all:
+    if kernel is None or stage.bias_kernel_size is None:
         return None
     return pair_entries([grid.shape for grid in grids], prefix, kernel, grids[0].spacing.device)
 
