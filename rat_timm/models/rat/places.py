@@ -24,21 +24,21 @@ class StagePlaces(NamedTuple):
             tokens attend to all, those of all levels in one sequence, prefix tokens first.
         windows: How the blocks' neighbourhoods cut each level's grid; None where another backend than PyTorch attends.
             Empty where all tokens attend to all.
+        entries: Where all tokens attend to all and relative positions have a bias, the entry of each pair, ``[N, N]``.
         stride: That of the grouping, per axis; None without one.
         fine: Positions of the tokens that are grouped, in the grouping's unit; empty without a grouping.
         groups: Positions of the groups, likewise.
         cells: How a sparse grouping cuts the tokens' grid; None for another one.
-        entries: Where all tokens attend to all and relative positions have a bias, the entry of each pair, ``[N, N]``.
     """
 
     grids: tuple[Grid, ...]
     tokens: tuple[Positions, ...]
     windows: tuple[Tiles | None, ...]
+    entries: Tensor | None = None
     stride: tuple[int, ...] | None = None
     fine: tuple[Positions, ...] = ()
     groups: tuple[Positions, ...] = ()
     cells: tuple[Tiles | None, ...] = ()
-    entries: Tensor | None = None
 
 
 class StageInput(NamedTuple):
@@ -77,7 +77,7 @@ def stage_places(cfg: RatConfig, grids: Sequence[Grid]) -> tuple[StagePlaces, ..
         grouping = () if stage.sga_attention_type is None else _of_grouping(stage, fine, grids)
         tokens, windows = _of_blocks(stage, grids, prefix)
         entries = None if windows else _entries(stage, grids, prefix)
-        places.append(StagePlaces(tuple(grids), tokens, windows, *grouping, entries=entries))
+        places.append(StagePlaces(tuple(grids), tokens, windows, entries, *grouping))
     return tuple(places)
 
 
