@@ -173,8 +173,9 @@ def test_a_converted_folder_is_the_network(form, tmp_path):
     assert "Copyright (c) 2022-2023 SHI Lab" in card
     assert "shi-labs.com/projects/nat/checkpoints/CLS/nat_mini.pth" in card
     if form == "pth":
-        once = (folder / "model.safetensors").read_bytes()
-        assert (convert(source, name, tmp_path / "twice") / "model.safetensors").read_bytes() == once
+        twice = convert(source, name, tmp_path / "twice")
+        once, again = (safetensors.torch.load_file(out / "model.safetensors") for out in (folder, twice))
+        assert all(torch.equal(value, again[key]) for key, value in once.items())
 
 
 def test_the_command_converts(tmp_path, monkeypatch, capsys):
@@ -307,16 +308,12 @@ def test_masked_pixels_influence_nothing(size):
     assert not torch.allclose(expected, model(torch.nan_to_num(x)), atol=1e-2)
 
 
-def test_compiled_and_exported_networks_agree():
+def test_compiled_networks_agree():
     model = lively(narrow(nat_reference.random_weights(32, (1,), (1,), 2, True), depths=(1,)))
     x = torch.randn(2, 3, 20, 40)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-4)
-    shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
-    program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False).module()
-    x = torch.randn(3, 3, 20, 40)
-    torch.testing.assert_close(program(x), model(x), rtol=0, atol=1e-4)
     levels = [x, x[..., ::2, ::2]]
     torch.testing.assert_close(compiled(levels), model(levels), rtol=0, atol=1e-4)
 

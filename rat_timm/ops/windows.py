@@ -450,15 +450,20 @@ def _attend_in_program_by_head(
     k, v = tiles.keys.take_in_program(key), tiles.keys.take_in_program(value)
     bias = tiles.relative_bias(table)
     count, heads, scale = tiles.queries.tiles, table.shape[0], query.shape[-1] ** -0.5
-    if mask is None:
+    if mask is None and not torch.compiler.is_exporting():
         q, k, v = (x.unflatten(0, (-1, count)).flatten(1, 2) for x in (q, k, v))  # [B, tiles * heads, places, d]
         bias = bias.flatten(0, 1).unsqueeze(0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
         return tiles.untile_in_program(out.unflatten(1, (count, heads)).flatten(0, 1))
-    valid = tiles.keys.take_in_program(mask[..., None, None]).transpose(2, 3)  # [B * tiles, 1, 1, keys]
-    allowed = tiles.allowed().expand(query.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1) & valid
     bias = bias.expand(query.shape[0], -1, -1, -1, -1).flatten(0, 1)
-    return tiles.untile_in_program(masked_attention(q, k, v, allowed, dropout_p, bias))
+    if mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    else:
+        valid = tiles.keys.take_in_program(mask[..., None, None]).transpose(2, 3)  # [B * tiles, 1, 1, keys]
+        allowed = tiles.allowed().expand(query.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1) & valid
+        out = masked_attention(q, k, v, allowed, dropout_p, bias)
+    # its layout in memory depends on whether the bias has a gradient, which programs forget
+    return tiles.untile_in_program(out.clone(memory_format=torch.contiguous_format))
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:

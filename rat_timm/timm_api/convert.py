@@ -4,10 +4,8 @@ Entries whose weights are elsewhere and of another form name their address (timm
 was downloaded from there, or a folder of the library transformers, into safetensors with a config and a model card.
 Of a pickle only tensors are read (PyTorch's ``weights_only``), and parameters that are left over are an error.
 
-```python
-folder = convert(Path("nat_tiny.pth"), "rat_nat_tiny", Path("rat_nat_tiny.in1k"))
-model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-```
+    folder = convert(Path("nat_tiny.pth"), "rat_nat_tiny", Path("rat_nat_tiny.in1k"))
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
 """
 
 import pickle
@@ -29,7 +27,7 @@ _FILES = (WEIGHTS, "pytorch_model.bin")
 def convert(source: Path, like: str, folder: Path) -> Path:
     """Converts published weights.
 
-    What the variant has and the weights do not is drawn from a fixed seed, so that one file gives one folder.
+    What the variant has and the weights do not is drawn from a fixed seed, so that one file always gives the same.
 
     Args:
         source: A file of safetensors, a pickle, or a folder of transformers with one of these.
