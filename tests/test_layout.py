@@ -28,6 +28,7 @@ ALLOWED = {
     "evaluation": {"data"},
     "dense": {"geometry", "ops", "layers", "models", "timm_api", "adapters"},
     "adapters": {"geometry", "ops", "models"},
+    "predict": {"geometry", "layers", "models", "data", "dense", "timm_api"},
     "huggingface": {"data", "geometry"},
     "__main__": {"cost", "timm_api"},
 }
@@ -84,12 +85,14 @@ def third_party(file):
 def test_importing_is_cheap_and_loads_nothing_optional():
     optional = ("natten", "monai", "zarr", "pydicom", "transformers", "onnx", "ray", "matplotlib", "rich")
     optional += ("tifffile", "imagecodecs", "nibabel", "ome_zarr", "dask", "edt", "skimage", "scipy", "torchmetrics")
+    optional += ("distributed",)
     code = (
         "import sys, time, timm; start = time.process_time(); import rat_timm; seconds = time.process_time() - start; "
-        "import rat_timm.data, rat_timm.dense; "
+        "import rat_timm.data, rat_timm.dense, rat_timm.predict.engines, rat_timm.predict.stitch; "
         f"print(seconds, *(name for name in {optional} if name in sys.modules))"
     )
-    seconds, *loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    command = [sys.executable, "-c", code]
+    seconds, *loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert float(seconds) < 0.5
     assert loaded == []
 
