@@ -50,7 +50,6 @@ def together(work, *arguments):
     """
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.get_context("forkserver").set_forkserver_preload(["helpers", "training.trainer"])
         meeting = f"file://{folder}/meeting"
         torch.multiprocessing.start_processes(_connect, (meeting, work, arguments), 2, start_method="forkserver")
@@ -63,6 +62,7 @@ def train_all(place, configs):
 
 
 def _connect(place, meeting, work, arguments):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=place, world_size=2)
     work(place, *arguments)
     dist.destroy_process_group()
