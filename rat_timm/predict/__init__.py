@@ -1,0 +1,1 @@
+"""Prediction on images larger than memory, in tiles."""
