@@ -51,7 +51,8 @@ def convert(source: Path, like: str, folder: Path) -> Path:
         model: Any = timm.create_model(like, pretrained=True, pretrained_cfg_overlay=overlay)
         model.pretrained_cfg.pop("state_dict")
         entry: Any = timm.get_pretrained_cfg(like)
-        description = "\n\n".join([f"{entry.description} Converted from {entry.origin_url}.", *(entry.notes or ())])
+        origin = f"Converted from {source.name}; its authors publish it at {entry.origin_url}."
+        description = "\n\n".join([f"{entry.description} {origin}", *(entry.notes or ())])
         return hub.save(model, folder, description=description, card_data=ModelCardData(license=entry.license))
 
 
