@@ -7,6 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from helpers import together
+from rat_timm.adapters import WithGeometry
 from rat_timm.dense import Segmenter
 from rat_timm.layers.sharded import run_parts, tie
 
@@ -16,7 +17,22 @@ SPACINGS = ([[1.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [0.5, 2.0]])  # one part, and
 def create(kind):
     torch.manual_seed(0)
     small = {"embed_dim": 32, "depths": (1, 1), "num_classes": 3}
-    return Segmenter("test_rat", width=16, **small) if kind == "segmenter" else timm.create_model("test_rat", **small)
+    if kind == "segmenter":
+        return Segmenter("test_rat", width=16, **small)
+    if kind == "adapter":
+        return WithGeometry(Enlarged(timm.create_model("test_rat", features_only=True, out_indices=(0,), **small)))
+    return timm.create_model("test_rat", **small)
+
+
+class Enlarged(torch.nn.Module):
+    """The first map of a backbone, as large as the image, as networks around a backbone give."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return torch.nn.functional.interpolate(self.backbone(x)[0], x.shape[2:])
 
 
 def batch(place):
@@ -24,7 +40,7 @@ def batch(place):
     return torch.randn(2, 3, 24, 20), torch.tensor(SPACINGS[place])
 
 
-KINDS = ("classifier", "segmenter")
+KINDS = ("classifier", "segmenter", "adapter")
 
 
 def work(place, folder):

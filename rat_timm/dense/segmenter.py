@@ -83,7 +83,7 @@ class Segmenter(nn.Module):
         step = [2 if stride >= 2 else 1 for stride in strides]
         self.detail = DetailLevels(self.in_chans, width, step) if detail else None
         self.classifier = CONVS[self.spatial_dims](self.num_features, num_classes, 3, padding=1)
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.zeros_(self.classifier.get_parameter("bias"))
 
     @property
     def spatial_dims(self) -> int:
