@@ -27,7 +27,7 @@ ALLOWED = {
     "cost": set(),
     "evaluation": {"data"},
     "dense": {"geometry", "ops", "layers", "models", "timm_api", "adapters"},
-    "adapters": {"geometry", "ops", "models"},
+    "adapters": {"geometry", "ops", "layers", "models"},
     "predict": {"geometry", "layers", "models", "data", "dense", "timm_api"},
     "huggingface": {"data", "geometry"},
     "__main__": {"cost", "timm_api"},

@@ -99,9 +99,8 @@ class Attention(nn.Module):
         if all_to_all or self.attn_kernel_size is None:
             allowed = None if mask is None else mask[:, None, None, :]
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, N, d]
-            out = masked_attention(query, key, value, allowed, dropout_p, self._pair_bias(entries, query)).transpose(
-                1, 2
-            )
+            bias = self._pair_bias(entries, query.dtype)
+            out = masked_attention(query, key, value, allowed, dropout_p, bias).transpose(1, 2)
         elif tiles is not None:
             out = attend_in_tiles(query, key, value, tiles, mask, dropout_p, self._bias())
         else:
@@ -127,9 +126,9 @@ class Attention(nn.Module):
         pads = [n for count in reversed(missing) for n in (0, count)]
         return F.pad(x, [0, 0, *pads]), None if mask is None else F.pad(mask, pads, value=True)
 
-    def _pair_bias(self, entries: Tensor | None, query: Tensor) -> Tensor | None:
-        table = None if entries is None else self._bias()
-        return None if table is None or entries is None else pair_bias(table.to(query.dtype), entries)
+    def _pair_bias(self, entries: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        table = self._bias()
+        return None if table is None or entries is None else pair_bias(table.to(dtype), entries)
 
     def _bias(self) -> Tensor | None:
         """Returns ``[heads, *(2 * kernel - 1)]``."""
