@@ -1,4 +1,6 @@
-r"""The command line: ``python -m rat_timm list [FILTER]`` and ``python -m rat_timm run SCRIPT [ARGUMENTS]``.
+r"""The command line: ``python -m rat_timm list [FILTER]``, ``run SCRIPT [ARGUMENTS]`` and ``predict IMAGE ...``.
+
+``predict`` goes from an image to an image (`rat_timm.predict.command`).
 
 ``run`` registers the models and runs a script, also under torchrun (``torchrun -m rat_timm run ...``). timm's scripts,
 from a checkout of timm, fine-tune, test and export a model so (``train.py`` needs no ``run``):
@@ -103,6 +105,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     running = commands.add_parser("run", help="register the models and run a script, such as timm's validate.py")
     running.add_argument("script", type=Path)
     running.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    if arguments[:1] == ["predict"]:  # whose packages take a while to import
+        from .predict import command
+
+        command.add_arguments(commands.add_parser("predict", help="predict an image, tile by tile"))
+    else:
+        commands.add_parser("predict", help="predict an image, tile by tile")
     return parser.parse_args(arguments)
 
 
@@ -111,6 +119,10 @@ def main() -> None:
     given = parse(sys.argv[1:])
     if given.command == "run":
         run(given.script, given.arguments)
+    elif given.command == "predict":
+        from .predict import command
+
+        command.run(given)
     else:
         found = names(given.filter)
         if not found:

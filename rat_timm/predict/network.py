@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..dense.segmenter import Segmenter
 from ..geometry.box import Box, places_around
-from ..geometry.grid import Grid
+from ..geometry.grid import Grid, exact_dtype
 from ..models import ResolutionAwareTransformer
 from .receptive import backbone_of, bounded_reach, map_grid, needed, total_stride, unbounded_layers
 
@@ -116,7 +117,7 @@ class Network:
             masks: ``[B, *size]``, True = valid, or None, for each level.
 
         Returns:
-            ``[B, *map_grid(part).shape, channels]``, float32, and which places are valid, None if all are.
+            ``[B, *map_grid(part).shape, channels]``, in float32 at least, and which places are valid, None if all are.
         """
         told: dict[str, Any] = {"spacing": tuple(grids[0][0].numbers.spacing or grids[0][0].spacing[0].tolist())}
         x: Any = images[0]
@@ -126,7 +127,7 @@ class Network:
             told["spacing"] = [tuple(level[0].spacing[0].tolist()) for level in grids]
             told["origin"] = [torch.cat([grid.origin for grid in level]) for level in grids]
         map_, valid = self._function(x, {**told, "mask": mask})
-        return map_.float(), valid
+        return map_.to(exact_dtype(map_.dtype)), valid
 
     @cached_property
     def _function(self) -> Callable[[Any, dict[str, Any]], tuple[Tensor, Tensor | None]]:
@@ -151,7 +152,7 @@ class Network:
         return (map_, mask) if isinstance(x, Tensor) else (map_[0], mask[0])
 
 
-def load_model(source: str | Path | nn.Module) -> nn.Module:
+def load_model(source: str | PathLike | nn.Module) -> nn.Module:
     """Returns a model in evaluation mode.
 
     Args:

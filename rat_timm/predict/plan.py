@@ -9,9 +9,9 @@ the whole output, whatever the tiles are, so that tiles do not change what comes
     blended  | w0|  w 1  |  w 2  |  w 3  |  w 4  |  w 5  | w6|        each with a shorter halo; weights fall and rise
 
 Where the halo is as long as the model looks, a window's values are those of the whole image. Where it is not, the
-values of two windows differ at their seam, and are blended: weights fall from one to the other over the halo. Tiles then
-end in the middle of windows, which both tiles compute, so that neither waits for the other and no sum of logits is kept
-for the whole image: that is what blending costs, (n + 1) windows for n along each axis of a tile.
+values of two windows differ at their seam, and are blended: weights fall from one to the other over the halo. Tiles
+then end in the middle of windows, which both tiles compute, so that neither waits for the other and no sum of logits is
+kept for the whole image: that is what blending costs, (n + 1) windows for n along each axis of a tile.
 """
 
 import math

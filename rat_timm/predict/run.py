@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..data.pyramid import Level
 from ..data.units import metres_of
 from ..geometry.box import Box
-from ..geometry.grid import Grid, Tokens, per_axis
+from ..geometry.grid import Grid, Tokens, exact_dtype, per_axis
 from ..optional import import_optional
 from . import engines
 from .manifest import Manifest, image_digest, model_digest
@@ -145,7 +145,9 @@ def _open(image: ImageLike, network: Network, options: Options) -> tuple[list[Le
         mask = open_levels(mask, options.unit, None, None)[0]
     if isinstance(mask, Level) and len(mask.grid.shape) != axes:
         raise ValueError(f"background must have {axes} axes, as the image has, got {mask.grid.shape}")
-    return levels, Masked(levels[options.level], mask if isinstance(mask, Level) else None, options.intensities)
+    mask = mask if isinstance(mask, Level) else None
+    dtype = exact_dtype(getattr(torch, options.dtype))
+    return levels, Masked(levels[options.level], mask, options.intensities, dtype)
 
 
 def _describe(network: Network, levels: Sequence[Level], options: Options) -> dict[str, Any]:
@@ -184,11 +186,10 @@ def _output_grid(network: Network, image: Grid, options: Options) -> Grid:
 def _region(image: Grid, out: Grid, region: Sequence[slice] | None) -> Box:
     if region is None:
         return Box.whole(out.shape)
-    bounds = [(part.start or 0, n if part.stop is None else part.stop) for part, n in zip(region, image.shape)]
-    valid = len(region) == len(image.shape) and all(
-        0 <= a < b <= n for (a, b), n in zip(bounds, image.shape, strict=True)
-    )
-    if not valid or any(part.step not in (None, 1) for part in region):
+    pairs = list(zip(region, image.shape, strict=False))
+    bounds = [(part.start or 0, n if part.stop is None else part.stop) for part, n in pairs]
+    valid = all(0 <= a < b <= n for (a, b), n in zip(bounds, image.shape, strict=False))
+    if not valid or len(region) != len(image.shape) or any(part.step not in (None, 1) for part in region):
         raise ValueError(f"region must be one slice of pixels per axis within {image.shape}, got {list(region)}")
     start, stop = (tuple(side) for side in zip(*bounds, strict=True))
     if out is image:

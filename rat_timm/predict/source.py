@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.pyramid import Level, closest_level, read_levels
 from ..geometry.box import Box, part_of
-from ..geometry.grid import Grid, Tokens
+from ..geometry.grid import Grid, Tokens, pyramid_grids
 from ..geometry.resample import Resampling
 
 ImageLike: TypeAlias = str | PathLike | Sequence[Level]
@@ -26,11 +26,13 @@ class Masked(NamedTuple):
         mask: An image of one channel that is not zero where pixels are valid, of any pixel size: a pixel's centre
             decides, and what lies outside of it is not valid. None if all pixels are.
         intensities: Pixel values that become 0 and 1; None for pixels as they are.
+        dtype: In which pixels are read.
     """
 
     level: Level
     mask: Level | None = None
     intensities: tuple[float, float] | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def grid(self) -> Grid:
@@ -38,9 +40,9 @@ class Masked(NamedTuple):
         return self.level.grid
 
     def read(self, box: Box) -> Tokens:
-        """Reads a part of the image, ``[1, *box, C]``, float32."""
+        """Reads a part of the image, ``[1, *box, C]``."""
         grid = part_of(self.grid, box)
-        pixels = self.level.read(box.slices).float().movedim(0, -1)[None]
+        pixels = self.level.read(box.slices).to(self.dtype).movedim(0, -1)[None]
         if self.intensities is not None:
             low, high = self.intensities
             pixels = (pixels - low) / (high - low)
@@ -130,11 +132,7 @@ def open_levels(image: ImageLike, unit: str, spacing: Sequence[float] | None, ti
     levels = list(image)
     if spacing is None:
         return levels
-    base = Grid.create(levels[0].grid.shape, spacing)
-    factors = [level.grid.spacing / levels[0].grid.spacing for level in levels]
-    grids = [
-        Grid.create(level.grid.shape, (base.spacing * f)[0].tolist()) for level, f in zip(levels, factors, strict=True)
-    ]
+    grids = pyramid_grids([level.grid.shape for level in levels], tuple(spacing), reference=spacing)
     return [Level(grid, level.read) for grid, level in zip(grids, levels, strict=True)]
 
 

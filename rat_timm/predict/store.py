@@ -218,7 +218,8 @@ def _planes(store: Store) -> Iterator[np.ndarray]:
             if len(store.shape) == 3:
                 stop = min(start + store.chunk[0], depth)
                 box = Box((start, *box.start[1:]), (stop, *box.stop[1:]))
-            values = np.asarray(store.array()[(*([] if store.channels is None else [channel]), *box.slices)])
+            index: Any = box.slices if store.channels is None else (channel, *box.slices)
+            values = np.asarray(store.array()[index])
             yield from values if len(store.shape) == 3 else [values]
 
 

@@ -176,7 +176,7 @@ class Work:
         Returns:
             Values ``[*box, channels]``, zero where nothing is predicted, and where something is, ``[*box]``.
         """
-        total = torch.zeros(*box.shape, self.network.channels)
+        total = torch.zeros(*box.shape, self.network.channels, dtype=self.job.image.image.dtype)
         predicted = torch.zeros(box.shape, dtype=torch.bool)
         for batch in _batches(sights, self.job.options.batch_size):
             maps, masks = self.compute(batch)
