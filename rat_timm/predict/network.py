@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..dense.segmenter import Segmenter
 from ..geometry.box import Box, places_around
 from ..geometry.grid import Grid, exact_dtype
-from ..models import ResolutionAwareTransformer
+from ..models import RatVit, ResolutionAwareTransformer
 from .receptive import backbone_of, bounded_reach, map_grid, needed, total_stride, unbounded_layers
 
 TASKS = ("labels", "probabilities", "instances", "features")
@@ -49,7 +49,7 @@ class Network:
             raise ValueError(f"task 'instances' needs a model of two channels, got {self.channels}")
 
     @property
-    def backbone(self) -> Any:
+    def backbone(self) -> ResolutionAwareTransformer | RatVit:
         """The model's backbone."""
         return backbone_of(self.model)
 

@@ -64,12 +64,14 @@ def bounded_reach(model: nn.Module, stage: int = -1) -> tuple[int, ...]:
     step = total_stride(model, stage)
     grid = Grid.create([2 * _FAR * n for n in step])
     maps = map_grid(model, grid, stage)
-    pixels = [max(1, round(n)) for n in (maps.spacing / grid.spacing)[0].tolist()]  # of a place of the map
+    pixels = [1] * len(step)  # of a place
+    if not isinstance(model, Segmenter):
+        pixels = [max(1, round(n)) for n in (maps.spacing / grid.spacing)[0].tolist()]
     reach = [0] * len(step)
     for place in range(max(n // p for n, p in zip(step, pixels, strict=True))):  # one of each kind
         own = Box(*(tuple(_FAR * n // p + place + end for n, p in zip(step, pixels, strict=True)) for end in (0, 1)))
         cell = _tokens_in(own, pixels, grid.shape)
-        seen = needed(model, grid, own, stage)
+        seen = needed(model, grid, places_around(own, grid, maps) if isinstance(model, Segmenter) else own, stage)
         sides = zip(reach, seen.start, seen.stop, cell.start, cell.stop, strict=True)
         reach = [max(most, first - start, stop - last) for most, start, stop, first, last in sides]
     return tuple(reach)
