@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -137,7 +138,9 @@ def test_the_output_may_have_another_pixel_size(tmp_path):
 @pytest.mark.parametrize("stage", [0, -1])
 def test_features_of_a_backbone_lie_on_its_map(tmp_path, stage):
     backbone, x = segmenter(stem_stride=2).backbone, torch.randn(1, 64, 52, dtype=torch.float64)
-    predict(levels(x, (1.2, 1.0)), backbone, tmp_path / "out.ome.zarr", task="features", stage=stage, tile=20.0, **QUIET)
+    predict(
+        levels(x, (1.2, 1.0)), backbone, tmp_path / "out.ome.zarr", task="features", stage=stage, tile=20.0, **QUIET
+    )
     with torch.no_grad():
         (whole,) = backbone.forward_intermediates(
             x[None], [stage % 2], norm=True, intermediates_only=True, spacing=(1.2, 1.0)
@@ -218,11 +221,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, after):
     done = predict(*arguments, tile=30.0, **QUIET)
     assert done.computed <= done.pixels - max(0, after - 1) * 900  # one may be written behind
     assert len(calls) <= 1 + 9 - max(0, after - 1)
-    predict(*arguments[:2], tmp_path / "again" if False else tmp_path / "other.ome.zarr", tile=30.0, **QUIET)
-    one, other = files(arguments[2]), files(tmp_path / "other.ome.zarr")
-    assert {k: v for k, v in one.items() if k.name != "zarr.json" or len(k.parts) > 1} == {
-        k: v for k, v in other.items() if k.name != "zarr.json" or len(k.parts) > 1
-    }
+    shutil.move(arguments[2], tmp_path / "resumed")
+    predict(*arguments, tile=30.0, **QUIET)
+    assert files(tmp_path / "resumed") == files(arguments[2])
 
 
 def test_another_model_image_or_argument_does_not_go_on(tmp_path, monkeypatch):
@@ -232,9 +233,10 @@ def test_another_model_image_or_argument_does_not_go_on(tmp_path, monkeypatch):
     def fail():
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch:
         cut(patch, 2, fail)
-        predict(levels(x, (1.0, 1.0)), model, output, tile=20.0, **QUIET)
+        with pytest.raises(OSError, match="No space left"):
+            predict(levels(x, (1.0, 1.0)), model, output, tile=20.0, **QUIET)
     for change, image, other in (
         ("model", x, segmenter()),
         ("image", x + 1, model),
@@ -396,7 +398,7 @@ def test_an_unreadable_chunk_is_one_line_and_what_was_done_stays(tmp_path, saved
     writer.write_multiscale(
         [pixels], group, coordinate_transformations=transforms, storage_options={"chunks": (16, 16)}, **options
     )
-    (chunk,) = image.glob("*0/c/2/2")
+    (chunk,) = image.glob("*0/c/0/4")
     good = chunk.read_bytes()
     chunk.write_bytes(b"no chunk")
     arguments = [image, "--model", saved, "--output", tmp_path / "out.ome.zarr", "--tile", 16, "--quiet"]

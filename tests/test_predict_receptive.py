@@ -14,7 +14,7 @@ LOCAL = {"embed_dim": (16, 16), "depths": (1, 2), "num_heads": 2, "attn_kernel_s
 
 def segmenter(name="test_rat", **options):
     """A tiny model of windows and sparse groupings whose classes depend on its features."""
-    model = Segmenter(name, 2, width=8, in_chans=1, **{**LOCAL, **options}).double().eval()
+    model = Segmenter(name, 2, **{"width": 8, "in_chans": 1, **LOCAL, **options}).double().eval()
     nn.init.normal_(model.classifier.weight)
     return model
 
@@ -60,9 +60,7 @@ def test_what_is_needed_gives_what_the_whole_gives(name, size, options):
             values, _ = network([x[index]], [[part]], [mask[index]])
             ratio = (maps.spacing / grid.spacing)[0].round().long().tolist()
             inner = box.moved([-a // r for a, r in zip(seen.start, ratio, strict=True)])
-            torch.testing.assert_close(
-                values[(0, *inner.slices)], whole[(0, *box.slices)], atol=1e-6, rtol=1e-5
-            )
+            torch.testing.assert_close(values[(0, *inner.slices)], whole[(0, *box.slices)], atol=1e-6, rtol=1e-5)
 
 
 def test_a_field_is_in_the_units_of_the_reference_spacing_and_per_axis():
@@ -90,7 +88,7 @@ def test_what_sees_everything_is_named():
 
 
 def test_other_models_and_stages_are_refused():
-    with pytest.raises(ValueError, match="model must be a rat_timm.dense.Segmenter, .* got Linear"):
+    with pytest.raises(ValueError, match=r"model must be a rat_timm.dense.Segmenter, .* got Linear"):
         receptive_field(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="stage must be from 0 to 3, or from the end, got 4"):
         receptive_field(timm.create_model("test_rat"), 4)

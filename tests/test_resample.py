@@ -160,12 +160,12 @@ def test_a_part_of_the_result_is_made_of_a_part_of_the_image(shape, ratio):
     torch.manual_seed(0)
     x, mask = torch.randn(1, *shape, 2), torch.rand(1, *shape) > 0.5
     plan = Resampling.create(shape, ratio)
-    for given in (None, mask):
-        whole, whole_mask = plan.apply(x, given, Box.whole(shape), Box.whole(plan.size))
+    for masked in (None, mask):
+        whole, whole_mask = plan.apply(x, masked, Box.whole(shape), Box.whole(plan.size))
         for start in range(0, min(plan.size), 3):
             box = Box((start,) * len(shape), tuple(min(n, start + 4) for n in plan.size))
             source = plan.source(box)
             index = (slice(None), *source.slices)
-            part, part_mask = plan.apply(x[index], None if given is None else given[index], source, box)
+            part, part_mask = plan.apply(x[index], None if masked is None else masked[index], source, box)
             assert torch.equal(part, whole[(slice(None), *box.slices)])
-            assert given is None or torch.equal(part_mask, whole_mask[(slice(None), *box.slices)])
+            assert masked is None or torch.equal(part_mask, whole_mask[(slice(None), *box.slices)])

@@ -68,7 +68,8 @@ class Network:
         """Number of channels of the map."""
         if isinstance(self.model, Segmenter):
             return self.model.num_features if self.task == "features" else self.model.num_classes
-        return self.backbone.feature_info[self.stage]["num_chs"]
+        info: Any = self.backbone.feature_info[self.stage]
+        return info["num_chs"]
 
     @property
     def is_resampled(self) -> bool:
@@ -138,7 +139,7 @@ class Network:
             features = self.model.forward_features(x, **told)
             return features.x if self.task == "features" else self.model.classifier(features.x), features.mask
         stage = self.stage if self.stage >= 0 else len(self.backbone.feature_info) + self.stage
-        out = self.backbone.forward_intermediates(
+        out: Any = self.backbone.forward_intermediates(
             x,
             [stage],
             norm=True,

@@ -247,7 +247,7 @@ def write_nifti(store: Store, file: Path, affine: np.ndarray | None) -> None:
     header["vox_offset"] = math.ceil((int(header["sizeof_hdr"]) + 4) / 16) * 16
     with gzip.open(file, "wb") if file.name.endswith(".gz") else file.open("wb") as stream:
         header.write_to(stream)
-        stream.write(b"\0" * (int(header["vox_offset"]) - int(header["sizeof_hdr"])))
+        stream.write(b"\0" * (int(header["vox_offset"]) - stream.tell()))
         for plane in _planes(store):
             stream.write(np.ascontiguousarray(plane).tobytes())
 
