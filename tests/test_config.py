@@ -16,12 +16,13 @@ def test_stages_of_the_default_by_hand():
     assert [s.unit for s in stages] == [(8, 2), (16, 4), (32, 8), (64, 16)]
     assert [s.sga_unit for s in stages] == [(8, 2), (8, 2), (16, 4), (32, 8)]
     assert [s.sga_attention_type for s in stages] == [None, "sparse", "sparse", "sparse"]
-    assert [s.attn_kernel_size for s in stages] == [(7, 7), (7, 7), (7, 7), None]
+    assert [s.attn_kernel_size for s in stages] == [(7, 7)] * 4
+    assert [s.joint_attention for s in stages] == [False, False, False, True]
 
 
 def test_3d_follows_spatial_dims():
     stages = dataclasses.replace(RatConfig(), spatial_dims=3, stem_stride=(1, 4, 4)).stages()
-    assert [s.attn_kernel_size for s in stages] == [(5, 5, 5)] * 3 + [None]
+    assert [s.attn_kernel_size for s in stages] == [(5, 5, 5)] * 4
     assert [s.total_stride for s in stages] == [(1, 4, 4), (2, 8, 8), (4, 16, 16), (8, 32, 32)]
 
 
@@ -32,9 +33,10 @@ def test_classic_is_the_seeds_network():
     assert {(s.dim, s.num_heads, s.depth, s.attn_kernel_size) for s in stages} == {(128, 16, 1, None)}
 
 
-def test_prefix_tokens_join_at_the_first_global_stage():
-    stages = RatConfig(leading_tokens=3, attn_kernel_size=(7, 7, 0, 0)).stages()
-    assert [s.reg_tokens for s in stages] == [0, 0, 3, 0]
+@pytest.mark.parametrize(("kernels", "tokens"), [((7, 7, 0, 0), [0, 0, 3, 0]), (7, [0, 0, 0, 3])])
+def test_prefix_tokens_join_at_the_first_stage_in_which_all_tokens_meet(kernels, tokens):
+    stages = RatConfig(leading_tokens=3, attn_kernel_size=kernels).stages()
+    assert [s.reg_tokens for s in stages] == tokens
 
 
 def test_no_stage_is_no_network():
@@ -46,20 +48,20 @@ def test_no_stage_is_no_network():
 def test_any_number_of_stages(depths):
     stages = RatConfig(depths=depths).stages()
     assert [s.depth for s in stages] == list(depths)
-    assert stages[-1].attn_kernel_size is None
+    assert [s.joint_attention for s in stages] == [False] * (len(depths) - 1) + [True]
 
 
 @pytest.mark.parametrize("axes", [2, 3])
 def test_output_strides_leave_out_the_last_strides(axes):
     whole, dense = RatConfig(axes), RatConfig(axes, output_stride=8)
-    for stage, expected in zip(whole.stages(), ((4, 1, 7), (8, 1, 7), (16, 1, 7), (32, 1, None)), strict=True):
+    for stage, expected in zip(whole.stages(), ((4, 1, 7), (8, 1, 7), (16, 1, 7), (32, 1, 7)), strict=True):
         assert (stage.total_stride[0], stage.dilation[0]) == expected[:2]
     assert [stage.total_stride[0] for stage in dense.stages()] == [4, 8, 8, 8]
     assert [stage.stride[0] for stage in dense.stages()] == [1, 2, 1, 1]
     assert [stage.dilation[0] for stage in dense.stages()] == [1, 1, 1, 2]  # taps are as far apart in pixels
     assert [stage.neighborhood_kernel[0] for stage in dense.stages()] == [3, 3, 5, 9]
-    kernels = [stage.attn_kernel_size and stage.attn_kernel_size[0] for stage in dense.stages()]
-    assert kernels == ([7, 7, 13, None] if axes == 2 else [5, 5, 9, None])
+    kernels = [stage.attn_kernel_size[0] for stage in dense.stages()]
+    assert kernels == ([7, 7, 13, 25] if axes == 2 else [5, 5, 9, 17])
     for a, b in zip(whole.stages(), dense.stages(), strict=True):
         assert (a.unit, a.sga_unit) == (b.unit, b.sga_unit)
 

@@ -85,7 +85,9 @@ def third_party(file):
 def test_importing_the_package_imports_no_optional_package():
     optional = ("natten", "monai", "zarr", "pydicom", "transformers", "onnx", "ray", "matplotlib")
     optional += ("tifffile", "imagecodecs", "nibabel", "ome_zarr", "dask", "edt", "skimage", "scipy", "torchmetrics")
-    code = f"import sys, rat_timm.data, rat_timm.dense; print([name for name in {optional} if name in sys.modules])"
+    optional += ("distributed",)
+    modules = "rat_timm.data, rat_timm.dense, rat_timm.predict.engines, rat_timm.predict.stitch"
+    code = f"import sys, {modules}; print([name for name in {optional} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

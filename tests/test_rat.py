@@ -201,7 +201,7 @@ def test_seed_keywords():
         ({"global_pool": "median"}, "global_pool must be one of"),
         ({"global_pool": "token"}, "global_pool 'token' needs reg_tokens"),
         ({"reg_tokens": 2, "leading_tokens": 2}, "two names"),
-        ({"reg_tokens": 2, "attn_kernel_size": 7}, "reg_tokens 2 need a stage with global attention"),
+        ({"reg_tokens": 2, "joint_attention": False}, "reg_tokens 2 need a stage in which all tokens attend"),
         ({"iters": 0}, "iters must be whole and at least 1"),
         ({"iters": 1.5}, "iters must be whole"),
         ({"depths": 3}, "depths must be a list or tuple, one per stage"),
@@ -713,3 +713,23 @@ def test_a_denser_grouping_starts_from_the_same_taps():
         model(x)
     torch.testing.assert_close(seen[0][0], seen[1][0])
     torch.testing.assert_close(seen[0][1], seen[1][1][..., ::2, ::2])
+
+
+@pytest.mark.parametrize(("axes", "size", "larger"), [(2, 56, 96), (3, 40, 64)])
+@torch.no_grad()
+def test_the_last_stage_sees_the_whole_field_of_training_and_no_more(axes, size, larger):
+    """With a stride of 8 windows of 7 cover 56 pixels, of 5 40; levels meet whatever their size."""
+    cfg = RatConfig(axes, embed_dim=(32, 32), depths=(1, 2))
+    windows = lively(ResolutionAwareTransformer(cfg, in_chans=1, num_classes=0, global_pool="").eval())
+    changed = {"attn_kernel_size": (cfg.stages()[0].attn_kernel_size[0], 0)}
+    everywhere = ResolutionAwareTransformer(cfg, in_chans=1, num_classes=0, global_pool="", **changed).eval()
+    everywhere.load_state_dict(windows.state_dict())
+    x, y = torch.randn(1, 1, *[size] * axes), torch.randn(1, 1, *[larger] * axes)
+    torch.testing.assert_close(windows(x), everywhere(x), rtol=0, atol=1e-5)
+    assert (windows(y) - everywhere(y)).abs().max() > 1e-3
+    for a, b in zip(windows([y, x]), everywhere([y, x]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    apart = ResolutionAwareTransformer(cfg, in_chans=1, num_classes=0, global_pool="", joint_attention=False).eval()
+    apart.load_state_dict(windows.state_dict())
+    for level, alone in zip(apart([y, y]), [y, y], strict=True):
+        torch.testing.assert_close(level, windows(alone), rtol=0, atol=1e-5)

@@ -149,14 +149,24 @@ def test_a_physical_stem_at_another_reference_spacing_is_told():
         timm.create_model("test_rat", pretrained=True, spacing=0.25)
 
 
+@pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize(("depths", "kinds"), [((1, 1, 1, 1), ("sparse", "sparse", "dense")), ((2,), ())])
-def test_keywords_that_were_saved_before_mean_what_they_meant(depths, kinds):
-    """Then groups had the finer stage's width, and by default the last grouping was dense."""
-    former = {"depths": depths, "iters": 3, "sga_mlp_ratio": 1.0, "physical_stem": False, "group_first": False}
-    for saved in ({**former, "sga_attention_type": None}, former):
-        upgraded = upgrade_keywords(saved)
-        assert upgraded == {**former, "group_width": "fine", "sga_attention_type": kinds}
+def test_keywords_that_were_saved_before_mean_what_they_meant(depths, kinds, axes):
+    """Groups had the finer stage's width, and the last grouping was dense and the last stage global by default."""
+    former = {"spatial_dims": axes, "depths": depths, "iters": 3, "physical_stem": False, "group_first": False}
+    window = {2: 7, 3: 5}[axes]
+    now = {
+        **former,
+        "group_width": "fine",
+        "sga_attention_type": kinds,
+        "attn_kernel_size": (window,) * (len(depths) - 1) + (0,),
+        "joint_attention": False,
+    }
+    for saved in ({**former, "sga_attention_type": None, "attn_kernel_size": None}, former):
+        assert upgrade_keywords(saved) == now
         assert saved.get("group_width") is None  # it is not changed itself
+    windows = {**former, "group_width": "fine", "sga_attention_type": "none", "attn_kernel_size": 3}
+    assert upgrade_keywords(windows) == {**windows, "joint_attention": False}
     now = dataclasses.asdict(RatConfig())
     assert upgrade_keywords(now) == now
     assert upgrade_keywords({"embed_dim": 32}) == {"embed_dim": 32}

@@ -36,13 +36,15 @@ class ConvNorm(nn.Module):
         in_dims: Width that comes in.
         dims: Width that goes out.
         stride: Stride per axis.
+        norm: Whether there is a LayerNorm. After the first convolution it would take from an image of one channel how
+            bright it is.
     """
 
-    def __init__(self, in_dims: int, dims: int, stride: Sequence[int]) -> None:
+    def __init__(self, in_dims: int, dims: int, stride: Sequence[int], norm: bool = True) -> None:
         super().__init__()
         self.stride = tuple(stride)
         self.conv = CONVS[len(self.stride)](in_dims, dims, 3, self.stride, 1)
-        self.norm = nn.LayerNorm(dims, eps=1e-6)
+        self.norm = nn.LayerNorm(dims, eps=1e-6) if norm else nn.Identity()
 
     def forward(self, tokens: Tokens) -> Tokens:
         """``[B, *grid, in_dims]`` -> ``[B, *ceil(grid / stride), dims]``."""
@@ -134,7 +136,7 @@ class DetailLevels(nn.Module):
         super().__init__()
         self.dims, half = max(1, width // 4), max(1, width // 2)
         ones = (1,) * len(step)
-        self.conv_1 = ConvNorm(in_chans, self.dims, ones)
+        self.conv_1 = ConvNorm(in_chans, self.dims, ones, norm=False)
         self.conv_2 = ConvNorm(self.dims, half, step)
         self.to_2, self.to_1 = _linear(width, half), _linear(half, self.dims)
         self.fuse_2, self.fuse_1 = ConvNorm(half, half, ones), ConvNorm(self.dims, self.dims, ones)

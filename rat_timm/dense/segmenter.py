@@ -9,11 +9,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..geometry.grid import Grid, Pyramid, Scalars, Tokens, fill, per_axis
+from ..geometry.grid import Grid, Pyramid, Scalars, Tokens, channels_first, channels_last, fill, per_axis
 from ..geometry.parts import Part, join_parts, parts_at_reference
 from ..geometry.read import Told, read_images, what_is_told
 from ..geometry.sample import sample_at
 from ..geometry.types import ImageOrPyramid, MaskLike, OriginLike, SpacingLike
+from ..layers.grouping import CONVS
 from ..layers.sharded import run_parts, tie
 from ..models import RatVit, ResolutionAwareTransformer
 from ..ops.assignment import Assignment
@@ -44,7 +45,7 @@ class Segmenter(nn.Module):
         **backbone_kwargs: Of ``timm.create_model``, for a name.
 
     Attributes:
-        classifier: The layer that makes logits of the decoder's features.
+        classifier: The convolution, of three taps per axis, that makes logits of the decoder's features.
 
     Raises:
         ValueError: If an argument is out of range, or the backbone does not go with it.
@@ -80,8 +81,7 @@ class Segmenter(nn.Module):
         self.decoder: Decoder = DECODERS[self.decoder_name](dims, width, self.spatial_dims)
         step = [2 if stride >= 2 else 1 for stride in strides]
         self.detail = DetailLevels(self.in_chans, width, step) if detail else None
-        self.classifier = nn.Linear(self.num_features, num_classes)
-        nn.init.normal_(self.classifier.weight, std=0.01)
+        self.classifier = CONVS[self.spatial_dims](self.num_features, num_classes, 3, padding=1)
         nn.init.zeros_(self.classifier.bias)
 
     @property
@@ -131,8 +131,8 @@ class Segmenter(nn.Module):
         image = images.levels[0]
         grid = image.grid if out is None else _output_grid(out, image)
         features = self._features(images, told)
-        logits = features._replace(x=self.classifier(features.x))
-        return at_grid(logits, image, grid).movedim(-1, 1)
+        logits = channels_last(self.classifier(channels_first(features.filled())))
+        return at_grid(features._replace(x=logits), image, grid).movedim(-1, 1)
 
     def forward_features(
         self,

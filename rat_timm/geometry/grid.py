@@ -178,7 +178,7 @@ class Pyramid(NamedTuple):
 
     Attributes:
         levels: One entry per image of the pyramid.
-        prefix: ``[B, P, C]``, or None before the first stage with global attention.
+        prefix: ``[B, P, C]``, or None before the first stage that has them.
         single: Whether the user gave one image and not a list.
         is_constant: Whether numbers alone say where images are, to no tracer, so that what is worked out of them may be
             kept for the next images of the kind.

@@ -50,7 +50,12 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, x: Tensor, positions: Positions, mask: Tensor | None = None, tiles: Tiles | None = None
+        self,
+        x: Tensor,
+        positions: Positions,
+        mask: Tensor | None = None,
+        tiles: Tiles | None = None,
+        all_to_all: bool = False,
     ) -> Tensor:
         """Attends.
 
@@ -60,6 +65,7 @@ class Attention(nn.Module):
             mask: ``[B, *grid]`` or ``[B, N]``, bool, True = valid: others are not attended to.
             tiles: What `rat_timm.ops.neighborhood.neighborhood_plan` returned for the grid, so that it is not asked
                 again; None: `neighborhood_attention` chooses what it runs on.
+            all_to_all: Whether every token attends to every token in spite of a neighbourhood: ``x`` is a sequence.
         """
         qkv = self.qkv(x)
         rotation = self.rose.rotation(positions, qkv.dtype)
@@ -70,7 +76,7 @@ class Attention(nn.Module):
         if rotation is not None:
             query, key = rotation(query), rotation(key)
         dropout_p = self.attn_drop if self.training else 0.0
-        if self.attn_kernel_size is None:
+        if all_to_all or self.attn_kernel_size is None:
             allowed = None if mask is None else mask[:, None, None, :]
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, N, d]
             out = masked_attention(query, key, value, allowed, dropout_p).transpose(1, 2)
@@ -117,19 +123,26 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(
-        self, x: Tensor, positions: Positions, mask: Tensor | None = None, tiles: Tiles | None = None
+        self,
+        x: Tensor,
+        positions: Positions,
+        mask: Tensor | None = None,
+        tiles: Tiles | None = None,
+        all_to_all: bool = False,
     ) -> Tensor:
         """See `Attention.forward`."""
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             kernel = self.attn.attn_kernel_size
-            if tiles is None and kernel is not None:
+            if tiles is None and kernel is not None and not all_to_all:
                 tiles = neighborhood_plan(x.shape[1:-1], kernel, x.device)
-            return _compiled_block(self, x, positions, mask, tiles)
-        return _run_block(self, x, positions, mask, tiles)
+            return _compiled_block(self, x, positions, mask, tiles, all_to_all)
+        return _run_block(self, x, positions, mask, tiles, all_to_all)
 
 
-def _run_block(block: Block, x: Tensor, positions: Positions, mask: Tensor | None, tiles: Tiles | None) -> Tensor:
-    x = x + block.drop_path1(block.attn(block.norm1(x), positions, mask, tiles))
+def _run_block(
+    block: Block, x: Tensor, positions: Positions, mask: Tensor | None, tiles: Tiles | None, all_to_all: bool
+) -> Tensor:
+    x = x + block.drop_path1(block.attn(block.norm1(x), positions, mask, tiles, all_to_all))
     return x + block.drop_path2(block.mlp(block.norm2(x)))
 
 

@@ -5,6 +5,7 @@ An engine starts workers, hands out tiles and restarts what was killed. Nothing 
 """
 
 import os
+import sys
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessP
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache, partial
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -48,7 +50,7 @@ def run(
     """Calls ``work`` for each tile.
 
     A worker that is killed is replaced, and what it had in hand is computed again, three times at most. Few tiles are
-    handed out at a time, so that memory does not grow with their number.
+    handed out at a time, so that memory does not grow with their number. Without tiles nothing is started.
 
     Args:
         work: What is called. Sent once to each worker, however many tiles it gets. Its calls do not depend on each
@@ -73,9 +75,9 @@ def run(
         for tile in tiles:
             work(tile)
             _tell(done, tile)
-        return
-    with engine as (submit, most):
-        _hand_out(submit, most, tiles, done)
+    elif tiles:
+        with engine as (submit, most):
+            _hand_out(submit, most, tiles, done)
 
 
 def _engine(work: Work, scheduler: str | None, workers: int) -> AbstractContextManager[Engine] | None:
@@ -137,8 +139,7 @@ class _Pool:
         self.executor = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
-        # not forked: a forked process must not use CUDA, nor threads
-        return ProcessPoolExecutor(self.arguments[1], get_context("spawn"), _hold, self.arguments)
+        return ProcessPoolExecutor(self.arguments[1], _context(), _hold, self.arguments)
 
     def submit(self, tile: int) -> Future:
         try:
@@ -147,6 +148,15 @@ class _Pool:
             self.executor.shutdown()
             self.executor = self._start()
             return self.executor.submit(_process_tile, tile)
+
+
+def _context() -> BaseContext:
+    """Returns how processes start: never forked from this one, since then they could use neither CUDA nor threads."""
+    if sys.platform != "linux":
+        return get_context("spawn")
+    context = get_context("forkserver")  # a process that has imported the package, and does nothing but fork
+    context.set_forkserver_preload([__package__])
+    return context
 
 
 _held: list[Work] = []  # in a process of a pool: its work

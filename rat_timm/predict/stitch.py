@@ -21,11 +21,17 @@ assert np.array_equal(np.concatenate(parts, axis=1), whole) and objects == 2
 
 **What is one object.** The watershed of `rat_timm.dense.instances` floods over edges and corners too, so tiles that
 share only an edge or a corner are neighbours like those that share a face. Two neighbours see the same pixels on both
-sides of their boundary. There, a label of one and a label of the other are the same object if the connected parts that
-they have agree: they meet on both sides of the boundary, in more than half of the smaller one. If tiles see what is
+sides of their boundary. There, a label of one and a label of the other are the same object if connected parts of them
+agree: they share pixels on both sides of the boundary, and more than half of the smaller part. If tiles see what is
 true, parts are the same pixels, and the rule is exact, for objects too that no tile sees whole, as long as each tile
-keeps together what it sees connected. If they see it but for a pixel (rounding moves where a watershed cuts), one
-pixel on which tiles differ must not make one object of two: a rule that asks for one pixel only would.
+keeps together what it sees connected. If they differ in a pixel (rounding moves where a watershed cuts), that pixel
+must not make one object of two; a rule that asks for one pair of pixels only would.
+
+**How large a halo is.** A pixel at least. What `rat_timm.dense.instances` makes of an object depends on nothing farther
+away than the object itself and four standard deviations of its Gaussian, so that a halo of the largest object's extent
+and these gives the objects of the whole. Exceptions: seeds that ``min_distance`` joins count as one object however long
+their chain is, and in one part of the foreground if they hang together within the tile; pixels between two objects
+whose distances are equal to the last bit go to the one from which the watershed comes first.
 """
 
 import contextlib
@@ -207,9 +213,7 @@ def _links(tile: int, grid: Sequence[int], present: Sequence[Labels], load: Load
         back = tuple(-step for step in direction)
         theirs = load(other, [back])
         if own is None or theirs is None or direction not in own.beside or back not in theirs.beside:
-            raise ValueError(
-                f"tiles {tile} and {other} must see a pixel of each other: one sees none towards {direction}"
-            )
+            raise ValueError(f"tiles {tile} and {other} must have a halo: one sees no pixel of the other, {direction}")
         one, two = own.beside[direction], theirs.beside[back][::-1]  # the same pixels
         if one.shape != two.shape:
             raise ValueError(f"tiles {tile} and {other} must share a face, got {list(one.shape)} and {list(two.shape)}")

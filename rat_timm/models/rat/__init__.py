@@ -1,10 +1,13 @@
 """The Resolution Aware Transformer, hierarchical: the names ``rat_*``, for images and volumes.
 
-Four stages at strides 4, 8, 16 and 32: neighbourhood attention (windows of 7 x 7, or 5 x 5 x 5) in the first three and
-global attention in the last, with rotary embeddings of physical positions; between stages, spatial grouping attention
-assigns tokens to fewer tokens. Every field of `RatConfig` is a keyword of ``timm.create_model``; any variant takes
-``spatial_dims=2 | 3``, for volumes with thick slices ``stem_stride=(1, 4, 4)``, for denser maps of the same weights
-``output_stride=8 | 16``, and for masked image modelling ``mask_token=True``.
+Four stages at strides 4, 8, 16 and 32 of neighbourhood attention (windows of 7 x 7, or 5 x 5 x 5), with rotary
+embeddings of physical positions; between stages, spatial grouping attention assigns tokens to fewer tokens. The cost is
+linear in the number of pixels. In the last stage the levels of a pyramid meet: all their tokens, and prefix tokens,
+attend to all.
+
+Every field of `RatConfig` is a keyword of ``timm.create_model``; any variant takes ``spatial_dims=2 | 3``, for volumes
+with thick slices ``stem_stride=(1, 4, 4)``, for denser maps of the same weights ``output_stride=8 | 16``, and for
+masked image modelling ``mask_token=True``.
 
 ```python
 import timm

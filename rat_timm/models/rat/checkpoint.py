@@ -60,7 +60,8 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTrans
 def upgrade_keywords(saved: dict[str, Any]) -> dict[str, Any]:
     """Returns saved keywords with those that mean something else since version 0.1.0.
 
-    Groups had the finer stage's width then, and ``sga_attention_type`` None meant that the last grouping was dense.
+    Groups had the finer stage's width then, ``sga_attention_type`` None meant that the last grouping was dense, and
+    ``attn_kernel_size`` None that attention in the last stage was global.
     """
     if "iters" not in saved:  # written by hand: models were saved with all their keywords
         return saved
@@ -68,6 +69,11 @@ def upgrade_keywords(saved: dict[str, Any]) -> dict[str, Any]:
     if saved.get("sga_attention_type") is None:
         groupings = len(saved["depths"]) - 1 + saved["group_first"]
         saved["sga_attention_type"] = ("sparse",) * (groupings - 1) + ("dense",) * min(groupings, 1)
+    if "joint_attention" not in saved:
+        saved = {**saved, "joint_attention": False}
+        if saved.get("attn_kernel_size") is None:
+            window = 7 if saved["spatial_dims"] == 2 else 5
+            saved["attn_kernel_size"] = (window,) * (len(saved["depths"]) - 1) + (0,)
     return saved
 
 

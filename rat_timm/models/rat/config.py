@@ -26,6 +26,7 @@ class StageConfig:
         num_heads: Heads of a block.
         mlp_ratio: Hidden width of a block's MLP over ``dim``.
         attn_kernel_size: Neighbourhood per axis; None for global attention.
+        joint_attention: Whether tokens of several levels, and prefix tokens, attend to each other, all to all.
         reg_tokens: Number of prefix tokens that join at this stage.
         has_prefix: Whether prefix tokens come in.
         total_stride: Pixels per token, per axis.
@@ -47,6 +48,7 @@ class StageConfig:
     num_heads: int
     mlp_ratio: float
     attn_kernel_size: tuple[int, ...] | None
+    joint_attention: bool
     reg_tokens: int
     has_prefix: bool
     total_stride: tuple[int, ...]
@@ -85,9 +87,12 @@ class RatConfig:
         num_heads: Heads per stage. Default: width / 32.
         mlp_ratio: Hidden width of the blocks' MLPs over their width.
         attn_kernel_size: Neighbourhood of the blocks' attention per stage, 0 for global attention. Default: 7 in 2D and
-            5 otherwise, global in the last stage.
+            5 otherwise. In the last stage of four that is the whole field of 224 x 224 pixels (160 x 160 x 160), and no
+            token of a larger one has more keys than in training.
+        joint_attention: Whether in the last stage all tokens attend to all, whatever its neighbourhood, where there are
+            several levels or prefix tokens. Without it levels never meet, but in stages of global attention.
         qkv_bias: Whether queries, keys and values have a bias.
-        reg_tokens: Prefix tokens, which take part in global attention only.
+        reg_tokens: Prefix tokens, which take part from the first stage on in which all tokens attend to all.
         leading_tokens: Another name for ``reg_tokens``.
         stem_kernel_size: Kernel of each convolution of the stem.
         stem_stride: Total stride of the stem, one number or one per axis.
@@ -133,6 +138,7 @@ class RatConfig:
     num_heads: int | Sequence[int] | None = None
     mlp_ratio: float | Sequence[float] = 2.0
     attn_kernel_size: int | Sequence[int] | None = None
+    joint_attention: bool = True
     qkv_bias: bool = True
     reg_tokens: int = 0
     leading_tokens: int = 0
@@ -238,9 +244,13 @@ class RatConfig:
         kernels = self._attention_kernels(count)
         groupings = self._groupings(count)
         steps = integers(self.stride, "stride", self.spatial_dims)
-        first_global = next((i for i, kernel in enumerate(kernels) if kernel is None), None)
-        if self.prefix_tokens and first_global is None:
-            raise ValueError(f"reg_tokens {self.prefix_tokens} need a stage with global attention (attn_kernel_size 0)")
+        joint = [kernel is None or (self.joint_attention and i == count - 1) for i, kernel in enumerate(kernels)]
+        first_joint = joint.index(True) if any(joint) else None
+        if self.prefix_tokens and first_joint is None:
+            raise ValueError(
+                f"reg_tokens {self.prefix_tokens} need a stage in which all tokens attend to all "
+                "(attn_kernel_size 0 or joint_attention)"
+            )
         kernel_size = integers(self.kernel_size, "kernel_size", self.spatial_dims)
         wide_groups = self.group_width == "coarse"
         window = integers(self.neighborhood_kernel, "neighborhood_kernel", self.spatial_dims)
@@ -261,8 +271,9 @@ class RatConfig:
                     num_heads=heads[i],
                     mlp_ratio=ratios[i],
                     attn_kernel_size=_widen(kernels[i], wider),
-                    reg_tokens=self.prefix_tokens if i == first_global else 0,
-                    has_prefix=self.prefix_tokens > 0 and first_global is not None and i > first_global,
+                    joint_attention=joint[i],
+                    reg_tokens=self.prefix_tokens if i == first_joint else 0,
+                    has_prefix=self.prefix_tokens > 0 and first_joint is not None and i > first_joint,
                     total_stride=stride,
                     unit=self._unit(nominal),
                     kernel_size=kernel_size,
@@ -300,7 +311,7 @@ class RatConfig:
     def _attention_kernels(self, count: int) -> list[tuple[int, ...] | None]:
         sizes: Any = self.attn_kernel_size
         if sizes is None:
-            sizes = [7 if self.spatial_dims == 2 else 5] * (count - 1) + [0]
+            sizes = 7 if self.spatial_dims == 2 else 5
         if isinstance(sizes, Real):
             sizes = [sizes] * count
         sizes = _sequence(sizes, "attn_kernel_size", "one per stage")

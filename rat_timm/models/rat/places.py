@@ -19,10 +19,10 @@ class StagePlaces(NamedTuple):
 
     Attributes:
         grids: The tokens' grids.
-        tokens: Positions for the blocks, in the stage's unit; of a global stage, those of all tokens of all levels in
+        tokens: Positions for the blocks, in the stage's unit; where all tokens attend to all, those of all levels in
             one sequence, prefix tokens first.
         windows: How the blocks' neighbourhoods cut each level's grid; None where another backend than PyTorch attends.
-            Empty for a global stage.
+            Empty where all tokens attend to all.
         stride: That of the grouping, per axis; None without one.
         fine: Positions of the tokens that are grouped, in the grouping's unit; empty without a grouping.
         groups: Positions of the groups, likewise.
@@ -81,7 +81,7 @@ def _of_blocks(
 ) -> tuple[tuple[Positions, ...], tuple[Tiles | None, ...]]:
     """Returns the positions of the tokens and the windows for a stage's blocks."""
     kernel = stage.attn_kernel_size
-    if kernel is None:
+    if kernel is None or (stage.joint_attention and (prefix or len(grids) > 1)):
         return (_sequence_positions(grids, stage.unit, prefix),), ()
     tokens = [grid.positions(field_center([grid]), stage.unit) for grid in grids]
     return tuple(tokens), tuple([neighborhood_plan(grid.shape, kernel, grid.spacing.device) for grid in grids])

@@ -222,7 +222,7 @@ class StageOutput(NamedTuple):
 
     Attributes:
         maps: ``[B, C, *grid]``, or one per level for a list.
-        prefix: ``[B, P, C]``, or None before the first stage with global attention.
+        prefix: ``[B, P, C]``, or None before the first stage that has them.
         assignments: How each level's tokens were grouped, if asked for.
     """
 
@@ -237,7 +237,7 @@ def whole_output(output: MapOrMaps | StageOutput) -> StageOutput:
 
 
 class Stage(nn.Module):
-    """Downsampling and blocks; the blocks of a global stage see all tokens of all levels and the prefix together.
+    """Downsampling and blocks, which see each level alone or all tokens of all levels and the prefix together.
 
     It takes and gives maps, so that hooks on it meet the tensor that ``features_only`` gives.
 
@@ -263,7 +263,6 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.is_global = stage.attn_kernel_size is None
         self.grad_checkpointing = False
         self.downsample: Downsample | StridedConv | None = None
         if stage.sga_attention_type == "none":
@@ -293,7 +292,7 @@ class Stage(nn.Module):
         Args:
             x: ``[B, C, *grid]``, or one per level for a list.
             at: Where tokens are, and which are valid.
-            prefix: ``[B, P, C]``, once a stage with global attention has added them.
+            prefix: ``[B, P, C]``, once a stage has added them.
             return_assignments: Whether to return how each level's tokens were grouped.
 
         Returns:
@@ -310,12 +309,12 @@ class Stage(nn.Module):
                 prefix = self.downsample.project(prefix)
         if self.reg_tokens is not None:
             prefix = self.reg_tokens.expand(len(levels[0]), -1, -1)
-        if self.is_global:
-            levels, prefix = self._attend_together(levels, at, prefix)
-        else:
-            places = at.places
+        places = at.places
+        if places.windows:
             inputs = zip(levels, places.tokens, at.masks, places.windows, strict=True)
             levels = [self._run_blocks(*level) for level in inputs]
+        else:
+            levels, prefix = self._attend_together(levels, at, prefix)
         maps = []
         for level, mask in zip(levels, at.masks, strict=True):
             maps.append((level if mask is None else fill(level, mask)).movedim(-1, 1))
@@ -354,19 +353,26 @@ class Stage(nn.Module):
         if masks.count(None) < len(masks):
             mask = join_masks(masks, [part.shape[:-1] for part in parts])
         sequence = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        sequence = self._run_blocks(sequence, at.places.tokens[0], mask)
+        sequence = self._run_blocks(sequence, at.places.tokens[0], mask, all_to_all=True)
         parts = list(sequence.split(sizes, dim=1)) if len(parts) > 1 else [sequence]
         prefix = None if prefix is None else parts.pop(0)
         return [part.unflatten(1, level.shape[1:-1]) for part, level in zip(parts, levels, strict=True)], prefix
 
-    def _run_blocks(self, x: Tensor, positions: Positions, mask: Tensor | None, windows: Tiles | None = None) -> Tensor:
+    def _run_blocks(
+        self,
+        x: Tensor,
+        positions: Positions,
+        mask: Tensor | None,
+        windows: Tiles | None = None,
+        all_to_all: bool = False,
+    ) -> Tensor:
         if windows is not None and windows.once.order is None:  # in an export
             windows = windows.share_bias(x)
         for block in self.blocks:
             if self.grad_checkpointing:
-                x = checkpoint(block, x, positions, mask, windows)
+                x = checkpoint(block, x, positions, mask, windows, all_to_all)
             else:
-                x = block(x, positions, mask, windows)
+                x = block(x, positions, mask, windows, all_to_all)
         return x
 
     def _run(self, module: nn.Module, *inputs: Any) -> Any:
