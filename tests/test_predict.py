@@ -70,7 +70,7 @@ def one_of(axes, decoder, physical):
     return MODELS[key]
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.data())
 def test_tiles_give_what_the_whole_gives(tmp_path_factory, data):
     axes = data.draw(st.sampled_from([2, 3]))
@@ -78,7 +78,7 @@ def test_tiles_give_what_the_whole_gives(tmp_path_factory, data):
     most = 70 if axes == 2 else 30
     size = data.draw(st.tuples(*[st.integers(most // 3, most)] * axes))
     spacing = data.draw(st.tuples(*[st.sampled_from([0.6, 1.0, 1.3])] * axes))
-    tile = tuple(data.draw(st.floats(n * s / 4, n * s)) for n, s in zip(size, spacing, strict=True))
+    tile = tuple(data.draw(st.floats(n * s / 3, n * s)) for n, s in zip(size, spacing, strict=True))
     x, background, mask = torch.randn(1, *size, dtype=torch.float64), None, None
     if data.draw(st.booleans()):
         mask = torch.rand(1, *size) > 0.4
@@ -111,7 +111,7 @@ def test_a_model_that_sees_everything_stays_within_what_is_said(tmp_path, capsys
     assert 0 < gap.max() <= done.difference.most
     said = capsys.readouterr().err
     assert "not equal to the whole image" in said
-    assert "blocks of stage 2 attend to all tokens of all levels" in said
+    assert "blocks of stage 2 attend to all tokens" in said
     assert f"by up to {done.difference.most:.2g}" in said
     assert "peak memory of a process" in said
 

@@ -7,7 +7,7 @@ from rat_timm.dense import Segmenter
 from rat_timm.geometry.box import Box, part_of
 from rat_timm.geometry.grid import Grid
 from rat_timm.predict.network import Network
-from rat_timm.predict.receptive import receptive_field
+from rat_timm.predict.receptive import receptive_field, unbounded_layers
 
 LOCAL = {"embed_dim": (16, 16), "depths": (1, 2), "num_heads": 2, "attn_kernel_size": 3}
 
@@ -15,7 +15,7 @@ LOCAL = {"embed_dim": (16, 16), "depths": (1, 2), "num_heads": 2, "attn_kernel_s
 def segmenter(name="test_rat", **options):
     """A tiny model of windows and sparse groupings whose classes depend on its features."""
     model = Segmenter(name, 2, **{"width": 8, "in_chans": 1, **LOCAL, **options}).double().eval()
-    nn.init.normal_(model.classifier.weight)
+    nn.init.normal_(model.classifier.weight, std=0.3)
     return model
 
 
@@ -79,10 +79,14 @@ def test_what_sees_everything_is_named():
     assert field.length is None
     assert [reason.split(":")[0] for reason in field.unbounded] == [
         "the grouping before stage 3 is dense",
-        "prefix tokens of stage 4 attend to all tokens, and all tokens to them",
-        "blocks of stage 4 attend to all tokens of all levels",
+        "blocks of stage 4 attend to all tokens, as there are prefix tokens",
     ]
     assert receptive_field(model, 1).unbounded == ()
+    joint = timm.create_model("test_rat")
+    assert receptive_field(joint).unbounded == ()
+    assert list(unbounded_layers(joint, levels=2)) == [
+        "blocks of stage 4 attend to all tokens, as there are several levels"
+    ]
     plain = timm.create_model("rat_eva02_tiny_patch14_224", num_classes=0)
     assert receptive_field(plain).unbounded == ("every block attends to all patches of all levels",)
 

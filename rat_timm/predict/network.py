@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..dense.segmenter import Segmenter
 from ..geometry.box import Box, places_around
-from ..geometry.grid import Grid, exact_dtype
+from ..geometry.grid import Grid, channels_first, channels_last, exact_dtype
 from ..models import RatVit, ResolutionAwareTransformer
 from .receptive import backbone_of, bounded_reach, map_grid, needed, total_stride, unbounded_layers
 
@@ -30,12 +30,14 @@ class Network:
         task: One of `TASKS`.
         stage: Of a hierarchical backbone, whose map is the result.
         is_compiled: Whether calls are compiled.
+        levels: How many levels it is given.
     """
 
     model: nn.Module
     task: str
     stage: int = -1
     is_compiled: bool = False
+    levels: int = 1
 
     def __post_init__(self) -> None:
         backbone_of(self.model)
@@ -79,7 +81,7 @@ class Network:
     @property
     def unbounded(self) -> list[str]:
         """Each layer that sees everything, and why."""
-        return list(unbounded_layers(self.model, self.stage))
+        return list(unbounded_layers(self.model, self.stage, self.levels))
 
     @cached_property
     def reach(self) -> tuple[int, ...]:
@@ -137,7 +139,9 @@ class Network:
     def _map(self, x: Any, told: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.model, Segmenter):
             features = self.model.forward_features(x, **told)
-            return features.x if self.task == "features" else self.model.classifier(features.x), features.mask
+            if self.task == "features":
+                return features.x, features.mask
+            return channels_last(self.model.classifier(channels_first(features.filled()))), features.mask
         stage = self.stage if self.stage >= 0 else len(self.backbone.feature_info) + self.stage
         out: Any = self.backbone.forward_intermediates(
             x,

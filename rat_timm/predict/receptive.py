@@ -5,8 +5,9 @@ axes, and what it does at the image's border is what it does there: neighbourhoo
 groupings and kernels are cut off. So a tile that holds the box of pixels, and starts at a multiple of the stride, gives
 what the whole image gives.
 
-Global attention and dense groupings see all places, whatever the box: they are listed with their reason, and followed
-as if they saw their own place alone. What is said of the other layers then still holds.
+Global attention (with several levels or prefix tokens, joint attention too) and dense groupings see all places, whatever
+the box: they are listed with their reason, and followed as if they saw their own windows or place alone. What is said of
+the other layers then still holds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -77,19 +78,29 @@ def bounded_reach(model: nn.Module, stage: int = -1) -> tuple[int, ...]:
     return tuple(reach)
 
 
-def unbounded_layers(model: nn.Module, stage: int = -1) -> Iterator[str]:
-    """Yields each layer that sees everything, and why."""
+def unbounded_layers(model: nn.Module, stage: int = -1, levels: int = 1) -> Iterator[str]:
+    """Yields each layer that sees everything, and why.
+
+    Args:
+        model: See `receptive_field`.
+        stage: See `receptive_field`.
+        levels: How many levels images have.
+    """
     backbone = backbone_of(model)
     if isinstance(backbone, RatVit):
         yield "every block attends to all patches of all levels"
         return
+    has_prefix = False
     for index, here in enumerate(_stages(backbone, stage)):
+        has_prefix = has_prefix or here.reg_tokens > 0
         if here.sga_attention_type == "dense":
             yield f"the grouping before stage {index + 1} is dense: it normalises over all tokens"
-        if here.reg_tokens:
-            yield f"prefix tokens of stage {index + 1} attend to all tokens, and all tokens to them"
         if here.attn_kernel_size is None:
-            yield f"blocks of stage {index + 1} attend to all tokens of all levels"
+            yield f"blocks of stage {index + 1} attend to all tokens"
+        elif here.joint_attention and has_prefix:
+            yield f"blocks of stage {index + 1} attend to all tokens, as there are prefix tokens"
+        elif here.joint_attention and levels > 1:
+            yield f"blocks of stage {index + 1} attend to all tokens, as there are several levels"
 
 
 def total_stride(model: nn.Module, stage: int = -1, spacing: Sequence[float] | None = None) -> tuple[int, ...]:
@@ -165,7 +176,7 @@ def needed(model: nn.Module, grid: Grid, box: Box, stage: int = -1) -> Box:
     if not isinstance(model, Segmenter):
         maps: list[Box | None] = [None] * _index(backbone, stage) + [box]
         return _before_backbone(cfg, grid, grids, maps, groups=False)
-    pixels = box
+    pixels = box = _conv_3(box, grid if model.detail is not None else grids[0])  # of the classifier
     if model.detail is not None:
         pixels, box = _before_detail(model, grid, grids[0], box)
     boxes = _before_decoder(model, grids, box)

@@ -90,8 +90,13 @@ def predict(
     options = dataclasses.replace(options, device=device)
     levels, masked = _open(image, network, options)
     said = _describe(network, levels, options)
+    wanted = options.levels
+    if wanted is None:
+        wanted = [OVERVIEW] if network.unbounded else []
+    network = dataclasses.replace(network, levels=1 + len(wanted))
     plan = _plan(network, masked.grid, options)
-    job = _job(network, model, levels, masked, plan, options, output)
+    wanted = [] if plan.is_whole and options.levels is None else wanted
+    job = _job(network, model, levels, masked, plan, dataclasses.replace(options, levels=wanted), output)
     work, manifest = Work(job, network), Manifest(job.store.partial)
     goes_on = manifest.begin(said, options.resume)
     if not goes_on:
@@ -210,9 +215,7 @@ def _job(
     output: Path,
 ) -> Job:
     spacing = network.spacing(image.grid)
-    wanted = options.levels
-    if wanted is None:
-        wanted = [OVERVIEW] if network.unbounded and not plan.is_whole else []
+    wanted = options.levels or ()
     steps = [tuple(per_axis(s, "levels", network.axes)[0].tolist()) for s in wanted if not isinstance(s, str)]
     field: Tokens | None = None
     if OVERVIEW in wanted:
