@@ -121,7 +121,8 @@ def by_monai(image: Path, model: Path, output: Path, options: dict[str, Any]) ->
     return {"pixels": labels.numel(), "seconds": time.perf_counter() - begun}
 
 
-def _measure(what: str, arguments: tuple[Any, ...]) -> dict[str, float]:
+def measured_here(what: str, *arguments: Any) -> dict[str, float]:
+    """Measures in this process."""
     torch.set_num_threads(arguments[-1])
     before, begun = _peak(), time.perf_counter()
     result = {"model": by_model, "prediction": by_prediction, "monai": by_monai}[what](*arguments[:-1])
@@ -135,7 +136,7 @@ def _peak() -> int:
 def measured(what: str, *arguments: Any) -> dict[str, float]:
     """Measures in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure, what, arguments).result()
+        return pool.submit(measured_here, what, *arguments).result()
 
 
 def main() -> None:

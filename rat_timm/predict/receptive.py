@@ -5,9 +5,9 @@ axes, and what it does at the image's border is what it does there: neighbourhoo
 groupings and kernels are cut off. So a tile that holds the box of pixels, and starts at a multiple of the stride, gives
 what the whole image gives.
 
-Global attention (with several levels or prefix tokens, joint attention too) and dense groupings see all places, whatever
-the box: they are listed with their reason, and followed as if they saw their own windows or place alone. What is said of
-the other layers then still holds.
+Global attention (with several levels or prefix tokens, joint attention too) and dense groupings see all places,
+whatever the box: they are listed with their reason, and followed as if they saw their own windows or place alone. What
+is said of the other layers then still holds.
 """
 
 from collections.abc import Iterator, Sequence
