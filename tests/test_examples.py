@@ -13,7 +13,7 @@ import pytest
 import timm
 from huggingface_hub import ModelCard
 
-from helpers import EXAMPLES, call, finish, start
+from helpers import EXAMPLES, call
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def check_picture(file):
     assert picture.std() > 0.1
 
 
-def test_quickstart(tmp_path):
-    assert "70.4 x 64 x 64 mm" in finish(start("quickstart.py", tmp_path / "picture.png"))
+def test_quickstart(run, tmp_path):
+    assert "70.4 x 64 x 64 mm" in run("quickstart.py", tmp_path / "picture.png")
     check_picture(tmp_path / "picture.png")
 
 
@@ -128,8 +128,8 @@ def test_adaptive_patches_learn_where_digits_are(run, tmp_path):
 PROGRAMS = {path.stem for path in EXAMPLES.glob("*.py")}
 
 
-def test_compile_times():
-    printed = finish(start("compile_times.py", "test_vit", "--batch-size", 1, "--backend", "eager"))
+def test_compile_times(run):
+    printed = run("compile_times.py", "test_vit", "--batch-size", 1, "--backend", "eager")
     assert re.search(r"test_vit +compiled in +[\d.]+ s \(processor +[\d.]+ s\), differs by 0.0e\+00 of ", printed)
 
 
