@@ -13,7 +13,8 @@ from ..geometry.box import Box
 from .plan import Plan, Window
 from .work import Work, finished
 
-_SAMPLES = 3
+_SAMPLES = 8
+_USUAL = 0.999
 _FACTOR = 2.0
 """How many times what was measured is said: the samples are few, and the whole is larger than what they were given."""
 
@@ -22,12 +23,14 @@ class Difference(NamedTuple):
     """How far values are from those with more context.
 
     Attributes:
-        most: The most that is to be expected: twice the largest that was measured.
+        usual: What 999 of 1000 values are expected to stay below: twice that quantile of what was measured.
+        most: The largest that was measured; of the few values above ``usual``, some may be larger in the whole.
         mean: The mean of what was measured.
         changed: The share of places whose likeliest class changes, measured.
         windows: How many windows were compared.
     """
 
+    usual: float
     most: float
     mean: float
     changed: float
@@ -49,7 +52,7 @@ def difference(work: Work, windows: int = _SAMPLES) -> Difference | None:
     plan = work.job.plan
     step = (plan.out.spacing / plan.working.spacing)[0].tolist()
     longer = [h + math.ceil(e * s) for h, e, s in zip(plan.halo, plan.edge, step, strict=True)]
-    most, means, changes = [], [], []
+    usual, most, means, changes = [], [], [], []
     for window in _spread(plan, work, windows):
         seen = plan.seen(window.box, work.network, longer)
         one, other = (_alone(work, window, box) for box in (window.seen, seen))
@@ -57,11 +60,12 @@ def difference(work: Work, windows: int = _SAMPLES) -> Difference | None:
             continue
         gap = (one - other).abs()
         most.append(float(gap.max()))
+        usual.append(float(np.quantile(gap.numpy(), _USUAL)))
         means.append(float(gap.mean()))
         changes.append(float((one.argmax(-1) != other.argmax(-1)).float().mean()))
     if not most:
         return None
-    return Difference(_FACTOR * max(most), float(np.mean(means)), float(np.mean(changes)), len(most))
+    return Difference(_FACTOR * max(usual), max(most), float(np.mean(means)), float(np.mean(changes)), len(most))
 
 
 def _spread(plan: Plan, work: Work, count: int) -> Iterator[Window]:
