@@ -71,15 +71,22 @@ def difference(work: Work, windows: int = _SAMPLES) -> Difference | None:
 def _spread(plan: Plan, work: Work, count: int) -> Iterator[Window]:
     """Yields windows with data, from tiles all over the region."""
     found, seen = 0, set()
-    for tile in np.unique(np.linspace(0, plan.count - 1, 4 * count).round().astype(int)).tolist():
+    tiles = _evenly(plan.count, 4 * count)
+    for tile in tiles:
         windows = list(plan.windows(plan.box(tile), work.network))
-        for window in (windows[len(windows) // 2], windows[0], windows[-1]):
+        for index in _evenly(len(windows), math.ceil(count / len(tiles)) + 1):
+            window = windows[index]
             if window.box in seen or found >= count:
                 continue
             seen.add(window.box)
             if work.see(window).levels:
                 found += 1
                 yield window
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """Returns numbers below ``count``, at most so many."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
 
 
 def _alone(work: Work, window: Window, seen: Box) -> Tensor | None:
