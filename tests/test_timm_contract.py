@@ -78,7 +78,7 @@ def test_shapes_and_cfg(name):
     assert model.forward_head(features).shape == (2, 10)
     model.reset_classifier(0, "")
     assert model.forward_head(features).shape == features.shape
-    assert cfg["license"] == "bsd-3-clause"
+    assert cfg["license"] == ("mit" if "_nat_" in name else "bsd-3-clause")
     assert {"crop_pct", "interpolation", "mean", "std"} <= set(cfg)
 
 
