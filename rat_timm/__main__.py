@@ -1,15 +1,11 @@
-<<<<<<< HEAD
-r"""The command line: ``python -m rat_timm list [FILTER]``, ``run SCRIPT [ARGUMENTS]`` and ``predict IMAGE ...``.
+r"""The command line: ``python -m rat_timm list``, ``convert FILE ...``, ``run SCRIPT ...`` and ``predict IMAGE ...``.
 
 ``predict`` goes from an image to an image (`rat_timm.predict.command`).
-=======
-r"""The command line: ``python -m rat_timm list [FILTER]``, ``convert FILE ...`` and ``run SCRIPT [ARGUMENTS]``.
 
 ``convert`` makes a folder with safetensors, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, of weights
 that others have published as a pickle (`rat_timm.timm_api.convert`):
 
     python -m rat_timm convert nat_tiny.pth --like rat_nat_tiny --output rat_nat_tiny.in1k
->>>>>>> main
 
 ``run`` registers the models and runs a script, also under torchrun (``torchrun -m rat_timm run ...``). timm's scripts,
 from a checkout of timm, fine-tune, test and export a model so (``train.py`` needs no ``run``):
@@ -135,15 +131,12 @@ def main() -> None:
     given = parse(sys.argv[1:])
     if given.command == "run":
         run(given.script, given.arguments)
-<<<<<<< HEAD
     elif given.command == "predict":
         from .predict import command
 
         command.run(given)
-=======
     elif given.command == "convert":
         print(f"local-dir:{convert(given.source, given.like, given.output)}")
->>>>>>> main
     else:
         found = names(given.filter)
         if not found:
