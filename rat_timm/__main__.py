@@ -1,4 +1,6 @@
-r"""The command line: ``python -m rat_timm list [FILTER]``, ``convert FILE ...`` and ``run SCRIPT [ARGUMENTS]``.
+r"""The command line: ``python -m rat_timm list``, ``convert FILE ...``, ``run SCRIPT ...`` and ``predict IMAGE ...``.
+
+``predict`` goes from an image to an image (`rat_timm.predict.command`).
 
 ``convert`` makes a folder with safetensors, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, of weights
 that others have published as a pickle (`rat_timm.timm_api.convert`):
@@ -115,6 +117,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     running = commands.add_parser("run", help="register the models and run a script, such as timm's validate.py")
     running.add_argument("script", type=Path)
     running.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    if arguments[:1] == ["predict"]:  # whose packages take a while to import
+        from .predict import command
+
+        command.add_arguments(commands.add_parser("predict", help="predict an image, tile by tile"))
+    else:
+        commands.add_parser("predict", help="predict an image, tile by tile")
     return parser.parse_args(arguments)
 
 
@@ -123,6 +131,10 @@ def main() -> None:
     given = parse(sys.argv[1:])
     if given.command == "run":
         run(given.script, given.arguments)
+    elif given.command == "predict":
+        from .predict import command
+
+        command.run(given)
     elif given.command == "convert":
         print(f"local-dir:{convert(given.source, given.like, given.output)}")
     else:

@@ -1,5 +1,6 @@
 """Every example runs."""
 
+import argparse
 import ast
 import functools
 import importlib
@@ -152,3 +153,16 @@ def imports(file):
         elif isinstance(node, ast.ImportFrom):
             assert not node.level
             yield node.module
+
+
+def test_a_large_image_is_predicted(tmp_path, monkeypatch, capfd):
+    predict_large = pytest.importorskip("predict_large")
+    frames = np.random.default_rng(0).normal(size=(1, 60, 70)).astype(np.float32)
+    monkeypatch.setattr(predict_large, "fetch", lambda: None)
+    monkeypatch.setattr(predict_large, "frames", lambda *_: argparse.Namespace(images=frames))
+    monkeypatch.setattr(predict_large, "measured", predict_large.measured_here)  # no processes that import again
+    said = call("predict_large.py", "--output", tmp_path, "--quick", "--threads", 1, patch=monkeypatch, capture=capfd)
+    assert [line.split()[0] for line in said.splitlines()] == ["model", "prediction", "monai"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["prediction"]["pixels"] == results["monai"]["pixels"] == 160 * 200
+    assert all(row["seconds"] > 0 and row["peak"] > 0 for row in results.values())

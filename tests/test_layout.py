@@ -30,7 +30,7 @@ ALLOWED = {
     "adapters": {"geometry", "ops", "layers", "models"},
     "predict": {"geometry", "layers", "models", "data", "dense", "timm_api"},
     "huggingface": {"data", "geometry"},
-    "__main__": {"cost", "timm_api"},
+    "__main__": {"cost", "predict", "timm_api"},
 }
 
 
