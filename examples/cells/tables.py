@@ -1,12 +1,14 @@
-"""Writes what run.sh found as `results.csv`, and prints the tables of README.md: ``python tables.py FOLDER``."""
+"""Writes what run.sh found as `results.csv` and `tasks.png`, and prints README.md's tables: ``tables.py FOLDER``."""
 
 import sys
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 KEYS = ["data", "network", "resized", "factor"]
 FIGURES = ["ap50", "ap75", "ap", "pq", "iou"]
+PART, GAP = (400, 330, 700, 630), 8  # of the pictures: left, upper, right, lower; between them
 
 
 def gather(folder: Path) -> pd.DataFrame:
@@ -29,10 +31,21 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
     return (100 * by.mean()).round(1).astype(str) + " ± " + (100 * by.std()).round(1).astype(str)
 
 
+def draw(folder: Path, file: Path) -> None:
+    """Puts parts of pictures side by side: objects told apart, boxes, classes of pixels."""
+    names = ("hela-fpn-0", "hela-fcos-0", "bacteria-classes-0")
+    parts = [Image.open(folder / name / "test/prediction.png").convert("RGB").crop(PART) for name in names]
+    together = Image.new("RGB", (len(parts) * (parts[0].width + GAP) - GAP, parts[0].height), "white")
+    for place, part in enumerate(parts):
+        together.paste(part, (place * (part.width + GAP), 0))
+    together.save(file, optimize=True)
+
+
 def main() -> None:
     """Reads the command line."""
     results = gather(Path(sys.argv[1]))
     results.round(4).to_csv(Path(__file__).with_name("results.csv"), index=False)
+    draw(Path(sys.argv[1]), Path(__file__).with_name("tasks.png"))
     table = summarize(results)
     print(table["ap50"].unstack("factor").to_string(), table.xs(1.0, level="factor").to_string(), sep="\n\n")
 
