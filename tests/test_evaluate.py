@@ -106,6 +106,16 @@ def test_figures_of_detection(quickly, tmp_path, monkeypatch, capfd):
     assert (tmp_path / "prediction.png").exists()
 
 
+def test_images_of_many_objects_count_them_all():
+    detection = importlib.import_module("training.tasks.detection")
+    corners = 10.0 * torch.cartesian_prod(torch.arange(15), torch.arange(12))
+    true = {"boxes": torch.cat((corners, corners + 8), dim=1), "labels": torch.ones(180, dtype=torch.long)}
+    found = {**true, "scores": torch.linspace(0.1, 0.9, 180)}
+    assert detection.figures([(found, true)]) == pytest.approx({"map": 1, "map50": 1, "map75": 1})
+    half = {name: values[:90] for name, values in found.items()}
+    assert detection.figures([(half, true)])["map"] == pytest.approx(0.5, abs=0.01)
+
+
 def test_conditions():
     told = conditions([0.5, 1], [1.25], resized=True)
     assert told == [

@@ -21,17 +21,14 @@ run() {
 }
 
 for seed in 0 1 2; do
-  for data in hela bacteria; do
-    cells=(--data "$data")
-    [ "$data" = bacteria ] && cells+=(--foreground 0.9)
-    resized=''
-    run "$data-fpn" "$seed" "0.5 0.7 1 1.4 2" "${cells[@]}" --model rat_tiny --model_args "$rat"
-    resized=--resized
-    run "$data-unet" "$seed" "0.5 0.7 1 1.4 2" "${cells[@]}" --model smp:unet-resnet10t --model_args "$unet"
-  done
+  resized=--resized
+  run hela-unet "$seed" "0.5 0.7 1 1.4 2" --data hela --model smp:unet-resnet10t --model_args "$unet"
   resized=''
+  run hela-fpn "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$rat"
   run hela-groups "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$rat" --decoder groups
   run hela-none "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$none"
+  run bacteria-fpn "$seed" 1 --data bacteria --foreground 0.9 --model rat_tiny --model_args "$rat"
+  run bacteria-unet "$seed" 1 --data bacteria --foreground 0.9 --model smp:unet-resnet10t --model_args "$unet"
 done
 run cho-fpn 0 1 --data cho --model rat_tiny_3d --model_args "$volumes" --size "[5, 96, 96]" --crops 24 --batch_size 2
 run bacteria-classes 0 1 --data bacteria --foreground 0.9 --task segmentation --model rat_tiny --model_args "$rat" --epochs 2
