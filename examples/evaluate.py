@@ -17,11 +17,9 @@ RAY_ADDRESS or one of this machine; what a process that dies had to do is done a
 import argparse
 import dataclasses
 import os
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -40,27 +38,21 @@ class Worker:
         torch.set_num_threads(1)
         self.evaluation = evaluation
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, index: int) -> list[Measured]:
         """Evaluates the image of an index."""
-        index = int(row["index"])
-        return {"index": index, "measured": pickle.dumps(self.evaluation.measure(index))}
+        return self.evaluation.measure(index)
 
 
 def over_ray(evaluation: Evaluation, num_workers: int) -> list[list[Measured]]:
     """Evaluates all images in so many processes."""
     ray = import_optional("ray", "ray")
-    data = import_optional("ray.data", "ray")
+    pool = import_optional("ray.util.actor_pool", "ray").ActorPool
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}, ignore_reinit_error=True)
-    count = len(evaluation.frames)
-    indices = data.from_items([{"index": index} for index in range(count)], override_num_blocks=count)
-    rows = indices.map(
-        Worker,
-        fn_constructor_args=(evaluation,),
-        concurrency=num_workers,
-        num_cpus=1,
-        num_gpus=1 if evaluation.device == "cuda" else 0,
-    ).take_all()
-    return [pickle.loads(row["measured"]) for row in sorted(rows, key=lambda row: row["index"])]
+    options = {"num_cpus": 1, "num_gpus": int(evaluation.device == "cuda"), "max_restarts": -1, "max_task_retries": -1}
+    worker = ray.remote(**options)(Worker)
+    workers = pool([worker.remote(evaluation) for _ in range(num_workers)])
+    measured = workers.map(lambda worker, index: worker.measure.remote(index), range(len(evaluation.frames)))
+    return list(track(measured, total=len(evaluation.frames), disable=None))
 
 
 def tables(evaluation: Evaluation, measured: Sequence[Sequence[Measured]]) -> tuple[pd.DataFrame, pd.DataFrame]:

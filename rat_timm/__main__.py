@@ -1,4 +1,11 @@
-r"""The command line: ``python -m rat_timm list [FILTER]`` and ``python -m rat_timm run SCRIPT [ARGUMENTS]``.
+r"""The command line: ``python -m rat_timm list``, ``convert FILE ...``, ``run SCRIPT ...`` and ``predict IMAGE ...``.
+
+``predict`` goes from an image to an image (`rat_timm.predict.command`).
+
+``convert`` makes a folder with safetensors, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, of weights
+that others have published as a pickle (`rat_timm.timm_api.convert`):
+
+    python -m rat_timm convert nat_tiny.pth --like rat_nat_tiny --output rat_nat_tiny.in1k
 
 ``run`` registers the models and runs a script, also under torchrun (``torchrun -m rat_timm run ...``). timm's scripts,
 from a checkout of timm, fine-tune, test and export a model so (``train.py`` needs no ``run``):
@@ -32,6 +39,7 @@ import timm
 import torch
 
 from .cost import count_macs
+from .timm_api.convert import convert
 from .timm_api.families import FAMILIES
 
 
@@ -100,9 +108,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="print the variants")
     listing.add_argument("filter", nargs="?", default="*", help="shell pattern, such as 'rat_*_3d'")
+    converting = commands.add_parser(
+        "convert", help="bring weights that others have published into this package's form"
+    )
+    converting.add_argument("source", type=Path, help="their file, or a folder that transformers wrote")
+    converting.add_argument("--like", required=True, metavar="NAME", help="the variant, such as rat_nat_tiny")
+    converting.add_argument("--output", required=True, type=Path, help="the folder to write")
     running = commands.add_parser("run", help="register the models and run a script, such as timm's validate.py")
     running.add_argument("script", type=Path)
     running.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    if arguments[:1] == ["predict"]:  # whose packages take a while to import
+        from .predict import command
+
+        command.add_arguments(commands.add_parser("predict", help="predict an image, tile by tile"))
+    else:
+        commands.add_parser("predict", help="predict an image, tile by tile")
     return parser.parse_args(arguments)
 
 
@@ -111,6 +131,12 @@ def main() -> None:
     given = parse(sys.argv[1:])
     if given.command == "run":
         run(given.script, given.arguments)
+    elif given.command == "predict":
+        from .predict import command
+
+        command.run(given)
+    elif given.command == "convert":
+        print(f"local-dir:{convert(given.source, given.like, given.output)}")
     else:
         found = names(given.filter)
         if not found:

@@ -37,11 +37,12 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
 from .geometry.grid import Pyramid, Tokens, fill
-from .geometry.parts import join_parts, parts_at_reference, select_rows
+from .geometry.parts import Part, join_parts, parts_at_reference, select_rows
 from .geometry.read import Told, geometry, read_images, what_is_told
 from .geometry.resample import check_size
 from .geometry.sample import sample_at
 from .geometry.types import OriginLike, SpacingLike
+from .layers.sharded import run_parts, tie
 from .models.rat import ResolutionAwareTransformer
 from .models.rat.stage import Stem
 from .ops.masking import check_mask
@@ -94,7 +95,11 @@ class WithGeometry(nn.Module):
         check_mask(told.mask, (len(x), *x.shape[2:]))
         images = read_images(x, told, backbone.reference_spacing, x.shape[1], (1,) * (x.ndim - 2))
         parts = parts_at_reference(images, backbone.reference_spacing)
-        maps = [self._sampled(part.images, select_rows(images, part.rows)) for part in parts]
+
+        def sampled(part: Part) -> Pyramid:
+            return self._sampled(part.images, select_rows(images, part.rows))
+
+        maps = run_parts(self, sampled, parts, _tied)
         return join_parts(maps, [part.rows or [] for part in parts]).levels[0].x.movedim(-1, 1)
 
     def _sampled(self, at_reference: Pyramid, images: Pyramid) -> Pyramid:
@@ -115,6 +120,11 @@ class WithGeometry(nn.Module):
                 f"network must give maps of the size it is given, {list(filled.shape[2:])}, got {list(out.shape)}"
             )
         return out[(..., *(slice(n) for n in x.shape[2:]))]
+
+
+def _tied(maps: Pyramid, other: Pyramid) -> Pyramid:
+    (tokens,) = maps.levels
+    return maps._replace(levels=[tokens._replace(x=tie(tokens.x, other.levels[0].x))])
 
 
 def fill_up(network: nn.Module, x: Tensor, told: Told, multiple: int) -> tuple[Tensor, Told]:

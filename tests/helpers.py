@@ -1,13 +1,17 @@
 """What several tests share."""
 
 import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import torch
+from torch import distributed as dist
 
 from rat_timm.models.rat import model as rat_model
 
@@ -37,6 +41,31 @@ def finish(process, timeout=600, code=0):
     printed, _ = process.communicate(timeout=timeout)
     assert process.returncode == code, printed[-4000:]
     return printed
+
+
+def together(work, *arguments):
+    """Calls a function in two processes, connected, on one thread each; its first argument is which one it is.
+
+    Both are forks of one process that has imported what trains, but has computed nothing yet.
+    """
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["helpers", "training.trainer"])
+        meeting = f"file://{folder}/meeting"
+        torch.multiprocessing.start_processes(_connect, (meeting, work, arguments), 2, start_method="forkserver")
+
+
+def train_all(place, configs):
+    """Trains one after the other, in one of the processes of `together`."""
+    for config in configs:
+        importlib.import_module("training.trainer").train(config)
+
+
+def _connect(place, meeting, work, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=place, world_size=2)
+    work(place, *arguments)
+    dist.destroy_process_group()
 
 
 def call(program, *arguments, patch, capture):

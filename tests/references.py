@@ -11,18 +11,21 @@ def places(shape):
     return list(itertools.product(*(range(n) for n in shape)))
 
 
-def neighborhood_attention(query, key, value, kernel_size, mask=None):
-    """NATTEN's definition, one query at a time."""
+def neighborhood_attention(query, key, value, kernel_size, mask=None, bias=None):
+    """NATTEN's definition, one query at a time; bias [heads, *(2 kernel - 1)]."""
     grid, scale = query.shape[1:-2], query.shape[-1] ** -0.5
     valid = torch.ones(key.shape[:-2], dtype=torch.bool) if mask is None else mask
     outs = []
     for place in places(grid):
-        window = []
+        window, steps = [], [slice(None)]
         for i, n, k in zip(place, grid, kernel_size, strict=True):
             start = min(max(i - k // 2, 0), max(n - k, 0))
             window.append(slice(start, start + min(k, n)))
+            steps.append(slice(start - i + k - 1, start - i + k - 1 + min(k, n)))
         keys, values, seen = (t[(slice(None), *window)].flatten(1, len(grid)) for t in (key, value, valid))
         logits = (query[(slice(None), *place)][:, None] * keys).sum(-1) * scale  # [B, window, heads]
+        if bias is not None:
+            logits = logits + bias[tuple(steps)].flatten(1).T
         weights = logits.exp() * seen[..., None]
         total = weights.sum(1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1)

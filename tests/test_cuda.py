@@ -124,6 +124,25 @@ def test_neighbourhood_attention_follows_its_definition(backend, grid, kernel, m
         assert_agree(gradients(run, [t.to(dtype) for t in tensors]), expected, atol)
 
 
+@pytest.mark.parametrize("backend", ["torch", "flex"])
+@pytest.mark.parametrize(("grid", "kernel"), GRIDS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_biases_of_relative_positions_follow_their_definition(backend, grid, kernel, masked):
+    choose(backend)
+    tensors = [*inputs(grid, heads=2, width=32), torch.randn(2, *(2 * k - 1 for k in kernel))]
+    mask = torch.rand(2, *grid) > 0.6 if masked else None
+
+    def attend(query, key, value, bias, mask):
+        return neighborhood_attention(query, key, value, kernel, mask, bias=bias)
+
+    def by_definition(query, key, value, bias):
+        return references.neighborhood_attention(query, key, value, kernel, mask, bias)
+
+    tensors = [t.float().double() for t in tensors]
+    ours = gradients(on_the_gpu(attend, mask), [t.float() for t in tensors])
+    assert_agree(ours, gradients(by_definition, tensors), 2e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_neighbourhood_attention_in_half_precision(backend, dtype, atol):

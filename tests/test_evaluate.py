@@ -1,7 +1,11 @@
 """`examples/evaluate.py`: figures are those of slow, independent code, and conditions what they say."""
 
+import contextlib
+import functools
+import importlib
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -15,7 +19,7 @@ pytest.importorskip("edt")
 pytest.importorskip("pycocotools")
 psutil = pytest.importorskip("psutil")
 
-from helpers import call, finish, losses, places, quick, start, wait_for_checkpoint
+from helpers import call, losses, places, quick
 from rat_timm.data import Sample
 from rat_timm.dense import Segmenter, instances
 from training import trainer
@@ -102,6 +106,16 @@ def test_figures_of_detection(quickly, tmp_path, monkeypatch, capfd):
     assert (tmp_path / "prediction.png").exists()
 
 
+def test_images_of_many_objects_count_them_all():
+    detection = importlib.import_module("training.tasks.detection")
+    corners = 10.0 * torch.cartesian_prod(torch.arange(15), torch.arange(12))
+    true = {"boxes": torch.cat((corners, corners + 8), dim=1), "labels": torch.ones(180, dtype=torch.long)}
+    found = {**true, "scores": torch.linspace(0.1, 0.9, 180)}
+    assert detection.figures([(found, true)]) == pytest.approx({"map": 1, "map50": 1, "map75": 1})
+    half = {name: values[:90] for name, values in found.items()}
+    assert detection.figures([(half, true)])["map"] == pytest.approx(0.5, abs=0.01)
+
+
 def test_conditions():
     told = conditions([0.5, 1], [1.25], resized=True)
     assert told == [
@@ -184,41 +198,73 @@ def cluster(monkeypatch):
     """A Ray cluster that programs find."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.train")
-    context = ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
-    monkeypatch.setenv("RAY_ADDRESS", context.address_info["gcs_address"])
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: workers would starve beside other tests
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")  # of processes that would do no work
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # of nodes in a cloud
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield
     ray.shutdown()
+    cluster.shutdown()
 
 
-def busy_worker(program, title):
-    """Waits for a process of Ray that does something; returns its id."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        assert program.poll() is None, program.communicate()[0][-4000:]
-        for process in psutil.process_iter(["cmdline"]):
-            if title in " ".join(process.info["cmdline"] or []):
-                return process.pid
-        time.sleep(0.01)
-    raise AssertionError(f"no process {title}")
+@contextlib.contextmanager
+def killing(find):
+    """Kills the process whose id a function returns, once it returns one."""
+    killed, done = [], threading.Event()
+
+    def work():
+        while not (done.is_set() or killed):
+            time.sleep(0.02)
+            if pid := find():
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    assert killed
+
+
+def writing_worker(output):
+    """Returns the id of the process that has written a checkpoint, and events, whose file is named after it."""
+    saved = any(path.name.isdigit() for path in output.glob("checkpoints/*"))
+    return int(next(output.glob("events.out.*")).name.split(".")[-2]) if saved else None
+
+
+def busy_worker(title):
+    """Returns the id of a process of Ray that does something."""
+    processes = psutil.Process().children(recursive=True)
+    return next((one.pid for one in processes if one.is_running() and title in " ".join(cmdline(one))), None)
+
+
+def cmdline(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:  # has ended
+        return []
 
 
 def test_over_ray(quickly, tmp_path, cluster, monkeypatch, capfd):
     """Two workers train and two evaluate; one is killed each time, and the numbers are those of one process."""
+    run = functools.partial(call, patch=monkeypatch, capture=capfd)
     trained = tmp_path / "trained"
     options = ("--task", "segmentation", "--quick", "true", "--workers", 0, "--device", "cpu", "--checkpoint_every", 4)
-    program = start("train_ray.py", "--output", trained, "--num_workers", 2, *options)
-    wait_for_checkpoint(trained, program)
-    first = next(trained.glob("events.out.*"))
-    os.kill(int(first.name.split(".")[-2]), signal.SIGKILL)  # of the process that writes them
-    finish(program)
+    with killing(lambda: writing_worker(trained)):
+        run("train_ray.py", "--output", trained, "--num_workers", 2, *options)
     assert len(list(trained.glob("events.out.*"))) > 1  # it did begin again
     assert losses(trained) == pytest.approx(losses(quickly("segmentation")), abs=1e-4)
+    importlib.import_module("ray").shutdown()  # as a program that ends
 
-    options = ("--trained", trained, "--device", "cpu", "--factors", 0.25, 0.5, 1, 2)
-    program = start("evaluate.py", "--output", tmp_path / "ray", "--num_workers", 2, *options)
-    os.kill(busy_worker(program, "MapWorker(Map(Worker)).submit"), signal.SIGKILL)
-    finish(program)
-    call("evaluate.py", "--output", tmp_path / "one", *options, patch=monkeypatch, capture=capfd)
+    options = ("--trained", trained, "--device", "cpu", "--factors", 0.5, 1)
+    with killing(lambda: busy_worker("ray::Worker.measure")):
+        run("evaluate.py", "--output", tmp_path / "ray", "--num_workers", 2, *options)
+    run("evaluate.py", "--output", tmp_path / "one", *options)
     for name in ("images.csv", "all.csv"):
         tables = [pd.read_csv(tmp_path / place / name) for place in ("ray", "one")]
         pd.testing.assert_frame_equal(*tables, atol=1e-6)

@@ -1,5 +1,6 @@
 """Every example runs."""
 
+import argparse
 import ast
 import functools
 import importlib
@@ -12,7 +13,7 @@ import pytest
 import timm
 from huggingface_hub import ModelCard
 
-from helpers import EXAMPLES, call, finish, start
+from helpers import EXAMPLES, call
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ def check_picture(file):
     assert picture.std() > 0.1
 
 
-def test_quickstart(tmp_path):
-    assert "70.4 x 64 x 64 mm" in finish(start("quickstart.py", tmp_path / "picture.png"))
+def test_quickstart(run, tmp_path):
+    assert "70.4 x 64 x 64 mm" in run("quickstart.py", tmp_path / "picture.png")
     check_picture(tmp_path / "picture.png")
 
 
@@ -127,8 +128,8 @@ def test_adaptive_patches_learn_where_digits_are(run, tmp_path):
 PROGRAMS = {path.stem for path in EXAMPLES.glob("*.py")}
 
 
-def test_compile_times():
-    printed = finish(start("compile_times.py", "test_vit", "--batch-size", 1, "--backend", "eager"))
+def test_compile_times(run):
+    printed = run("compile_times.py", "test_vit", "--batch-size", 1, "--backend", "eager")
     assert re.search(r"test_vit +compiled in +[\d.]+ s \(processor +[\d.]+ s\), differs by 0.0e\+00 of ", printed)
 
 
@@ -152,3 +153,16 @@ def imports(file):
         elif isinstance(node, ast.ImportFrom):
             assert not node.level
             yield node.module
+
+
+def test_a_large_image_is_predicted(tmp_path, monkeypatch, capfd):
+    predict_large = pytest.importorskip("predict_large")
+    frames = np.random.default_rng(0).normal(size=(1, 60, 70)).astype(np.float32)
+    monkeypatch.setattr(predict_large, "fetch", lambda: None)
+    monkeypatch.setattr(predict_large, "frames", lambda *_: argparse.Namespace(images=frames))
+    monkeypatch.setattr(predict_large, "measured", predict_large.measured_here)  # no processes that import again
+    said = call("predict_large.py", "--output", tmp_path, "--quick", "--threads", 1, patch=monkeypatch, capture=capfd)
+    assert [line.split()[0] for line in said.splitlines()] == ["model", "prediction", "monai"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["prediction"]["pixels"] == results["monai"]["pixels"] == 160 * 200
+    assert all(row["seconds"] > 0 and row["peak"] > 0 for row in results.values())

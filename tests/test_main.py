@@ -4,12 +4,8 @@ import sys
 import pytest
 import timm
 
-from rat_timm.__main__ import describe, names, parse
+from rat_timm.__main__ import describe, main, names, parse
 from rat_timm.timm_api.families import FAMILIES
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "rat_timm", *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_every_name_is_listed():
@@ -28,17 +24,18 @@ def test_a_variant_is_described():
     assert describe("rat_eva02_tiny_patch14_224").weights == "mim_in22k"
 
 
-def test_the_list_on_the_command_line():
-    done = run("list", "test_rat")
-    header, row = done.stdout.splitlines()
+def test_the_list_on_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rat_timm", "list", "test_rat"])
+    main()
+    header, row = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["name", "parameters", "MACs"]
     assert row.split()[0] == "test_rat"
-    missing = run("list", "resnet*")
-    assert missing.returncode == 1
-    assert "no name matches 'resnet*'" in missing.stderr
+    monkeypatch.setattr(sys, "argv", ["rat_timm", "list", "resnet*"])
+    with pytest.raises(SystemExit, match=r"no name matches 'resnet\*'"):  # which exits with 1
+        main()
 
 
-def test_a_script_runs_with_the_models_registered(tmp_path):
+def test_a_script_runs_with_the_models_registered(tmp_path, monkeypatch):
     (tmp_path / "helper.py").write_text("name = 'test_rat'\n")
     script = tmp_path / "script.py"
     script.write_text(
@@ -49,10 +46,13 @@ def test_a_script_runs_with_the_models_registered(tmp_path):
         "    print(sys.argv)\n"
         "    sys.exit(3)\n"
     )
-    done = run("run", script, "--flag", "list", "-x")
+    command = [sys.executable, "-m", "rat_timm", "run", str(script), "--flag", "list", "-x"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == str([str(script), "--flag", "list", "-x"])
     assert done.returncode == 3
-    assert "there is no file" in run("run", tmp_path / "missing.py").stderr
+    monkeypatch.setattr(sys, "argv", ["rat_timm", "run", str(tmp_path / "missing.py")])
+    with pytest.raises(SystemExit, match="there is no file"):
+        main()
 
 
 def test_a_scripts_flags_are_its_own():

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 import references
 from rat_timm.layers import neighborhood_attention
+from rat_timm.ops import windows
 
 CASES = [
     ((11,), 5),
@@ -44,6 +45,40 @@ def test_agrees_with_brute_force(grid, kernel, masked):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     for grad, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, reference, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("grid", "kernel"), CASES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_of_every_relative_position(grid, kernel, masked):
+    kernel = per_axis(kernel, grid)
+    tensors = [*inputs(grid), torch.randn(3, *(2 * k - 1 for k in kernel), dtype=torch.float64)]
+    mask = torch.rand(2, *grid) > 0.6 if masked else None
+
+    def ours(query, key, value, bias):
+        return neighborhood_attention(query, key, value, kernel, mask, bias=bias)
+
+    def theirs(query, key, value, bias):
+        return references.neighborhood_attention(query, key, value, kernel, mask, bias)
+
+    out, grads = gradients(ours, tensors)
+    expected, expected_grads = gradients(theirs, tensors)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=0, atol=1e-8)
+    per_sample = torch.func.vmap(lambda *t: ours(*(x[None] for x in t), tensors[3])[0]) if not masked else None
+    if per_sample:
+        torch.testing.assert_close(per_sample(*tensors[:3]), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_a_bias_in_parts(batch, monkeypatch):
+    """Without gradients few tiles are held at a time."""
+    monkeypatch.setattr(windows, "_NUMBERS_CPU", 1 << 12)
+    tensors = inputs((23, 17), batch)
+    bias = torch.randn(3, 5, 5, dtype=torch.float64)
+    expected = references.neighborhood_attention(*tensors, (3, 3), None, bias)
+    torch.testing.assert_close(neighborhood_attention(*tensors, 3, bias=bias), expected, rtol=0, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)
@@ -104,10 +139,13 @@ def test_training_in_half_precision_is_as_exact_as_inference(dtype, tolerance, s
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_batch_may_be_dynamic_in_an_export(masked):
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_batch_may_be_dynamic_in_an_export(masked, biased):
+    bias = torch.randn(3, 5, 5) if biased else None
+
     class Layer(torch.nn.Module):
         def forward(self, query, key, value, mask=None):
-            return neighborhood_attention(query, key, value, 3, mask)
+            return neighborhood_attention(query, key, value, 3, mask, bias=bias)
 
     def tensors(batch):
         mask = [torch.rand(batch, 9, 4) > 0.3] if masked else []
@@ -151,6 +189,7 @@ def test_agrees_with_natten(grid, kernel):
         ({"key": torch.zeros(2, 4, 5, 3, 4)}, "one shape"),
         ({"kernel_size": 0}, "kernel_size must be a positive"),
         ({"kernel_size": (3, 3, 3)}, "kernel_size must be a positive number or 2"),
+        ({"bias": torch.ones(3, 3, 3)}, r"bias must be \[3, 5, 5\].*got \[3, 3, 3\]"),
         ({"mask": torch.ones(2, 4, 4)}, "mask must be bool"),
         ({"mask": torch.ones(2, 4, 5, dtype=torch.bool)}, r"mask must be bool \[2, 4, 4\]"),
     ],
@@ -163,10 +202,13 @@ def test_bad_arguments_are_named(change, message):
 
 
 @pytest.mark.parametrize("grids", [[(6, 9), (8, 5)], [(4, 5, 6), (5, 3, 4)]])
-def test_a_compiled_layer_takes_another_size(grids):
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_compiled_layer_takes_another_size(grids, biased):
     """The second size makes sizes symbolic: plans are constants of each program all the same."""
     torch._dynamo.reset()
     compiled = torch.compile(neighborhood_attention, fullgraph=True, backend="eager")
+    bias = torch.randn(3, *[5] * len(grids[0]), dtype=torch.float64) if biased else None
     for grid in grids:
         tensors = inputs(grid)
-        torch.testing.assert_close(compiled(*tensors, 3), neighborhood_attention(*tensors, 3), rtol=0, atol=1e-10)
+        expected = neighborhood_attention(*tensors, 3, bias=bias)
+        torch.testing.assert_close(compiled(*tensors, 3, bias=bias), expected, rtol=0, atol=1e-10)

@@ -25,6 +25,6 @@ def test_the_wheel_is_small_and_holds_the_weights(tmp_path):
     folders = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in folders if not name.endswith(".dist-info")} == {"rat_timm"}
     target = tmp_path / "installed"
-    subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
+    zipfile.ZipFile(wheel).extractall(target)  # what an installation of Python alone is
     check = [sys.executable, "-c", CHECK, target]
     subprocess.run(check, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(target)})

@@ -641,7 +641,7 @@ def test_a_physical_stem_compiles_with_numbers():
     model = two_stages()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(1, 3, 32, 48)
-    for spacing in ((2.0, 1.4), (1.5, 1.5), (0.7, 2.2)):
+    for spacing in ((2.0, 1.4), (0.7, 2.2)):
         torch.testing.assert_close(compiled(x, spacing=spacing), model(x, spacing=spacing), rtol=1e-4, atol=1e-5)
     with pytest.raises(Exception, match="spacing must be numbers"):
         compiled(x, spacing=torch.tensor([[2.0, 1.4]]))

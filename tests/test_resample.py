@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from rat_timm.geometry.box import Box
 from rat_timm.geometry.grid import Grid, Tokens
-from rat_timm.geometry.resample import resample, spacing_rows
+from rat_timm.geometry.resample import Resampling, resample, spacing_rows
 
 SIZES = [(11,), (7, 9), (3, 5, 4)]
 
@@ -152,3 +153,19 @@ def test_a_compiled_model_cannot_read_a_tensor():
     assert spacing_rows(grid) == [(1.0, 2.0)]
     with pytest.raises(ValueError, match="spacing must be numbers"):
         spacing_rows(grid._replace(spacing=grid.spacing.to("meta")))
+
+
+@pytest.mark.parametrize(("shape", "ratio"), [((23, 17), (0.37, 1.9)), ((9, 14, 11), (1.3, 0.5, 1.0))])
+def test_a_part_of_the_result_is_made_of_a_part_of_the_image(shape, ratio):
+    torch.manual_seed(0)
+    x, mask = torch.randn(1, *shape, 2), torch.rand(1, *shape) > 0.5
+    plan = Resampling.create(shape, ratio)
+    for masked in (None, mask):
+        whole, whole_mask = plan.apply(x, masked, Box.whole(shape), Box.whole(plan.size))
+        for start in range(0, min(plan.size), 3):
+            box = Box((start,) * len(shape), tuple(min(n, start + 4) for n in plan.size))
+            source = plan.source(box)
+            index = (slice(None), *source.slices)
+            part, part_mask = plan.apply(x[index], None if masked is None else masked[index], source, box)
+            assert torch.equal(part, whole[(slice(None), *box.slices)])
+            assert masked is None or torch.equal(part_mask, whole_mask[(slice(None), *box.slices)])

@@ -17,7 +17,7 @@ pytest.importorskip("joblib")
 
 import run_resolution_study
 
-from helpers import EXAMPLES, call, finish, start
+from helpers import EXAMPLES, call
 from resolution_study import experiments, networks, photographs, report, scenes, tasks
 
 STUDY = EXAMPLES / "resolution_study"
@@ -296,8 +296,10 @@ def test_intervals_are_those_of_the_images(results):
     assert report.table(results).loc["rat, physical stem", 0.5] == "81.0 ± 1.4 (72 to 87)"
 
 
-def test_quick_results_are_not_taken_for_the_studys():
-    assert "--quick needs --output" in finish(start("run_resolution_study.py", "--quick"), code=2)
+def test_quick_results_are_not_taken_for_the_studys(monkeypatch, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        call("run_resolution_study.py", "--quick", patch=monkeypatch, capture=capfd)
+    assert "--quick needs --output" in capfd.readouterr().err
 
 
 def test_the_study_runs_learns_and_goes_on(tmp_path, monkeypatch, capfd):

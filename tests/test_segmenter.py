@@ -20,7 +20,7 @@ NAMES = [*SIZES, VIT]
 KINDS = [(name, decoder) for name in SIZES for decoder in ("groups", "fpn")] + [(VIT, "fpn")]
 
 
-def segmenter(name, decoder=None, num_classes=3, **kwargs):
+def segmenter(name, decoder="fpn", num_classes=3, **kwargs):
     kwargs = {**(SMALL_VIT if name == VIT else {}), **kwargs}
     model = lively(Segmenter(name, num_classes, decoder, width=32, **kwargs)).eval()
     torch.nn.init.normal_(model.classifier.bias)  # what is zero is zero on purpose
@@ -311,7 +311,7 @@ def test_backbones_that_are_given():
     assert model.backbone is backbone
     assert isinstance(backbone, ResolutionAwareTransformer)
     assert backbone.num_classes == 0
-    assert model.decoder_name == "groups"
+    assert model.decoder_name == "fpn"
     vit = Segmenter(timm.create_model(VIT, **SMALL_VIT), 2)
     assert isinstance(vit.backbone, RatVit)
     assert vit.decoder_name == "fpn"
@@ -345,7 +345,7 @@ def test_other_groupings_stems_and_numbers_of_axes():
     ("arguments", "message"),
     [
         ({"num_classes": 0}, "num_classes and width must be positive, got 0"),
-        ({"decoder": "unet"}, r"decoder must be one of \('groups', 'fpn'\), got 'unet'"),
+        ({"decoder": "unet"}, r"decoder must be one of \('fpn', 'groups'\), got 'unet'"),
         ({"class_names": ["one"]}, "class_names must be 2 strings"),
         ({"backbone": "resnet18"}, "backbone must be a ResolutionAwareTransformer or a RatVit .* got ResNet"),
         ({"backbone": timm.create_model("test_rat"), "in_chans": 1}, "in_chans must be the backbone's 3, got 1"),
@@ -440,7 +440,7 @@ def test_what_cannot_be_made_again_is_not_saved(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["segmenter"] == {
         "num_classes": 3,
-        "decoder": "groups",
+        "decoder": "fpn",
         "width": 32,
         "detail": True,
         "class_names": None,

@@ -18,7 +18,7 @@ pytest.importorskip("psutil")
 pytest.importorskip("filelock")
 pytest.importorskip("tensorboard")
 
-from helpers import finish, losses, places, quick, read_events, start
+from helpers import losses, places, quick, read_events
 from rat_timm.data import Sample
 from rat_timm.dense import Segmenter
 from rat_timm.geometry.grid import Grid
@@ -30,7 +30,6 @@ from training.networks import ImageAlone, create_network
 from training.tasks import TASKS, Measured, task_class
 from training.tasks.labelled import Facts, in_windows, look_at, mean_of
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 FLOORS = {"segmentation": 0.95, "instances": 0.15, "detection": 0.4}
 
 
@@ -83,15 +82,6 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(quickly, tmp_path, mon
     score = f"validation/{task_class(Config(tmp_path, task=task)).score}"
     last = [read_events(output).Scalars(score)[-1].value for output in (tmp_path, whole_run)]
     assert last[0] == pytest.approx(last[1], abs=1e-6)
-
-
-def test_two_processes_do_what_one_does(quickly, tmp_path):
-    """Also where windows are calls that all processes have to make: one has fewer images that need them."""
-    options = ("--task", "segmentation", "--quick", "true", "--workers", 0, "--device", "cpu", "--parallel", "fsdp")
-    finish(start("train.py", "--output", tmp_path, *options, "--tile", "[64,96]", launcher=TORCHRUN))
-    assert losses(tmp_path) == pytest.approx(losses(quickly("segmentation")), abs=1e-4)
-    assert read_events(tmp_path).Scalars("validation/dice")[-1].value > FLOORS["segmentation"]
-    Segmenter.load(tmp_path / "model")
 
 
 FRAMES = [((40, 52), (0.5, 0.5)), ((12, 30, 26), (2.0, 0.5, 0.5))]

@@ -88,7 +88,7 @@ class Config:
     task: Literal["classification", "segmentation", "instances", "detection"] = "classification"
     model: str = "test_rat"
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    decoder: Literal["groups", "fpn"] | None = None
+    decoder: Literal["fpn", "groups"] = "fpn"
     width: int = 64
     detail: bool = True
     detector: Literal["fcos", "mask_rcnn"] = "fcos"

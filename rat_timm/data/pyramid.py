@@ -96,17 +96,22 @@ def read_levels(
     assumed_unit: str | None = None,
     format: str | None = None,
     max_bytes: int | None = MAX_BYTES,
+    spacing: Sequence[float] | None = None,
 ) -> list[Level]:
     """Opens the levels of an image, finest first; pixels are read when a region is, and no others.
 
-    The keywords are those of `rat_timm.data.read`, which reads the regions; ``max_bytes`` is the limit of one region.
+    The keywords are those of `rat_timm.data.read`, which reads the regions; ``max_bytes`` is the limit of one region,
+    and ``spacing`` level 0's pixel size (`rat_timm.data.read_grids`).
 
     Raises:
         ReadError: If metadata cannot be read, or make no sense; errors of pixels come when they are read.
     """
-    grids = read_grids(source, unit, image=image, assumed_unit=assumed_unit, format=format)
+    grids = read_grids(source, unit, image=image, assumed_unit=assumed_unit, format=format, spacing=spacing)
     options = {"image": image, "time": time, "assumed_unit": assumed_unit, "format": format, "max_bytes": max_bytes}
-    parts = [functools.partial(_read_region, source, unit, level, options) for level in range(len(grids))]
+    parts = [
+        functools.partial(_read_region, source, unit, level, options | {"spacing": grid.numbers.spacing})
+        for level, grid in enumerate(grids)
+    ]
     return sorted(map(Level, grids, parts), key=lambda level: float(level.grid.spacing.prod()))
 
 
@@ -155,11 +160,11 @@ def crop_levels(
     for name, value in (("center", center), ("size", size)):
         if len(value) != axes:
             raise ValueError(f"{name} must have {axes} values, one per axis, got {tuple(value)}")
-    cut = [_cut(_closest(levels, wanted), center, size) for wanted in spacings]
+    cut = [_cut(closest_level(levels, wanted), center, size) for wanted in spacings]
     return Crop(*map(list, zip(*cut, strict=True)))
 
 
-def _closest(levels: Sequence[Level], wanted: float | Sequence[float]) -> Level:
+def closest_level(levels: Sequence[Level], wanted: float | Sequence[float]) -> Level:
     """Returns the coarsest level that is as fine as what is wanted along all axes."""
     limit = torch.as_tensor(wanted, dtype=torch.float64) * (1 + _ROUNDING)
     fine = [level for level in levels if bool((level.grid.spacing[0] <= limit).all())]

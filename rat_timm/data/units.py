@@ -133,6 +133,17 @@ def number(value: object) -> float | None:
         return math.inf
 
 
+def metres_of(unit: str) -> float:
+    """Returns the metres of a unit.
+
+    Raises:
+        ValueError: If it is no length.
+    """
+    if not _is_length(unit):
+        raise ValueError(f"unit must be a length, got {unit!r:.80}; {_ALLOWED}")
+    return float(_METRES[unit])
+
+
 def _is_length(unit: object) -> TypeGuard[str]:
     return isinstance(unit, str) and unit in _METRES
 

@@ -4,9 +4,10 @@ Maps are `Tokens`, features on a grid with the mask of its places. A decoder sta
 map. From stage to stage it brings what it has to the finer grid, adds a projection of the finer map, and passes a
 convolution:
 
+- "fpn" interpolates between the coarse centres, at physical coordinates (arXiv 1612.03144);
 - "groups" carries up along the assignments of the groupings, ``y_fine[n] = sum over m of Ah[m, n] y_coarse[m]``: what
-  was grouped by likeness comes back by likeness (the native segmentation of SeNaTra, arXiv 2505.16993);
-- "fpn" interpolates between the coarse centres, at physical coordinates (arXiv 1612.03144).
+  was grouped by likeness comes back by likeness (the native segmentation of SeNaTra, arXiv 2505.16993). Measured on
+  real cells it was not better, and it takes longer (``examples/cells/README.md``).
 
 All else is the same, parameters included. What is masked influences nothing.
 """
@@ -117,7 +118,7 @@ class FpnDecoder(Decoder):
         return sample_at(coarse, fine.grid, BEYOND).x
 
 
-DECODERS: dict[str, type[Decoder]] = {"groups": GroupDecoder, "fpn": FpnDecoder}
+DECODERS: dict[str, type[Decoder]] = {"fpn": FpnDecoder, "groups": GroupDecoder}
 """The decoders by name."""
 
 

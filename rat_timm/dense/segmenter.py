@@ -34,9 +34,9 @@ class Segmenter(nn.Module):
         backbone: A registered name of a hierarchical or plain RAT (``rat_tiny``, ``rat_vit_...``), or such a model. Of
             a model that is given, the classifier is removed.
         num_classes: Number of channels that come out.
-        decoder: "groups" carries coarse maps up along the groupings' assignments, "fpn" interpolates; see
-            `rat_timm.dense.decoders`. Default: "groups" where all stages but the first start with a grouping, else
-            "fpn". A plain RAT has one map, of which the feature pyramid of ViTDet makes four.
+        decoder: "fpn" interpolates between coarse maps, "groups" carries them up along the groupings' assignments; see
+            `rat_timm.dense.decoders`. A plain RAT has one map, of which the feature pyramid of ViTDet makes four, and
+            no groupings.
         width: Width of the decoder.
         detail: Whether two convolutional levels, at strides 1 and 2, bring in what is finer than the backbone's maps.
             They see the image as the backbone does: at the reference spacing where its stem is physical.
@@ -55,7 +55,7 @@ class Segmenter(nn.Module):
         self,
         backbone: str | nn.Module,
         num_classes: int,
-        decoder: Literal["groups", "fpn"] | None = None,
+        decoder: Literal["fpn", "groups"] = "fpn",
         width: int = 64,
         detail: bool = True,
         in_chans: int | None = None,
@@ -70,7 +70,8 @@ class Segmenter(nn.Module):
         self.num_classes, self.width = int(num_classes), int(width)
         self.class_names = None if class_names is None else list(class_names)
         self.backbone: Any = _without_head(_make(backbone, in_chans, backbone_kwargs))
-        self.decoder_name = _decoder_name(decoder, self.backbone)
+        _check_decoder(decoder, self.backbone)
+        self.decoder_name = decoder
         self.in_chans: int = self.backbone.in_chans
         dims = [info["num_chs"] for info in self.backbone.feature_info]
         strides: Sequence[float] = self.backbone.feature_info[0]["stride"]
@@ -82,7 +83,7 @@ class Segmenter(nn.Module):
         step = [2 if stride >= 2 else 1 for stride in strides]
         self.detail = DetailLevels(self.in_chans, width, step) if detail else None
         self.classifier = CONVS[self.spatial_dims](self.num_features, num_classes, 3, padding=1)
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.zeros_(self.classifier.get_parameter("bias"))
 
     @property
     def spatial_dims(self) -> int:
@@ -320,15 +321,15 @@ def _without_head(backbone: Any) -> Any:
     return backbone
 
 
-def _decoder_name(decoder: str | None, backbone: nn.Module) -> str:
-    if decoder is not None and decoder not in DECODERS:
+def _check_decoder(decoder: str, backbone: nn.Module) -> None:
+    if decoder not in DECODERS:
         raise ValueError(f"decoder must be one of {tuple(DECODERS)}, got {decoder!r}")
+    if decoder != "groups":
+        return
+    why, grouped = "a plain transformer has none", False
     if isinstance(backbone, ResolutionAwareTransformer):
         kinds = [stage.sga_attention_type for stage in backbone.cfg.stages()[1:]]
         why = f"between stages (sga_attention_type, finest first): {kinds}"
         grouped = "none" not in kinds
-    else:
-        why, grouped = "a plain transformer has none", False
-    if decoder == "groups" and not grouped:
+    if not grouped:
         raise ValueError(f"decoder 'groups' needs a grouping between all stages, but {why}: choose decoder='fpn'")
-    return decoder or ("groups" if grouped else "fpn")

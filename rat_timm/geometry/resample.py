@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .box import Box
 from .grid import Grid, Numbers, Tokens, exact_dtype, fill, fixed, integers
 
 _SAME = 1e-6  # how near 1 a ratio of spacings is taken for 1
@@ -86,26 +88,87 @@ def spacing_rows(grid: Grid) -> list[tuple[float, ...]]:
 
 def _resample(tokens: Tokens, ratio: Sequence[float], spacing: Sequence[float]) -> Tokens:
     """Resamples to ``ratio`` pixels for one, per axis."""
-    size = tuple(max(1, round(n * r)) for n, r in zip(tokens.grid.shape, ratio, strict=True))
-    check_size(tokens.grid.shape, size)
-    step = tokens.grid.spacing.new_tensor([list(spacing)])
-    shift = [(1 / r - 1) / 2 for r in ratio]  # from pixel centre to pixel centre, from one corner
-    start = tokens.grid.numbers.moved([1.0] * len(size), shift).origin
-    grid = Grid(size, step, tokens.grid.corners()[0] + step / 2, Numbers(tuple(spacing), start))
-    mask, dtype = tokens.mask, tokens.x.dtype
-    x = tokens.filled().to(exact_dtype(dtype))  # sums of many pixels
-    if mask is None:
-        for axis, (n, r) in enumerate(zip(size, ratio, strict=True), start=1):
-            x = _weigh(x, axis, *_triangle(x.shape[axis], n, r), normalize=True)
-        return Tokens(x.to(dtype), grid)
-    weight = covered = mask.unsqueeze(-1).to(x.dtype)
-    for axis, (n, r) in enumerate(zip(size, ratio, strict=True), start=1):
-        taps = _triangle(x.shape[axis], n, r)
-        x, weight = _weigh(x, axis, *taps), _weigh(weight, axis, *taps)
-        covered = _weigh(covered, axis, *_overlap(covered.shape[axis], n, r))
-    valid = covered[..., 0] > 0
-    weight = torch.where(valid.unsqueeze(-1), weight, 1.0)  # no division by zero, whose gradient is not a number
-    return Tokens(fill(x / weight, valid).to(dtype), grid, valid)
+    plan = Resampling.create(tokens.grid.shape, ratio)
+    check_size(plan.shape, plan.size)
+    whole = Box.whole(plan.size)
+    x, valid = plan.apply(tokens.x, tokens.mask, Box.whole(plan.shape), whole)
+    return Tokens(x, plan.grid(tokens.grid, spacing), valid)
+
+
+class Resampling(NamedTuple):
+    """How an image becomes one of another pixel size: any part of the result, of a part of the image.
+
+    Attributes:
+        shape: Pixels of the image along each axis.
+        size: Pixels of the result.
+        ratio: Pixels of the result for one of the image.
+    """
+
+    shape: tuple[int, ...]
+    size: tuple[int, ...]
+    ratio: tuple[float, ...]
+
+    @classmethod
+    def create(cls, shape: Sequence[int], ratio: Sequence[float]) -> "Resampling":
+        """Plans it for an image of a shape."""
+        size = tuple(max(1, round(n * r)) for n, r in zip(shape, ratio, strict=True))
+        return cls(tuple(shape), size, tuple(ratio))
+
+    def grid(self, grid: Grid, spacing: Sequence[float]) -> Grid:
+        """Returns the grid of the result, from the image's and the new pixel size."""
+        step = grid.spacing.new_tensor([list(spacing)])
+        shift = [(1 / r - 1) / 2 for r in self.ratio]  # from pixel centre to pixel centre, from one corner
+        start = grid.numbers.moved([1.0] * len(self.size), shift).origin
+        return Grid(self.size, step, grid.corners()[0] + step / 2, Numbers(tuple(spacing), start))
+
+    def source(self, box: Box) -> Box:
+        """Returns the pixels of the image that have weight in a box of the result."""
+        start, stop = [], []
+        for first, last, r in zip(box.start, box.stop, self.ratio, strict=True):
+            reach = max(1.0, 1 / r)
+            start.append(min(math.ceil((first + 0.5) / r - 0.5 - reach), math.floor(first / r)))
+            stop.append(max(math.floor((last - 0.5) / r - 0.5 + reach) + 1, math.ceil(last / r)))
+        return Box(tuple(start), tuple(stop)).clipped(self.shape)
+
+    def apply(self, x: Tensor, mask: Tensor | None, source: Box, box: Box) -> tuple[Tensor, Tensor | None]:
+        """Makes a part of the result.
+
+        Args:
+            x: ``[B, *source, C]``.
+            mask: ``[B, *source]``, True = valid; None if all are.
+            source: Where ``x`` lies in the image; it holds what `source` says.
+            box: The part of the result.
+
+        Returns:
+            ``[B, *box, C]``, and ``[B, *box]`` if there is a mask.
+        """
+        dtype = x.dtype
+        x = fill(x, mask).to(exact_dtype(dtype))  # sums of many pixels
+        axes = range(len(self.shape))
+        triangles = [_shifted(_triangle(self.shape[a], *self._range(box, a)), source, a) for a in axes]
+        if mask is None:
+            for axis, taps in enumerate(triangles, start=1):
+                x = _weigh(x, axis, *taps, normalize=True)
+            return x.to(dtype), None
+        weight = covered = mask.unsqueeze(-1).to(x.dtype)
+        for axis, taps in enumerate(triangles, start=1):
+            x, weight = _weigh(x, axis, *taps), _weigh(weight, axis, *taps)
+            here = axis - 1
+            covered = _weigh(
+                covered, axis, *_shifted(_overlap(self.shape[here], *self._range(box, here)), source, here)
+            )
+        valid = covered[..., 0] > 0
+        weight = torch.where(valid.unsqueeze(-1), weight, 1.0)  # no division by zero, whose gradient is not a number
+        return fill(x / weight, valid).to(dtype), valid
+
+    def _range(self, box: Box, axis: int) -> tuple[int, int, float]:
+        return box.start[axis], box.stop[axis], self.ratio[axis]
+
+
+def _shifted(taps: tuple[Tensor, Tensor], source: Box, axis: int) -> tuple[Tensor, Tensor]:
+    """Counts pixels from where a part of the image starts; pixels beyond it have no weight."""
+    index, weight = taps
+    return (index - source.start[axis]).clamp(0, source.shape[axis] - 1), weight
 
 
 def check_size(shape: Sequence[int], size: Sequence[int]) -> None:
@@ -118,19 +181,19 @@ def check_size(shape: Sequence[int], size: Sequence[int]) -> None:
         )
 
 
-def _triangle(n: int, size: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """Returns which of ``n`` pixels the new ones lie near, and their weights, both ``[size, taps]``."""
+def _triangle(n: int, start: int, stop: int, ratio: float) -> tuple[Tensor, Tensor]:
+    """Returns which of ``n`` pixels the new ones lie near, and their weights, both ``[stop - start, taps]``."""
     step = 1 / ratio
     reach = max(1.0, step)
-    center = (torch.arange(size, dtype=torch.float64) + 0.5) * step - 0.5
+    center = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * step - 0.5
     first = (center - reach).ceil().clamp(min=0)
     index = first[:, None] + torch.arange(min(math.floor(2 * reach) + 1, n))
     return _inside(index, (1 - (index - center[:, None]).abs() / reach).clamp(min=0), n)
 
 
-def _overlap(n: int, size: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """Returns which of ``n`` pixels the new ones lie over, and for how long, both ``[size, taps]``."""
-    edge = torch.arange(size + 1, dtype=torch.float64) / ratio
+def _overlap(n: int, start: int, stop: int, ratio: float) -> tuple[Tensor, Tensor]:
+    """Returns which of ``n`` pixels the new ones lie over, and for how long, both ``[stop - start, taps]``."""
+    edge = torch.arange(start, stop + 1, dtype=torch.float64) / ratio
     lower, upper = edge[:-1, None], edge[1:, None]
     index = lower.floor() + torch.arange(min(math.ceil(1 / ratio) + 1, n))
     shared = torch.minimum(upper, index + 1) - torch.maximum(lower, index)

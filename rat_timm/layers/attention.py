@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..geometry.grid import Positions
-from ..ops.neighborhood import neighborhood_attention, neighborhood_plan
+from ..ops.neighborhood import neighborhood_attention, neighborhood_plan, padded_grid
+from ..ops.relative import pair_bias
 from ..ops.windows import Tiles, attend_in_tiles, masked_attention
 from .rose import RotarySpatialEmbedding
 from .tracing import compiled_once, split_heads_in_export
@@ -26,6 +28,10 @@ class Attention(nn.Module):
         proj_drop: Dropout of the output.
         device: PyTorch's.
         dtype: PyTorch's.
+        bias_kernel_size: Neighbourhood whose relative positions, counted in tokens, have a learnable bias each, for
+            every head; where ``kernel_size`` is wider, it is interpolated between them. None for no bias.
+        pad_windows: Whether a grid that is smaller than the neighbourhood is filled up with tokens of zeros behind its
+            end, which take part; else the neighbourhood is cut to the grid.
     """
 
     def __init__(
@@ -39,10 +45,19 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias_kernel_size: Sequence[int] | None = None,
+        pad_windows: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attn_kernel_size = kernel_size  # not "kernel_size", which summaries take for a convolution's
+        self.pad_windows = pad_windows and kernel_size is not None
+        self.rpb = None
+        if bias_kernel_size is not None:
+            steps = [2 * k - 1 for k in bias_kernel_size]
+            self.rpb = nn.Parameter(torch.empty(num_heads, *steps, device=device, dtype=dtype))
+            nn.init.trunc_normal_(self.rpb, std=0.02)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.rose = rose
         self.attn_drop = attn_drop
@@ -56,17 +71,22 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         tiles: Tiles | None = None,
         all_to_all: bool = False,
+        entries: Tensor | None = None,
     ) -> Tensor:
         """Attends.
 
         Args:
             x: ``[B, *grid, C]``, or ``[B, N, C]`` without a neighbourhood.
-            positions: Where the tokens are.
+            positions: Where the tokens are; with ``pad_windows`` those of `rat_timm.ops.neighborhood.padded_grid`.
             mask: ``[B, *grid]`` or ``[B, N]``, bool, True = valid: others are not attended to.
-            tiles: What `rat_timm.ops.neighborhood.neighborhood_plan` returned for the grid, so that it is not asked
-                again; None: `neighborhood_attention` chooses what it runs on.
+            tiles: What `plan` returned for the grid, so that it is not asked again; None: `neighborhood_attention`
+                chooses what it runs on.
             all_to_all: Whether every token attends to every token in spite of a neighbourhood: ``x`` is a sequence.
+            entries: Of such a sequence, the biases' entry of each pair, `rat_timm.ops.relative.pair_entries`.
         """
+        size = x.shape[1:-1]
+        if self.pad_windows and not all_to_all:
+            x, mask = self._pad(x, mask)
         qkv = self.qkv(x)
         rotation = self.rose.rotation(positions, qkv.dtype)
         if rotation is None or rotation.other is None:
@@ -79,12 +99,47 @@ class Attention(nn.Module):
         if all_to_all or self.attn_kernel_size is None:
             allowed = None if mask is None else mask[:, None, None, :]
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, N, d]
-            out = masked_attention(query, key, value, allowed, dropout_p).transpose(1, 2)
+            bias = self._pair_bias(entries, query.dtype)
+            out = masked_attention(query, key, value, allowed, dropout_p, bias).transpose(1, 2)
         elif tiles is not None:
-            out = attend_in_tiles(query, key, value, tiles, mask, dropout_p)
+            out = attend_in_tiles(query, key, value, tiles, mask, dropout_p, self._bias())
         else:
-            out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p)
+            out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p, self._bias())
+        if self.pad_windows and not all_to_all and out.shape[1:-2] != size:
+            out = out[(slice(None), *map(slice, size))]
         return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def plan(self, grid: Sequence[int], device: torch.device) -> Tiles | None:
+        """Returns how windows cut a grid; see `rat_timm.ops.neighborhood.neighborhood_plan`."""
+        kernel = self.attn_kernel_size
+        if kernel is None:
+            return None
+        grid = padded_grid(grid, kernel) if self.pad_windows else grid
+        return neighborhood_plan(grid, kernel, device, self.rpb is not None)
+
+    def _pad(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert self.attn_kernel_size is not None
+        size = x.shape[1:-1]
+        missing = [a - b for a, b in zip(padded_grid(size, self.attn_kernel_size), size, strict=True)]
+        if not any(missing):
+            return x, mask
+        pads = [n for count in reversed(missing) for n in (0, count)]
+        return F.pad(x, [0, 0, *pads]), None if mask is None else F.pad(mask, pads, value=True)
+
+    def _pair_bias(self, entries: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        table = self._bias()
+        return None if table is None or entries is None else pair_bias(table.to(dtype), entries)
+
+    def _bias(self) -> Tensor | None:
+        """Returns ``[heads, *(2 * kernel - 1)]``."""
+        rpb, kernel = self.rpb, self.attn_kernel_size
+        if rpb is None or kernel is None:
+            return None
+        steps = [2 * k - 1 for k in kernel]
+        if list(rpb.shape[1:]) == steps:
+            return rpb
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(steps)]
+        return F.interpolate(rpb.unsqueeze(0), steps, mode=mode, align_corners=True).squeeze(0)
 
     def extra_repr(self) -> str:
         """Describes the module in a printed model."""
@@ -102,6 +157,8 @@ class Block(nn.Module):
         drop_path: Stochastic depth rate.
         device: PyTorch's.
         dtype: PyTorch's.
+        layer_scale: Factor per channel, when training starts, on what attention and MLP add; None for no such factors.
+        norm_eps: What the norms add to variances.
     """
 
     def __init__(
@@ -113,14 +170,21 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, device=device, dtype=dtype)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.ls1, self.ls2 = (
+            nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, device=device, dtype=dtype)
+            for _ in range(2)
+        )
 
     def forward(
         self,
@@ -129,21 +193,27 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         tiles: Tiles | None = None,
         all_to_all: bool = False,
+        entries: Tensor | None = None,
     ) -> Tensor:
         """See `Attention.forward`."""
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            kernel = self.attn.attn_kernel_size
-            if tiles is None and kernel is not None and not all_to_all:
-                tiles = neighborhood_plan(x.shape[1:-1], kernel, x.device)
-            return _compiled_block(self, x, positions, mask, tiles, all_to_all)
-        return _run_block(self, x, positions, mask, tiles, all_to_all)
+            if tiles is None and not all_to_all:
+                tiles = self.attn.plan(x.shape[1:-1], x.device)
+            return _compiled_block(self, x, positions, mask, tiles, all_to_all, entries)
+        return _run_block(self, x, positions, mask, tiles, all_to_all, entries)
 
 
 def _run_block(
-    block: Block, x: Tensor, positions: Positions, mask: Tensor | None, tiles: Tiles | None, all_to_all: bool
+    block: Block,
+    x: Tensor,
+    positions: Positions,
+    mask: Tensor | None,
+    tiles: Tiles | None,
+    all_to_all: bool,
+    entries: Tensor | None,
 ) -> Tensor:
-    x = x + block.drop_path1(block.attn(block.norm1(x), positions, mask, tiles, all_to_all))
-    return x + block.drop_path2(block.mlp(block.norm2(x)))
+    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), positions, mask, tiles, all_to_all, entries)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 _compiled_block = compiled_once(_run_block)

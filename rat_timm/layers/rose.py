@@ -79,13 +79,14 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         feature_dims: Width of all heads together.
         num_heads: Number of heads; ``feature_dims / num_heads`` must be even.
         spatial_dims: Number of axes.
-        base_theta: Ratio of the largest to the smallest frequency of a head; the largest is 1 radian per unit.
+        base_theta: Ratio of the largest to the smallest frequency of a head.
         learnable: Whether the frequencies are parameters.
         init_jitter_std: Standard deviation of a log-normal factor on learnable frequencies at initialisation.
         frequency_scaling: "none", or how ``base_theta`` depends on the number of axes: "linear", "sqrt", "adaptive".
         rotary_ratio: Share of the heads that are rotated.
         learnable_scale: Whether the scaling of spacings, ``a * s^b + c * log(s / d)``, has learnable ``scale_a..d``.
         initial_scaling: Its start: "identity" (also "linear", "power"), "log", "rope"; None without scaling.
+        max_frequency: The largest frequency at initialisation, in radians per unit; 0 turns nothing at first.
 
     Raises:
         ValueError: If heads do not divide the width into even parts, or a choice is unknown.
@@ -103,6 +104,8 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         rotary_ratio: float = 1.0,
         learnable_scale: bool = False,
         initial_scaling: str | None = None,
+        *,
+        max_frequency: float = 1.0,
     ) -> None:
         check_heads(feature_dims, num_heads)
         if not 0.0 <= rotary_ratio <= 1.0:
@@ -123,7 +126,7 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
             learnable_scale=learnable_scale,
             initial_scaling=initial_scaling,
         )
-        self.init_jitter_std = init_jitter_std
+        self.init_jitter_std, self.max_frequency = init_jitter_std, max_frequency
         if self.rotary_dim > 0:
             with torch.no_grad():
                 self.freqs.copy_(self._jittered_frequencies() if learnable else self._spread_frequencies())
@@ -135,9 +138,9 @@ class RotarySpatialEmbedding(RoSE.RotarySpatialEmbedding):
         return freqs
 
     def _spread_frequencies(self) -> Tensor:
-        """Returns ``[rotary heads, planes, axes]``: magnitudes from 1 to 1 / theta, directions spread evenly."""
+        """Returns ``[rotary heads, planes, axes]``: magnitudes from the largest on, directions spread evenly."""
         planes = torch.arange(self.num_rotary_planes, dtype=torch.float32)
-        magnitude = self.rose_theta ** (-planes / self.num_rotary_planes)
+        magnitude = self.max_frequency * self.rose_theta ** (-planes / self.num_rotary_planes)
         direction = _sphere(self.num_rotary_heads * self.num_rotary_planes, self.spatial_dims)
         return magnitude[:, None] * direction.to(magnitude.device).unflatten(
             0, (self.num_rotary_heads, self.num_rotary_planes)

@@ -39,6 +39,10 @@ class AxisTiles(NamedTuple):
         keys = stretches(first[:, 0], most, int(last.max()) + 1)
         return cls(queries, keys, (first[:, :, None] <= keys[:, None]) & (keys[:, None] <= last[:, :, None]))
 
+    def steps(self, reach: int) -> Array:
+        """Returns how far each key is from each query, ``[T, b, w]``: 0 if ``reach`` places before, -1 if not seen."""
+        return np.where(self.allowed, self.keys[:, None] - self.queries[:, :, None] + reach, -1)
+
     @property
     def lengths(self) -> tuple[int, int]:
         """Numbers of places of the queries' and of the keys' axis."""
@@ -70,13 +74,24 @@ def ravel(axes: Sequence[Array], shape: Sequence[int]) -> Array:
     return np.ravel_multi_index(_spread(axes), tuple(shape)).ravel()
 
 
-def distinct(allowed: Array) -> tuple[Array, Array]:
+def distinct(patterns: Array) -> tuple[Array, Array]:
     """Returns the distinct patterns of ``[T, b, w]`` as they come, and which of them each tile has, ``[T]``."""
-    _, first, kind = np.unique(allowed, axis=0, return_index=True, return_inverse=True)
-    return allowed[np.sort(first)], first.argsort().argsort()[kind.ravel()]
+    _, first, kind = np.unique(patterns, axis=0, return_index=True, return_inverse=True)
+    return patterns[np.sort(first)], first.argsort().argsort()[kind.ravel()]
 
 
 def outer_and(axes: Sequence[Array]) -> Array:
     """Combines patterns ``[kinds, b, w]`` of each axis into ``[kinds, queries, keys]``."""
     both = functools.reduce(np.logical_and, _spread(axes))
     return both.reshape([math.prod(sizes) for sizes in zip(*(axis.shape for axis in axes), strict=True)])
+
+
+def outer_entries(axes: Sequence[Array], shape: Sequence[int]) -> Array:
+    """Combines steps ``[kinds, b, w]`` of each axis into entries of a flat table of ``shape``.
+
+    Returns:
+        ``[kinds, queries, keys]``; where a key is not seen, the number of entries.
+    """
+    seen = outer_and([axis >= 0 for axis in axes])
+    entries = np.ravel_multi_index([np.maximum(axis, 0) for axis in _spread(axes)], tuple(shape))
+    return np.where(seen, entries.reshape(seen.shape), math.prod(shape))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tiling import Array, AxisTiles, by_row, distinct, outer_and, ravel
+from .tiling import Array, AxisTiles, by_row, distinct, outer_and, outer_entries, ravel
 
 _FEW = 1 << 20  # logits up to which PyTorch's fused attention takes longer on the CPU, forward and backward
 _NUMBERS = 1 << 23  # entries of keys that are gathered at a time
@@ -203,6 +203,8 @@ class Tiles(NamedTuple):
         kind: Which of them a tile has, ``[tiles]``, ascending.
         counts: How many tiles have each kind.
         overlaps: Where each key stands in the tiles, if asked for.
+        entries: Of a table with a bias per relative position, the entry of each query and key of a kind, ``[kinds,
+            queries, keys]``; one past the last where the key is not in the window. None if there is no such bias.
         added: What `attend_in_tiles` adds to logits of a batch, ``[B * tiles, 1, queries, keys]``; in exports alone,
             where several calls share it.
     """
@@ -215,12 +217,28 @@ class Tiles(NamedTuple):
     kind: Tensor
     counts: tuple[int, ...]
     overlaps: Overlaps | None
+    entries: Tensor | None = None
     added: Tensor | None = None
 
     @classmethod
-    def create(cls, axes: Sequence[AxisTiles], device: torch.device, with_overlaps: bool = False) -> "Tiles":
-        """Combines the tiles of all axes."""
-        patterns, pattern = zip(*(distinct(axis.allowed) for axis in axes), strict=True)
+    def create(
+        cls,
+        axes: Sequence[AxisTiles],
+        device: torch.device,
+        with_overlaps: bool = False,
+        reach: Sequence[int] | None = None,
+    ) -> "Tiles":
+        """Combines the tiles of all axes.
+
+        Args:
+            axes: How each is cut.
+            device: Where indices are.
+            with_overlaps: Whether to work out where each key stands.
+            reach: The most places along each axis from a query to a key that a bias per relative position knows; None
+                if there is no such bias.
+        """
+        steps = None if reach is None else [axis.steps(most) for axis, most in zip(axes, reach, strict=True)]
+        patterns, pattern = zip(*map(distinct, steps or [axis.allowed for axis in axes]), strict=True)
         kind = ravel(pattern, [len(each) for each in patterns])
         order, (shape, key_shape) = kind.argsort(kind="stable"), zip(*(axis.lengths for axis in axes), strict=True)
         queries = ravel([axis.queries for axis in axes], shape).reshape(len(kind), -1)[order]
@@ -233,10 +251,11 @@ class Tiles(NamedTuple):
             keys=Gather.create(keys, key_shape, device),
             once=RowIndex.create(once, queries.size, device),
             repeated=tensor_of(repeated, device) if repeated.any() else None,
-            kinds=tensor_of(outer_and(patterns), device),
+            kinds=tensor_of(outer_and([each if reach is None else each >= 0 for each in patterns]), device),
             kind=tensor_of(kind[order], device),
             counts=tuple(np.bincount(kind).tolist()),
             overlaps=Overlaps.create(keys, key_shape, device) if with_overlaps else None,
+            entries=None if reach is None else tensor_of(outer_entries(patterns, [2 * n + 1 for n in reach]), device),
         )
 
     def untile(self, *parts: Tensor) -> Tensor:
@@ -275,6 +294,7 @@ class Tiles(NamedTuple):
             kinds=self.kinds[kinds],
             kind=self.kind[start:stop] - kinds.start,
             counts=self.counts[kinds],
+            entries=None if self.entries is None else self.entries[kinds],
         )
 
     def allowed(self) -> Tensor:
@@ -285,6 +305,25 @@ class Tiles(NamedTuple):
         """Returns what to add to logits, so that keys out of a query's window have no weight, ``[tiles, 1, q, k]``."""
         forbidden = self.kinds.logical_not()
         return self.of_tiles(torch.zeros_like(forbidden, dtype=dtype).masked_fill(forbidden, -math.inf)).unsqueeze(1)
+
+    def relative_bias(self, table: Tensor) -> Tensor:
+        """Returns what to add to the logits of each head: `bias`, and an entry of a table for what is in the window.
+
+        Args:
+            table: ``[heads, *steps]``, an entry for every relative position.
+
+        Returns:
+            ``[tiles, heads, queries, keys]``.
+        """
+        assert self.entries is not None
+        flat = table.flatten(1)
+        flat = torch.cat((flat, flat.new_full((len(flat), 1), -math.inf)), dim=1)
+        taken = flat.index_select(1, self.entries.flatten()).unflatten(1, self.entries.shape)  # [heads, kinds, q, k]
+        return self.of_tiles(taken.transpose(0, 1))
+
+    def logits(self, query: Tensor, table: Tensor | None) -> Tensor:
+        """Returns `bias`, or `relative_bias` if there is a table, ``[tiles, 1 or heads, queries, keys]``."""
+        return self.bias(query.dtype) if table is None else self.relative_bias(table)
 
     def batch_bias(self, batch: int, dtype: torch.dtype) -> Tensor:
         """Returns `bias` for a batch, ``[batch * tiles, 1, queries, keys]``."""
@@ -308,6 +347,7 @@ def attend_in_tiles(
     tiles: Tiles,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Attends from every place of a grid to the keys in its window, ``[B, *grid, heads, d]``.
 
@@ -318,23 +358,32 @@ def attend_in_tiles(
         tiles: How the grid is cut.
         mask: ``[B, *grid]``, bool, True = valid key. A query whose window has none gives zeros.
         dropout_p: Probability of dropping an attention weight.
+        table: What is added to the logits, for every relative position that the tiles know, ``[heads, *steps]``.
+
+    Raises:
+        ValueError: If there is a table and the tiles know no relative positions, or the other way round.
     """
+    if (table is None) != (tiles.entries is None):
+        raise ValueError("tiles must know relative positions if, and only if, there is a table of biases for them")
+    table = None if table is None else table.to(query.dtype)  # parameters stay float32 under autocast
     if mask is not None:
         valid = mask[..., None, None]
         key, value = torch.where(valid, key, 0.0), torch.where(valid, value, 0.0)
     if torch.compiler.is_compiling() or is_transformed():
+        if table is not None:
+            return _attend_in_program_by_head(query, key, value, tiles, mask, dropout_p, table)
         return _attend_in_program(query, key, value, tiles, mask, dropout_p)
     size, mixed = _part_sizes(tiles, query)
     samples = max(1, size // tiles.keys.tiles)
     is_small = tiles.keys.tiles <= mixed and len(query) <= samples
-    if is_small or has_gradient(query, key, value):
-        return tiles.untile(_attend(query, key, value, tiles, tiles.bias(query.dtype), mask, dropout_p))
+    if is_small or has_gradient(query, key, value, *([] if table is None else [table])):
+        return tiles.untile(_attend(query, key, value, tiles, tiles.logits(query, table), mask, dropout_p))
     inputs = [[_places_first(part) for part in x.split(samples)] for x in (query, key, value)]
     masks = [None] * len(inputs[0]) if mask is None else mask.split(samples)
     calls = list(zip(*inputs, masks, strict=True))
     outs: list[list[Tensor]] = [[] for _ in calls]
     for part in tiles.split(size, mixed):
-        bias = part.bias(query.dtype)
+        bias = part.logits(query, table)
         for out, (q, k, v, m) in zip(outs, calls, strict=True):
             out.append(_attend(q, k, v, part, bias, m, dropout_p))
     return torch.cat([tiles.untile(*parts) for parts in outs])
@@ -348,8 +397,13 @@ def _attend(
     if mask is not None:
         valid = tiles.keys.take_mask(mask)[:, :, None]  # [tiles, B, 1, keys]
         allowed = (tiles.allowed()[:, None] & valid).flatten(0, 1).unsqueeze(1)  # [tiles * B, 1, queries, keys]
-        out = masked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), allowed, dropout_p)
+        each = None if tiles.entries is None else bias.unsqueeze(1).expand(-1, q.shape[1], -1, -1, -1).flatten(0, 1)
+        out = masked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), allowed, dropout_p, each)
         return out.unflatten(0, q.shape[:2])
+    if tiles.entries is not None:  # the bias of a tile and head serves all samples
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [tiles * heads, B, places, d]
+        out = attention(q, k, v, bias.flatten(0, 1).unsqueeze(1), dropout_p)
+        return out.unflatten(0, bias.shape[:2]).transpose(1, 2)
     # samples count as heads, since their windows are the same: one bias per tile serves all of them
     out = attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias, dropout_p)
     return out.unflatten(1, q.shape[1:3])
@@ -359,7 +413,8 @@ def _part_sizes(tiles: Tiles, query: Tensor) -> tuple[int, int]:
     """Returns how many tiles of a sample to attend to at a time: of one kind, and of several, with a bias each."""
     limit = _NUMBERS_CPU * torch.get_num_threads() if query.device.type == "cpu" else _NUMBERS
     numbers = max(1, tiles.keys.places * query.shape[-2:].numel())
-    return max(1, limit // numbers), max(1, limit // max(numbers, tiles.kinds[0].numel()))
+    biases = tiles.kinds[0].numel() * (1 if tiles.entries is None else query.shape[-2])
+    return max(1, limit // numbers), max(1, limit // max(numbers, biases))
 
 
 def _places_first(x: Tensor) -> Tensor:
@@ -387,6 +442,30 @@ def _attend_in_program(
     return tiles.untile_in_program(masked_attention(q, k, v, allowed, dropout_p))
 
 
+def _attend_in_program_by_head(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, mask: Tensor | None, dropout_p: float, table: Tensor
+) -> Tensor:
+    """Does what `_attend_in_program` does, with a bias per head and relative position."""
+    q = tiles.queries.take_in_program(query)  # [B * tiles, heads, queries, d]
+    k, v = tiles.keys.take_in_program(key), tiles.keys.take_in_program(value)
+    bias = tiles.relative_bias(table)
+    count, heads, scale = tiles.queries.tiles, table.shape[0], query.shape[-1] ** -0.5
+    if mask is None and not torch.compiler.is_exporting():
+        q, k, v = (x.unflatten(0, (-1, count)).flatten(1, 2) for x in (q, k, v))  # [B, tiles * heads, places, d]
+        bias = bias.flatten(0, 1).unsqueeze(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+        return tiles.untile_in_program(out.unflatten(1, (count, heads)).flatten(0, 1))
+    bias = bias.expand(query.shape[0], -1, -1, -1, -1).flatten(0, 1)
+    if mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    else:
+        valid = tiles.keys.take_in_program(mask[..., None, None]).transpose(2, 3)  # [B * tiles, 1, 1, keys]
+        allowed = tiles.allowed().expand(query.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1) & valid
+        out = masked_attention(q, k, v, allowed, dropout_p, bias)
+    # its layout in memory depends on whether the bias has a gradient, which programs forget
+    return tiles.untile_in_program(out.clone(memory_format=torch.contiguous_format))
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """Scaled dot-product attention.
 
@@ -397,23 +476,32 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
         bias: What is added to the logits, broadcastable to ``[B, heads, M, N]``.
         dropout_p: Probability of dropping an attention weight.
     """
-    if dropout_p > 0.0 or not query.requires_grad or not _explicit_is_best(query, key):
+    if dropout_p > 0.0 or not query.requires_grad or not _explicit_is_best(query, key, bias):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
     logits = (query * query.shape[-1] ** -0.5) @ key.mT
     logits = logits if bias is None else logits + bias
     return logits.softmax(dim=-1) @ value
 
 
-def _explicit_is_best(query: Tensor, key: Tensor) -> bool:
-    """Tells whether training is faster with weights that are made: few, on the CPU, in a precision products keep."""
+def _explicit_is_best(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
+    """Tells whether training is faster with weights that are made: on the CPU, in a precision products keep.
+
+    So it is if they are few, or PyTorch would make them too, since the bias learns.
+    """
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     exact = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    return exact and query.shape[:3].numel() * key.shape[2] <= _FEW
+    learns = bias is not None and bias.requires_grad
+    return exact and (learns or query.shape[:3].numel() * key.shape[2] <= _FEW)
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None, dropout_p: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None = None,
+    dropout_p: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention; a query without an allowed key gives zeros.
 
@@ -423,11 +511,14 @@ def masked_attention(
         value: ``[B, heads, N, d]``; finite also where it is not allowed.
         allowed: Bool, broadcastable to ``[B, heads, M, N]``; None allows all.
         dropout_p: Probability of dropping an attention weight.
+        bias: What is added to the logits, broadcastable to ``[B, heads, M, N]``; no row is minus infinity throughout.
     """
     if allowed is None:
-        return attention(query, key, value, dropout_p=dropout_p)
+        return attention(query, key, value, bias, dropout_p)
     reached = allowed.any(dim=-1, keepdim=True)  # [B, heads, M, 1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | ~reached, dropout_p=dropout_p)
+    seen = allowed | ~reached
+    added = seen if bias is None else torch.where(seen, bias, -math.inf)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, dropout_p=dropout_p)
     return torch.where(reached, out, 0.0)
 
 

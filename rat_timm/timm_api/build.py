@@ -65,10 +65,16 @@ def build(
     Raises:
         ValueError: If weights are damaged, or another model's, or their config.json asks for anything else than a model
             of their size.
+        RuntimeError: If a registered entry's weights have to be converted (`rat_timm.timm_api.convert`).
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
     described = kwargs.pop("pretrained_cfg", None)
     cfg = _resolve(variant, described, overlay)
+    if pretrained and cfg.origin_url and not any(getattr(cfg, name) for name in _SOURCES):
+        raise RuntimeError(
+            f"the weights of {variant} have to be converted: download {cfg.origin_url}, run python -m rat_timm convert "
+            f"FILE --like {variant} --output FOLDER, and give local-dir:FOLDER to timm.create_model"
+        )
     handed = _handed_by_timm(variant, described, kwargs)
     if handed:
         _check_config(handed, variant, model_cls, model_cfg)

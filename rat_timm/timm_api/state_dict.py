@@ -21,7 +21,8 @@ def fit(state_dict: dict[str, Tensor], model: nn.Module, first_conv: str = "stem
     """Gives tensors the axes, and ``first_conv`` the input channels, that ``model`` has.
 
     Convolutions are spread evenly over a new first axis, so that an input constant along it gives what it gave without;
-    frequencies are zero along it. Channels are summed or repeated as timm does.
+    frequencies are zero along it, and biases of relative positions the same. Where a neighbourhood has another size,
+    its outermost biases are left out or repeated. Channels are summed or repeated as timm does.
     """
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     fitted = {name: _fit(name, value, shapes[name]) if name in shapes else value for name, value in state_dict.items()}
@@ -36,8 +37,23 @@ def _fit(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
         value = nn.functional.pad(value, (shape[-1] - value.shape[-1], 0))
     elif kind.startswith("scale_") and len(value) < shape[0]:
         value = torch.cat((value[:1].expand(shape[0] - len(value)), value))
+    elif kind == "rpb":
+        value = _fit_bias(value, shape)
     elif value.ndim > 2:
         value = inflate(value, shape)
+    return value
+
+
+def _fit_bias(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Gives biases ``[heads, *relative positions]`` the axes and the number of positions of ``shape``."""
+    missing = len(shape) - value.ndim
+    value = value.reshape(len(value), *[1] * missing, *value.shape[1:]).expand(
+        -1, *shape[1 : 1 + missing], *value.shape[1:]
+    )
+    for axis, length in enumerate(shape[1:], start=1):
+        middle = value.shape[axis] // 2
+        steps = torch.arange(length, device=value.device) - length // 2 + middle
+        value = value.index_select(axis, steps.clamp(0, value.shape[axis] - 1))
     return value
 
 

@@ -124,7 +124,12 @@ def _at_centers(labels: Tensor, corners: Tensor) -> Tensor:
 
 def figures(pairs: Sequence[tuple[Boxes, Boxes]]) -> dict[str, float]:
     """Returns COCO's figures of pairs of predicted and true boxes."""
-    metric = MeanAveragePrecision(max_detection_thresholds=[1, 100, MOST], sync_on_compute=False)
+    limits = [1, 100, MOST]
+    metric = MeanAveragePrecision(max_detection_thresholds=limits, extended_summary=True, sync_on_compute=False)
     metric.update([found for found, _ in pairs], [true for _, true in pairs])
     computed = metric.compute()
-    return {name.replace("_", ""): float(computed[name]) for name in ("map", "map_50", "map_75")}
+    # the metric's own mean is of the first 100 boxes of an image, whatever the limit
+    precision = computed["precision"][..., 0, -1]  # [IoU, recall, class]
+    known = precision[precision >= 0]
+    mean = float(known.mean()) if len(known) else -1.0
+    return {"map": mean, "map50": float(computed["map_50"]), "map75": float(computed["map_75"])}

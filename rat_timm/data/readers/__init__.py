@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...geometry.grid import Grid
+from ...geometry.grid import Grid, pyramid_grids
 from ...optional import import_optional
 from ..errors import ReadError, reading
 from ..units import convert, number
@@ -73,6 +73,7 @@ def read(
     assumed_unit: str | None = None,
     format: str | None = None,
     max_bytes: int | None = MAX_BYTES,
+    spacing: Sequence[float] | None = None,
 ) -> Scan:
     """Reads an image or a volume and its pixel size.
 
@@ -93,6 +94,7 @@ def read(
         max_bytes: What the pixels that are read may take in memory, as the file's metadata promise it, before any are
             read; None is no limit. Rearranged and rescaled pixels take twice as much for a while. With a limit, chunks
             of OME-Zarr have to have codecs whose output can be limited too: those that zarr itself brings are.
+        spacing: The pixel size of the level, per axis in ``unit``, in place of what the file says or does not say.
 
     Raises:
         ReadError: If the file cannot be read, the pixel size is missing or absurd, or pixels take more memory; a
@@ -103,12 +105,12 @@ def read(
     """
     place, form = _locate(source, format)
     stored = _open(place, form, level, image, max_bytes)
-    spacing = _spacing(stored, place.name, unit, assumed_unit)
+    size = _spacing(stored, place.name, unit, assumed_unit) if spacing is None else tuple(map(float, spacing))
     index = _index(stored, place.name, time, region)
     _check_size(_selected(index), stored, place.name, max_bytes)
     _check_size(stored.chunks, stored, place.name, max_bytes)
     pixels = _arrange(_load(stored, index, place.name), stored)
-    return Scan(torch.from_numpy(np.require(pixels, requirements=["C", "W"])), spacing)
+    return Scan(torch.from_numpy(np.require(pixels, requirements=["C", "W"])), size)
 
 
 def read_lazy(
@@ -174,28 +176,40 @@ def read_grids(
     image: int | None = None,
     assumed_unit: str | None = None,
     format: str | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> list[Grid]:
     """Reads where the pixels of each level of a pyramid are, level 0 first: shape, spacing and origin; see `read`.
 
     Origins are those of the file (the translations of OME-Zarr) if one of its levels has one; else levels share their
-    outer corner, at zero.
+    outer corner, at zero. ``spacing`` is level 0's pixel size in ``unit``, in place of what the file says or does not
+    say: levels share their field of view then, and its outer corner is at zero.
     """
     place, form = _locate(source, format)
     levels = [_open(place, form, 0, image, None)]
     levels += [_open(place, form, level, image, None) for level in range(1, levels[0].levels)]
+    if spacing is not None:
+        shapes = [_shape(stored) for stored in levels]
+        if len(spacing) != len(shapes[0]):
+            raise ReadError(f"{place.name}: spacing must have {len(shapes[0])} values, one per axis, got {spacing}")
+        return pyramid_grids(shapes, tuple(map(float, spacing)), reference=[1.0] * len(spacing))
     placed = any(stored.offsets is not None for stored in levels)
     return [_grid(stored, _spacing(stored, place.name, unit, assumed_unit), placed) for stored in levels]
 
 
+def _shape(stored: StoredImage) -> tuple[int, ...]:
+    sizes = dict(zip(stored.axes, stored.shape, strict=True))
+    return tuple(sizes[axis] for axis in _space(stored))
+
+
 def _grid(stored: StoredImage, spacing: tuple[float, ...], placed: bool) -> Grid:
-    space, sizes = _space(stored), dict(zip(stored.axes, stored.shape, strict=True))
+    space = _space(stored)
     origin = None
     if placed:
         offsets = stored.offsets or {}
         steps = [float(number(stored.sizes[axis].value) or 1) for axis in space]
         parts = zip(space, spacing, steps, strict=True)
         origin = [offsets.get(axis, 0.0) * (here / there) for axis, here, there in parts]  # in the unit asked for
-    return Grid.create([sizes[axis] for axis in space], spacing, origin)
+    return Grid.create(_shape(stored), spacing, origin)
 
 
 def is_readable(path: str | PathLike) -> bool:

@@ -24,6 +24,14 @@ channels or classes, another reference spacing (with ``physical_stem=False`` wha
 stays the same; else the stem then sees pixels of another size, and a warning says so). Missing or superfluous
 parameters are an error.
 
+``rat_nat_mini``, ``_tiny``, ``_small`` and ``_base`` (``*_3d`` for volumes) have the layout of NAT (arXiv 2204.07143):
+two convolutions without a norm between, windows of 7 with a bias for every relative position, layer scale in the last
+two. Their rotary frequencies and the gates of their groupings start at zero: with NAT's weights, which
+``python -m rat_timm convert nat_tiny.pth --like rat_nat_tiny --output FOLDER`` brings into this package's form, the
+network is NAT until training has learned geometry. What the weights know, they know of pixels of the reference spacing,
+to which the physical stem brings every image. For volumes they are inflated, in windows of 5 (a volume that is constant
+along z gives what the image gave with ``attn_kernel_size=7``).
+
 ``rat_classic`` is the network of the package ``resolution-aware-transformer`` and loads its state dicts. Its names, and
 those here:
 

@@ -1,4 +1,4 @@
-"""Checkpoints of RAT: our own, upstream's, of other axes, channels or reference spacings."""
+"""Checkpoints of RAT: our own, upstream's, NAT's; of other axes, channels or reference spacings."""
 
 import re
 import warnings
@@ -12,6 +12,7 @@ from ...geometry.grid import axis_values
 from ...timm_api.state_dict import check_names, fit, unwrap, warn_of_dropped_classifier
 from .config import RatConfig
 from .model import ResolutionAwareTransformer
+from .nat import from_nat, is_nat
 
 _UPSTREAM = (
     (r"^init_proj\.", r"stem.convs.0."),
@@ -26,17 +27,20 @@ _ROSE = re.compile(r"^stages\.(\d+)\.(downsample|blocks)\..*rose\.(freqs|scale_a
 def checkpoint_filter_fn(checkpoint: dict[str, Any], model: ResolutionAwareTransformer) -> dict[str, Tensor]:
     """Turns a checkpoint into a state dict of ``model``.
 
-    Takes our own state dicts and those of `resolution_aware_transformer.ResolutionAwareTransformer`; timm's training
-    checkpoints, of which the moving average if there is one; names with the prefixes of DistributedDataParallel and
-    ``torch.compile``; images' weights for a model of volumes; any number of channels; another reference spacing, if
-    ``model.pretrained_model_args`` tells the one that the weights were trained with (positions keep their meaning, but
-    a physical stem then sees pixels of another size, and a warning says so); with or without a mask token.
+    Takes our own state dicts, those of `resolution_aware_transformer.ResolutionAwareTransformer` and those of NAT (its
+    authors', or transformers'); timm's training checkpoints, of which the moving average if there is one; names with
+    the prefixes of DistributedDataParallel and ``torch.compile``; images' weights for a model of volumes; any number of
+    channels; another reference spacing, if ``model.pretrained_model_args`` tells the one that the weights were trained
+    with (positions keep their meaning, but a physical stem then sees pixels of another size, and a warning says so);
+    with or without a mask token.
 
     Raises:
         ValueError: If parameters are missing or left over, but for the classifier, or cannot be converted.
     """
     state_dict, cfg = unwrap(checkpoint), model.cfg
     known = getattr(model, "pretrained_model_args", {}).get("spacing")
+    if is_nat(state_dict):
+        state_dict = from_nat(state_dict, model)
     if is_upstream(state_dict):
         check_axes(state_dict["init_proj.weight"], cfg)
         state_dict = rename_upstream(state_dict)

@@ -40,6 +40,8 @@ class StageConfig:
         sga_dim: Width of the grouping.
         sga_num_heads: Heads of the grouping.
         sga_unit: Physical length of one rotary unit in the grouping (the fine side's), per axis.
+        bias_kernel_size: Neighbourhood whose relative positions have a bias in the blocks; None for no bias.
+        pad_windows: Whether a grid smaller than the blocks' neighbourhood is filled up for it.
     """
 
     dim_in: int
@@ -61,6 +63,8 @@ class StageConfig:
     sga_dim: int
     sga_num_heads: int
     sga_unit: tuple[float, ...]
+    bias_kernel_size: tuple[int, ...] | None
+    pad_windows: bool
 
     @property
     def needs_projection(self) -> bool:
@@ -126,6 +130,22 @@ class RatConfig:
         learnable_rose_scaling: Whether spacings are scaled by learnable ``scale_a..d``.
         rose_initial_scaling: Their start: "identity", "log", "rope"; None without scaling.
         final_norm: Whether a LayerNorm follows the last stage.
+        linear_stem: Whether nothing stands between the stem's convolutions, and a norm after the last one; else a norm
+            after each and GELU between.
+        norm_eps: What the norms of stem and blocks add to variances.
+        layer_scale: Factor per channel, when training starts, on what attention and MLP of each block add; None for no
+            such factors.
+        relative_bias: Whether attention in a neighbourhood adds a learnable number per head and relative position to
+            its logits. Positions are counted in the level's own tokens, whatever lies between these: at the reference
+            spacing, at which a physical stem sees the finest level, a number of tokens is a length. With
+            ``output_stride`` the numbers are interpolated for the tokens between. Where all tokens attend to all, those
+            of a level have it too, beyond the neighbourhood as at its edge; between levels there is none.
+        pad_windows: Whether a grid that is smaller than a neighbourhood is filled up, behind its end, with tokens that
+            are zero after the norm and take part in attention; else the neighbourhood is cut to the grid.
+        initial_frequency: Largest rotary frequency of the blocks when training starts, in radians per rotary unit. At 0
+            they know nothing of positions until training gives them frequencies. Those of groupings start at 1.
+        group_share: Weight of what groups take over what they start from, when training starts; at 0 a grouping is the
+            strided convolution until training opens it.
 
     Raises:
         ValueError: On construction, if a value is out of range or has another number of entries than there are stages.
@@ -163,6 +183,13 @@ class RatConfig:
     learnable_rose_scaling: bool = False
     rose_initial_scaling: str | None = None
     final_norm: bool = True
+    linear_stem: bool = False
+    norm_eps: float = 1e-6
+    layer_scale: float | None = None
+    relative_bias: bool = False
+    pad_windows: bool = False
+    initial_frequency: float = 1.0
+    group_share: float = 0.1
 
     def __post_init__(self) -> None:
         for field in fields(self):  # hashable, also where JSON made lists of tuples
@@ -178,8 +205,10 @@ class RatConfig:
         _check_number("reg_tokens", self.prefix_tokens, Integral, least=0)
         if self.output_stride is not None:
             _check_number("output_stride", self.output_stride, Integral, least=max(self.stem_strides))
-        for name in ("base_theta", "sga_mlp_ratio"):
+        for name in ("base_theta", "sga_mlp_ratio", "norm_eps", *([] if self.layer_scale is None else ["layer_scale"])):
             _check_number(name, getattr(self, name), Real, above=0)
+        for name in ("initial_frequency", "group_share"):
+            _check_number(name, getattr(self, name), Real, least=0)
         for name in ("kernel_size", "neighborhood_kernel"):
             if any(k % 2 == 0 for k in integers(getattr(self, name), name, self.spatial_dims)):
                 raise ValueError(f"{name} must be odd, got {getattr(self, name)!r}")
@@ -193,8 +222,9 @@ class RatConfig:
 
     @property
     def rose(self) -> dict[str, Any]:
-        """The keywords of `RotarySpatialEmbedding` that do not depend on the stage."""
+        """The keywords of the blocks' `RotarySpatialEmbedding` that do not depend on the stage."""
         return {
+            "max_frequency": self.initial_frequency,
             "base_theta": self.base_theta,
             "learnable": self.learnable_rose,
             "init_jitter_std": self.init_jitter_std,
@@ -284,6 +314,8 @@ class RatConfig:
                     sga_dim=dims[i if wide_groups else max(i - 1, 0)],
                     sga_num_heads=heads[i if wide_groups else max(i - 1, 0)],
                     sga_unit=self._unit(fine),
+                    bias_kernel_size=kernels[i] if self.relative_bias else None,
+                    pad_windows=self.pad_windows,
                 )
             )
         return tuple(stages)

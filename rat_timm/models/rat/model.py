@@ -136,6 +136,8 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
             self.cfg.stem_kernel_size,
             self.cfg.stem_strides,
             self.cfg.mask_token,
+            linear=self.cfg.linear_stem,
+            norm_eps=self.cfg.norm_eps,
             **dd,
         )
         drop_path = calculate_drop_path_rates(drop_path_rate, [stage.depth for stage in stages], stagewise=True)
@@ -402,7 +404,7 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters that weight decay would harm: geometry, temperatures and tokens."""
-        kept = ("freqs", "temp", "reg_tokens", "mask_token", "scale_a", "scale_b", "scale_c", "scale_d")
+        kept = ("freqs", "temp", "reg_tokens", "mask_token", "rpb", "scale_a", "scale_b", "scale_c", "scale_d")
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in kept}
 
     def init_non_persistent_buffers(self) -> None:

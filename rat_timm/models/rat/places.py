@@ -9,7 +9,8 @@ from torch import Tensor
 from ...geometry.grid import Grid, Positions, field_center
 from ...ops.grouping import local_tiles
 from ...ops.masking import pool_mask
-from ...ops.neighborhood import neighborhood_plan
+from ...ops.neighborhood import neighborhood_plan, padded_grid
+from ...ops.relative import pair_entries
 from ...ops.windows import Tiles
 from .config import RatConfig, StageConfig, share_stride
 
@@ -19,10 +20,11 @@ class StagePlaces(NamedTuple):
 
     Attributes:
         grids: The tokens' grids.
-        tokens: Positions for the blocks, in the stage's unit; where all tokens attend to all, those of all levels in
-            one sequence, prefix tokens first.
+        tokens: Positions for the blocks, in the stage's unit, on grids that may be filled up for windows; where all
+            tokens attend to all, those of all levels in one sequence, prefix tokens first.
         windows: How the blocks' neighbourhoods cut each level's grid; None where another backend than PyTorch attends.
             Empty where all tokens attend to all.
+        entries: Where all tokens attend to all and relative positions have a bias, the entry of each pair, ``[N, N]``.
         stride: That of the grouping, per axis; None without one.
         fine: Positions of the tokens that are grouped, in the grouping's unit; empty without a grouping.
         groups: Positions of the groups, likewise.
@@ -32,6 +34,7 @@ class StagePlaces(NamedTuple):
     grids: tuple[Grid, ...]
     tokens: tuple[Positions, ...]
     windows: tuple[Tiles | None, ...]
+    entries: Tensor | None = None
     stride: tuple[int, ...] | None = None
     fine: tuple[Positions, ...] = ()
     groups: tuple[Positions, ...] = ()
@@ -72,7 +75,9 @@ def stage_places(cfg: RatConfig, grids: Sequence[Grid]) -> tuple[StagePlaces, ..
     for stage in cfg.stages():
         fine, grids, prefix = grids, [_grouped(grid, stage) for grid in grids], stage.reg_tokens or prefix
         grouping = () if stage.sga_attention_type is None else _of_grouping(stage, fine, grids)
-        places.append(StagePlaces(tuple(grids), *_of_blocks(stage, grids, prefix), *grouping))
+        tokens, windows = _of_blocks(stage, grids, prefix)
+        entries = None if windows else _entries(stage, grids, prefix)
+        places.append(StagePlaces(tuple(grids), tokens, windows, entries, *grouping))
     return tuple(places)
 
 
@@ -83,8 +88,18 @@ def _of_blocks(
     kernel = stage.attn_kernel_size
     if kernel is None or (stage.joint_attention and (prefix or len(grids) > 1)):
         return (_sequence_positions(grids, stage.unit, prefix),), ()
-    tokens = [grid.positions(field_center([grid]), stage.unit) for grid in grids]
-    return tuple(tokens), tuple([neighborhood_plan(grid.shape, kernel, grid.spacing.device) for grid in grids])
+    wide = [Grid(padded_grid(grid.shape, kernel), *grid[1:]) for grid in grids] if stage.pad_windows else grids
+    tokens = [side.positions(field_center([grid]), stage.unit) for side, grid in zip(wide, grids, strict=True)]
+    biased = stage.bias_kernel_size is not None
+    return tuple(tokens), tuple([neighborhood_plan(grid.shape, kernel, grid.spacing.device, biased) for grid in wide])
+
+
+def _entries(stage: StageConfig, grids: Sequence[Grid], prefix: int) -> Tensor | None:
+    """Returns which bias each pair of tokens has in one sequence; None where there is no bias."""
+    kernel = stage.attn_kernel_size
+    if kernel is None or stage.bias_kernel_size is None:
+        return None
+    return pair_entries([grid.shape for grid in grids], prefix, kernel, grids[0].spacing.device)
 
 
 def _of_grouping(

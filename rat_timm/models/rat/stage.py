@@ -24,13 +24,11 @@ from ...ops.windows import Tiles
 from .config import RatConfig, StageConfig, share_stride
 from .places import StageInput
 
-GROUP_SHARE = 0.1
-"""Weight of what groups take over what they start from, when training starts (after Swin V2, arXiv 2111.09883)."""
 POOLS = ("avg", "token", "")
 
 
 class Stem(nn.Module):
-    """Convolutions with a norm after each and GELU between; a single convolution stands alone.
+    """Convolutions with a norm after each and GELU between, or one norm at the end; a single one may stand alone.
 
     Args:
         in_chans: Number of image channels.
@@ -41,6 +39,8 @@ class Stem(nn.Module):
         mask_token: Whether a learnable token stands at masked places, and is valid there.
         device: PyTorch's.
         dtype: PyTorch's.
+        linear: Whether nothing stands between the convolutions, and a norm after the last one.
+        norm_eps: What norms add to variances.
 
     Raises:
         ValueError: If a kernel is even or the stride is more than the kernels can cover.
@@ -56,6 +56,9 @@ class Stem(nn.Module):
         mask_token: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        linear: bool = False,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -66,8 +69,9 @@ class Stem(nn.Module):
             conv(a, b, kernel_size=k, stride=s, padding=k // 2, **dd)
             for a, b, k, s in zip(widths[:-1], widths[1:], kernel_size, self.strides, strict=True)
         )
-        norms = widths[1:] if len(kernel_size) > 1 else []
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6, **dd) for width in norms)
+        norms = widths[-1:] if linear else widths[1:] if len(kernel_size) > 1 else []
+        self.linear = linear
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=norm_eps, **dd) for width in norms)
         self.mask_token = nn.Parameter(torch.empty(embed_dim, **dd)) if mask_token else None
         if self.mask_token is not None:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -89,11 +93,12 @@ class Stem(nn.Module):
         return [self._embed(*pair) for pair in zip(x, masks or [None] * len(x), strict=True)]
 
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        last = len(self.convs) - 1
         for index, (conv, stride) in enumerate(zip(self.convs, self.strides, strict=True)):
             x = conv(x if mask is None else torch.where(mask.unsqueeze(1), x, 0.0)).movedim(1, -1)
-            if self.norms:
-                x = self.norms[index](x)
-            if index < len(self.convs) - 1:
+            if self.norms and (index == last or not self.linear):
+                x = self.norms[-1 if index == last else index](x)
+            if index < last and not self.linear:
                 x = F.gelu(x)
             x = x.movedim(-1, 1)
             mask = None if mask is None else pool_mask(mask, stride)
@@ -193,7 +198,8 @@ class Downsample(Coarsening):
         )
         for name in ("norm2", "norm3"):
             # at first all groups take nearly the same, which at full weight drowns what tells them apart
-            nn.init.constant_(self.sga.get_parameter(f"{name}.weight"), GROUP_SHARE)
+            # (after Swin V2, arXiv 2111.09883)
+            nn.init.constant_(self.sga.get_parameter(f"{name}.weight"), cfg.group_share)
         self.add_projection(stage, **dd)
 
     def forward(
@@ -277,11 +283,21 @@ class Stage(nn.Module):
         def attention() -> Attention:
             rose = RotarySpatialEmbedding(stage.dim, stage.num_heads, cfg.spatial_dims, **cfg.rose).to(**dd)
             return Attention(
-                stage.dim, stage.num_heads, rose, stage.attn_kernel_size, cfg.qkv_bias, attn_drop, proj_drop, **dd
+                stage.dim,
+                stage.num_heads,
+                rose,
+                stage.attn_kernel_size,
+                cfg.qkv_bias,
+                attn_drop,
+                proj_drop,
+                bias_kernel_size=stage.bias_kernel_size,
+                pad_windows=stage.pad_windows,
+                **dd,
             )
 
+        extras: dict[str, Any] = {"layer_scale": cfg.layer_scale, "norm_eps": cfg.norm_eps}
         self.blocks = nn.ModuleList(
-            Block(attention(), stage.dim, stage.mlp_ratio, proj_drop, rate, **dd) for rate in drop_path
+            Block(attention(), stage.dim, stage.mlp_ratio, proj_drop, rate, **extras, **dd) for rate in drop_path
         )
 
     def forward(
@@ -353,7 +369,7 @@ class Stage(nn.Module):
         if masks.count(None) < len(masks):
             mask = join_masks(masks, [part.shape[:-1] for part in parts])
         sequence = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        sequence = self._run_blocks(sequence, at.places.tokens[0], mask, all_to_all=True)
+        sequence = self._run_blocks(sequence, at.places.tokens[0], mask, None, True, at.places.entries)
         parts = list(sequence.split(sizes, dim=1)) if len(parts) > 1 else [sequence]
         prefix = None if prefix is None else parts.pop(0)
         return [part.unflatten(1, level.shape[1:-1]) for part, level in zip(parts, levels, strict=True)], prefix
@@ -365,14 +381,15 @@ class Stage(nn.Module):
         mask: Tensor | None,
         windows: Tiles | None = None,
         all_to_all: bool = False,
+        entries: Tensor | None = None,
     ) -> Tensor:
-        if windows is not None and windows.once.order is None:  # in an export
+        if windows is not None and windows.once.order is None and windows.entries is None:  # in an export
             windows = windows.share_bias(x)
         for block in self.blocks:
             if self.grad_checkpointing:
-                x = checkpoint(block, x, positions, mask, windows, all_to_all)
+                x = checkpoint(block, x, positions, mask, windows, all_to_all, entries)
             else:
-                x = block(x, positions, mask, windows, all_to_all)
+                x = block(x, positions, mask, windows, all_to_all, entries)
         return x
 
     def _run(self, module: nn.Module, *inputs: Any) -> Any:

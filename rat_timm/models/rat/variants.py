@@ -16,6 +16,7 @@ from ...timm_api.families import Variant
 from .checkpoint import checkpoint_filter_fn, upgrade_keywords
 from .config import RatConfig
 from .model import ResolutionAwareTransformer
+from .nat import LICENSE
 
 
 def create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -55,6 +56,18 @@ def _cfg_3d(input_size: tuple[int, ...] = (1, 96, 96, 96), **kwargs: Any) -> dic
     return _cfg(input_size, num_classes=0, crop_pct=1.0, mean=(0.0,), std=(1.0,), **kwargs)
 
 
+def _imagenet(arch: str, accuracy: float) -> dict[str, Any]:
+    """Returns what is known of the weights that NAT's authors published, which have to be converted."""
+    return {
+        "origin_url": f"https://shi-labs.com/projects/nat/checkpoints/CLS/nat_{arch}.pth",
+        "description": f"NAT's weights, trained on ImageNet-1k by its authors: {accuracy}% right by their account.",
+        "notes": (LICENSE,),
+        "paper_name": "Neighborhood Attention Transformer",
+        "paper_ids": "arXiv:2204.07143",
+        "license": "mit",
+    }
+
+
 def _digits(input_size: tuple[int, ...], **kwargs: Any) -> dict[str, Any]:
     name = f"test_rat{'_3d' if len(input_size) == 4 else ''}.digits"
     return _cfg(
@@ -92,6 +105,26 @@ _CLASSIC = RatConfig(
 )
 """The network of the package ``resolution-aware-transformer``, with its defaults."""
 
+_NAT = RatConfig(
+    depths=(3, 4, 18, 5),
+    attn_kernel_size=7,
+    linear_stem=True,
+    norm_eps=1e-5,
+    relative_bias=True,
+    pad_windows=True,
+    initial_frequency=0.0,
+    group_share=0.0,
+)
+"""The layout of NAT, at first without positions and groups."""
+
+_NAT_ARCHITECTURES = {
+    "mini": dataclasses.replace(_NAT, embed_dim=64, depths=(3, 4, 6, 5), mlp_ratio=3.0),
+    "tiny": dataclasses.replace(_NAT, embed_dim=64, mlp_ratio=3.0),
+    "small": dataclasses.replace(_NAT, embed_dim=96, layer_scale=1e-5),
+    "base": dataclasses.replace(_NAT, embed_dim=128, layer_scale=1e-5),
+}
+_NAT_ACCURACIES = {"mini": 81.8, "tiny": 83.2, "small": 83.7, "base": 84.3}
+
 # dense grouping of single pixels costs the square of their number: its input is small
 _CLASSIC_CFG = {"untrained": _cfg((3, 64, 64), stride=81)}
 _CLASSIC_3D_CFG = {"untrained": _cfg_3d((1, 16, 16, 16), stride=81)}
@@ -105,6 +138,21 @@ def _volumes(description: str, cfg: RatConfig, entries: dict[str, Any] | None = 
     # a convolution d -> 2d with 27 taps would be an eighth of all parameters
     cfg = dataclasses.replace(cfg, spatial_dims=3, group_width="fine", sga_mlp_ratio=max(1.0, cfg.sga_mlp_ratio))
     return Variant(description, {"cfg": cfg}, entries or {"untrained": _cfg_3d()})
+
+
+def _nats(arch: str, images: str, volumes: str) -> dict[str, Variant]:
+    """Returns the variants of NAT's layout, for images and for volumes, of so many parameters."""
+    cfg, origin = _NAT_ARCHITECTURES[arch], _imagenet(arch, _NAT_ACCURACIES[arch])
+    # windows of 5 as in other volumes; around thin ones no tokens are made up. What groups start from is the
+    # convolution d -> 2d, inflated
+    deep = dataclasses.replace(cfg, spatial_dims=3, attn_kernel_size=5, pad_windows=False)
+    flat_cfg, deep_cfg = _cfg(**origin | {"crop_pct": 0.875}), _cfg_3d(**origin)
+    return {
+        f"rat_nat_{arch}": Variant(f"NAT's layout, {images} parameters.", {"cfg": cfg}, {"in1k": flat_cfg}),
+        f"rat_nat_{arch}_3d": Variant(
+            f"NAT's layout for volumes, {volumes} parameters.", {"cfg": deep}, {"in1k": deep_cfg}
+        ),
+    }
 
 
 VARIANTS = {
@@ -126,6 +174,10 @@ VARIANTS = {
         "The seed package's network, 4.75 M parameters; loads its state dicts.", _CLASSIC, _CLASSIC_CFG
     ),
     "rat_classic_3d": _volumes("The seed package's network for volumes.", _CLASSIC, _CLASSIC_3D_CFG),
+    **_nats("mini", "20.9 M", "23.6 M"),
+    **_nats("tiny", "28.8 M", "31.5 M"),
+    **_nats("small", "52.7 M", "59.2 M"),
+    **_nats("base", "93.2 M", "105 M"),
     "test_rat": _images(
         "For tests.",
         RatConfig(embed_dim=(32, 64, 64, 128), depths=(1, 1, 1, 1)),

@@ -34,6 +34,7 @@ def neighborhood_attention(
     kernel_size: int | Sequence[int],
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attends from every place to the window of places around it, with scale ``head_dim ** -0.5``.
 
@@ -47,6 +48,8 @@ def neighborhood_attention(
         kernel_size: Window, one number or one per axis.
         mask: ``[B, *grid]``, bool, True = valid key. Masked keys and values may hold anything, NaN included.
         dropout_p: Probability of dropping an attention weight.
+        bias: What is added to the logits, for every relative position, ``[heads, *(2 * kernel - 1)]``: along each axis
+            the key's place less the query's, from ``1 - kernel`` on, at the border too.
 
     Returns:
         ``[B, *grid, heads, head_dim]``; zero for a query whose window has no valid key.
@@ -55,17 +58,21 @@ def neighborhood_attention(
         ValueError: If shapes, the kernel or the mask's dtype do not fit, or the chosen backend cannot run.
     """
     kernel = _check(query, key, value, kernel_size, mask)
-    call = Call(query, key, value, kernel, mask, dropout_p)
+    _check_bias(bias, query.shape[-2], kernel)
+    call = Call(query, key, value, kernel, mask, dropout_p, bias)
     return _backend(call).attend(call)
 
 
-def neighborhood_plan(grid: Sequence[int], kernel_size: Sequence[int], device: device) -> Tiles | None:
+def neighborhood_plan(
+    grid: Sequence[int], kernel_size: Sequence[int], device: device, biased: bool = False
+) -> Tiles | None:
     """Returns how PyTorch alone cuts a grid, for `rat_timm.ops.windows.attend_in_tiles`.
 
     Args:
         grid: Shape of the grid.
         kernel_size: Window per axis.
         device: Where queries are.
+        biased: Whether there is a bias for every relative position.
 
     Returns:
         The tiles; None where another backend may be chosen for a call, which is then one of `neighborhood_attention`.
@@ -73,7 +80,12 @@ def neighborhood_plan(grid: Sequence[int], kernel_size: Sequence[int], device: d
     name = _chosen
     if name == "auto":
         name = next(n for n, backend in BACKENDS.items() if backend.is_best_on(device) and _is_there(backend))
-    return tiled.make_plan(tuple(grid), tuple(kernel_size), device) if name == "torch" else None
+    return tiled.make_plan(tuple(grid), tuple(kernel_size), device, biased) if name == "torch" else None
+
+
+def padded_grid(grid: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of a grid that is filled up where it is smaller than a window."""
+    return tuple([max(n, k) for n, k in zip(grid, kernel_size, strict=True)])
 
 
 def _is_there(backend: Backend) -> bool:
@@ -137,6 +149,12 @@ def _check(
     kernel = integers(kernel_size, "kernel_size", axes)
     check_mask(mask, query.shape[:-2])
     return kernel
+
+
+def _check_bias(bias: Tensor | None, heads: int, kernel: Sequence[int]) -> None:
+    shape = (heads, *(2 * k - 1 for k in kernel))
+    if bias is not None and tuple(bias.shape) != shape:
+        raise ValueError(f"bias must be {list(shape)}, heads and relative positions, got {list(bias.shape)}")
 
 
 _chosen = _check_name(os.environ.get(VARIABLE, "auto"), VARIABLE)

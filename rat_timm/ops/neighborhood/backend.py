@@ -17,6 +17,7 @@ class Call(NamedTuple):
         kernel: Window per axis; may be larger than the grid.
         mask: ``[B, *grid]``, bool, True = valid key.
         dropout_p: Probability of dropping an attention weight.
+        bias: What is added to the logits of every relative position, ``[heads, *(2 * kernel - 1)]``.
     """
 
     query: Tensor
@@ -25,6 +26,7 @@ class Call(NamedTuple):
     kernel: tuple[int, ...]
     mask: Tensor | None
     dropout_p: float
+    bias: Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -31,17 +31,18 @@ def _attend(call: Call) -> Tensor:
     if mask is not None:
         key, value = torch.where(mask[..., None, None], key, 0.0), torch.where(mask[..., None, None], value, 0.0)
     q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (call.query, key, value))  # [B, heads, N, d]
+    change = None if call.bias is None else _add(call.bias, call.grid)
     if torch.compiler.is_compiling():
-        out: Any = flex_attention(q, k, v, block_mask=block_mask)
+        out: Any = flex_attention(q, k, v, change, block_mask)
     else:
         with torch._dynamo.config.patch(recompile_limit=_SIZES):
-            out = _compiled_flex_attention()(q, k, v, block_mask=block_mask)
+            out = _compiled_flex_attention()(q, k, v, change, block_mask)
     return out.transpose(1, 2).reshape(call.query.shape)
 
 
 def _obstacle(call: Call) -> str | None:
     query = call.query
-    has_grad = has_gradient(query, call.key, call.value)
+    has_grad = has_gradient(query, call.key, call.value, *([] if call.bias is None else [call.bias]))
     reasons = [
         (call.dropout_p > 0.0, "it has no dropout"),
         (query.device.type not in ("cpu", "cuda"), f"it does not run on {query.device.type}"),
@@ -76,6 +77,23 @@ def _is_near(grid: tuple[int, ...], kernel: tuple[int, ...]) -> Callable[..., Te
         return functools.reduce(torch.logical_and, inside)
 
     return is_near
+
+
+def _add(bias: Tensor, grid: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Returns the function of logit, sample, head, query and key that adds the bias of their relative position."""
+    steps = bias.shape[1:]
+    strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+    table = bias.flatten(1)
+
+    def add(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        entry = torch.zeros_like(i)
+        for length, size, stride in zip(grid, steps, strides, strict=True):
+            # what is out of the window has no entry, and no weight
+            step = (j // stride % length - i // stride % length + size // 2).clamp(0, size - 1)
+            entry = entry * size + step
+        return score + table[h, entry]
+
+    return add
 
 
 BACKEND = Backend(_attend, _obstacle, best_on=())

@@ -23,6 +23,7 @@ def _obstacle(call: Call) -> str | None:
     reasons = [
         (not backend.is_installed("natten"), "natten is not installed: pip install 'rat-timm[natten]'"),
         (call.mask is not None, "it has no masks"),
+        (call.bias is not None, "it has no bias per relative position"),
         (call.dropout_p > 0.0, "it has no dropout"),
         (torch.compiler.is_compiling(), "torch.compile cannot look into it"),
         (len(call.kernel) > 3, f"it takes up to 3 axes, not {len(call.kernel)}"),
