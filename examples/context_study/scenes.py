@@ -1,9 +1,9 @@
 """Scenes of tissue in which what a cell is and where it is decide together, in 2D and 3D, at any pixel size.
 
 Regions a few hundred micrometres wide differ in one thing: over which arrangement their cells are strewn. How likely a
-place has a cell is a function of the sum of a few plane waves of one wavelength: of one wave (stripes, sheets), of as
-many as there are axes, at right angles (spots), or of many (a labyrinth). All have cells of the same kinds, as many of
-them, and, averaged over directions, the same two-point function; what tells them apart is seen over a wavelength or
+place has a cell is a function of the sum of plane waves of one wavelength: of one wave (stripes, sheets), or of as
+many as there are axes, at right angles (spots). Both have cells of the same kinds and as many of them, and the sums
+have, averaged over directions, the same two-point function; what tells them apart is seen over a wavelength or
 more. Cells are of two kinds, with and without a texture whose mean is that of the other kind: what tells them apart is
 gone at pixels as wide as the texture's wave.
 
@@ -22,10 +22,9 @@ from scipy.spatial import cKDTree
 from studies.places import area_axes, around, direction, dot, edge, lattice, pixels
 
 CELLS = ("textured", "plain")
-ARRANGEMENTS = ("stripes", "spots", "labyrinth")
+ARRANGEMENTS = ("stripes", "spots")
 CLASSES = ("background", *(f"{cell} cells in {where}" for where in ARRANGEMENTS for cell in CELLS))
-WAVES = 9  # of a labyrinth
-SHARP = 12.0  # how fast the chance of a cell rises from none to one, with the rank of the waves' sum
+SHARP = 40.0  # how fast the chance of a cell rises from none to one, with the rank of the waves' sum
 BACKGROUND, LIGHT, CONTRAST = 0.1, 0.65, 0.3
 BLUR = 0.4  # standard deviation, micrometres
 FINE = 1.0  # micrometres that area sampling tells apart, at most
@@ -136,7 +135,7 @@ def _occupied(tissue: Tissue, axes: Sequence[np.ndarray], points: np.ndarray, se
 
 def _waves(arrangement: str, axes: int, rng: np.random.Generator) -> np.ndarray:
     """Returns directions and phases, ``[waves, axes + 1]``."""
-    count = {"stripes": 1, "spots": axes, "labyrinth": WAVES}[arrangement]
+    count = {"stripes": 1, "spots": axes}[arrangement]
     ways = rng.normal(size=(count, axes))
     if count == axes:
         ways = np.linalg.qr(ways)[0]  # at right angles

@@ -73,8 +73,8 @@ def _draw_tissue(tissue: Tissue) -> Callable[[int, bool, Sequence[int], Sequence
     return draw
 
 
-TISSUE = Tissue(diameter=9.0, pitch=11.0, texture=3.0, wavelength=72.0, region=190.0)
-TISSUE_3D = Tissue(diameter=7.0, pitch=8.0, texture=3.5, wavelength=36.0, region=95.0)
+TISSUE = Tissue(diameter=9.0, pitch=11.0, texture=3.0, wavelength=56.0, region=240.0)
+TISSUE_3D = Tissue(diameter=7.0, pitch=8.0, texture=3.5, wavelength=32.0, region=100.0)
 _ALL = (
     Task(
         "tissue",
