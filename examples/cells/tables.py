@@ -8,7 +8,8 @@ from PIL import Image
 
 KEYS = ["data", "network", "resized", "factor"]
 FIGURES = ["ap50", "ap75", "ap", "pq", "iou"]
-PART, GAP = (400, 330, 700, 630), 8  # of the pictures: left, upper, right, lower; between them
+SIDE, GAP = 300, 8
+PICTURES = {"hela-fpn-0": (400, 330), "hela-fcos-0": (400, 330), "bacteria-classes-0": (200, 220)}  # left, upper end
 
 
 def gather(folder: Path) -> pd.DataFrame:
@@ -33,11 +34,10 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
 
 def draw(folder: Path, file: Path) -> None:
     """Puts parts of pictures side by side: objects told apart, boxes, classes of pixels."""
-    names = ("hela-fpn-0", "hela-fcos-0", "bacteria-classes-0")
-    parts = [Image.open(folder / name / "test/prediction.png").convert("RGB").crop(PART) for name in names]
-    together = Image.new("RGB", (len(parts) * (parts[0].width + GAP) - GAP, parts[0].height), "white")
-    for place, part in enumerate(parts):
-        together.paste(part, (place * (part.width + GAP), 0))
+    together = Image.new("RGB", (len(PICTURES) * (SIDE + GAP) - GAP, SIDE), "white")
+    for place, (name, (left, upper)) in enumerate(PICTURES.items()):
+        picture = Image.open(folder / name / "test/prediction.png").convert("RGB")
+        together.paste(picture.crop((left, upper, left + SIDE, upper + SIDE)), (place * (SIDE + GAP), 0))
     together.save(file, optimize=True)
 
 
