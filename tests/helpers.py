@@ -46,13 +46,14 @@ def finish(process, timeout=600, code=0):
 def together(work, *arguments):
     """Calls a function in two processes, connected, on one thread each; its first argument is which one it is.
 
-    Both are forks of one process that has imported what trains, but has computed nothing yet.
+    Both are forks of one process that has imported what trains, but has computed nothing yet. Returns what they wrote
+    to the standard error, which is else that of the time when this process was started.
     """
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.get_context("forkserver").set_forkserver_preload(["helpers", "training.trainer"])
-        meeting = f"file://{folder}/meeting"
-        torch.multiprocessing.start_processes(_connect, (meeting, work, arguments), 2, start_method="forkserver")
+        torch.multiprocessing.start_processes(_connect, (folder, work, arguments), 2, start_method="forkserver")
+        return "".join(Path(folder, f"stderr-{place}").read_text() for place in range(2))
 
 
 def train_all(place, configs):
@@ -61,9 +62,11 @@ def train_all(place, configs):
         importlib.import_module("training.trainer").train(config)
 
 
-def _connect(place, meeting, work, arguments):
+def _connect(place, folder, work, arguments):
+    with open(f"{folder}/stderr-{place}", "w") as file:
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=place, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=place, world_size=2)
     work(place, *arguments)
     dist.destroy_process_group()
 

@@ -111,7 +111,7 @@ def check_again(printed, last, output, uninterrupted):
     assert checkpoints.find_damage(last) is None
 
 
-def test_two_processes_with_shards_do_what_one_does(uninterrupted, quickly, tmp_path, capfd):
+def test_two_processes_with_shards_do_what_one_does(uninterrupted, quickly, tmp_path):
     """Also where windows are calls that all processes have to make: one has fewer images that need them."""
     config = Config(tmp_path / "digits", epochs=3, workers=0, parallel="fsdp", device="cpu")
     dense = quick(tmp_path / "discs", "segmentation", parallel="fsdp", tile=[64, 96])
@@ -122,8 +122,7 @@ def test_two_processes_with_shards_do_what_one_does(uninterrupted, quickly, tmp_
     assert read_events(dense.output).Scalars("validation/dice")[-1].value > 0.95
     Segmenter.load(dense.output / "model")
     last = damage_last(config.output)
-    together(train_all, [config])
-    check_again(capfd.readouterr().err, last, config.output, uninterrupted)
+    check_again(together(train_all, [config]), last, config.output, uninterrupted)
 
 
 def test_no_evaluation_is_lost(tmp_path, monkeypatch):

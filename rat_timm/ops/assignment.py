@@ -2,6 +2,20 @@
 
 The chain maps the tokens of stage 1 to the groups of the last stage: a segmentation that needs no decoder
 (arXiv 2505.16993).
+
+```python
+import timm
+import torch
+
+from rat_timm.layers import compose, to_pixels
+
+model, images = timm.create_model("test_rat"), torch.randn(1, 3, 192, 256)
+out = model.forward_intermediates(images, output_dict=True, return_assignments=True)
+shares = compose(out["assignments"])  # [1, 48, 64, 48]
+labels = to_pixels(shares.argmax(-1), (4, 4), images.shape[2:])  # [1, 192, 256]
+```
+
+The share of each of 48 x 64 tokens in each of 6 x 8 groups becomes a label of each pixel.
 """
 
 import math
