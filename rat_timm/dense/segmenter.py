@@ -21,7 +21,7 @@ from ..ops.assignment import Assignment
 from .decoders import BEYOND, DECODERS, Decoder, DetailLevels, SimplePyramid
 from .saving import load_segmenter, save_segmenter
 
-_SHARE = 1e-3  # of valid pixels in a place, linearly; rounding makes less of a neighbour's
+SHARE = 1e-3  # of valid pixels in a place, linearly; rounding makes less of a neighbour's
 
 
 class Segmenter(nn.Module):
@@ -132,8 +132,7 @@ class Segmenter(nn.Module):
         image = images.levels[0]
         grid = image.grid if out is None else _output_grid(out, image)
         features = self._features(images, told)
-        logits = channels_last(self.classifier(channels_first(features.filled())))
-        return at_grid(features._replace(x=logits), image, grid).movedim(-1, 1)
+        return at_grid(features._replace(x=self.classify(features)), image, grid).movedim(-1, 1)
 
     def forward_features(
         self,
@@ -159,6 +158,10 @@ class Segmenter(nn.Module):
         told = what_is_told(x, spacing, mask, origin)
         features = self._features(self._read(x, told), told)
         return features._replace(x=features.filled())
+
+    def classify(self, features: Tokens) -> Tensor:
+        """Returns the logits ``[B, *grid, num_classes]`` of what `forward_features` returned."""
+        return channels_last(self.classifier(channels_first(features.filled())))
 
     def save(self, folder: str | Path) -> Path:
         """Saves weights (safetensors) and config.json, from which `load` makes the segmenter again.
@@ -269,7 +272,7 @@ def _covered(image: Tokens, grid: Grid) -> Tensor | None:
     shape = image.x.shape[:-1]
     valid = torch.ones(shape, device=image.x.device) if image.mask is None else image.mask.float()
     share = sample_at(Tokens(valid.unsqueeze(-1), image.grid), grid)
-    return share.x[..., 0] > _SHARE
+    return share.x[..., 0] > SHARE
 
 
 def _are_same(one: Grid, other: Grid) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..dense.segmenter import Segmenter
 from ..geometry.box import Box, places_around
-from ..geometry.grid import Grid, channels_first, channels_last, exact_dtype
+from ..geometry.grid import Grid, exact_dtype
 from ..models import RatVit, ResolutionAwareTransformer
 from .receptive import backbone_of, bounded_reach, map_grid, needed, total_stride, unbounded_layers
 
@@ -141,7 +141,7 @@ class Network:
             features = self.model.forward_features(x, **told)
             if self.task == "features":
                 return features.x, features.mask
-            return channels_last(self.model.classifier(channels_first(features.filled()))), features.mask
+            return self.model.classify(features), features.mask
         stage = self.stage if self.stage >= 0 else len(self.backbone.feature_info) + self.stage
         out: Any = self.backbone.forward_intermediates(
             x,

@@ -12,6 +12,7 @@ is said of the other layers then still holds.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import lcm
 
 from torch import nn
@@ -20,7 +21,8 @@ from ..dense.segmenter import Segmenter
 from ..geometry.box import Box, places_around
 from ..geometry.grid import Grid
 from ..models import RatVit, ResolutionAwareTransformer
-from ..models.rat.config import RatConfig, StageConfig, share_stride
+from ..models.rat.config import RatConfig, StageConfig
+from ..models.rat.places import embedded, grouped
 
 _FAR = 1 << 12  # strides from any border
 
@@ -196,21 +198,8 @@ def _index(backbone: ResolutionAwareTransformer, stage: int) -> int:
     return stage % count
 
 
-def _stem(cfg: RatConfig) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Returns extent, stride and padding of the stem's convolutions."""
-    kernels = cfg.stem_kernel_size
-    strides = share_stride(cfg.stem_strides, kernels)
-    return [((k,) * len(s), s, (k // 2,) * len(s)) for k, s in zip(kernels, strides, strict=True)]
-
-
 def _stage_grids(cfg: RatConfig, grid: Grid) -> list[Grid]:
-    grids = []
-    for conv in _stem(cfg):
-        grid = grid.conv(*conv)
-    for stage in cfg.stages():
-        grid = grid if stage.sga_attention_type is None else grid.conv(*stage.grouping_conv)
-        grids.append(grid)
-    return grids
+    return list(accumulate(cfg.stages(), grouped, initial=embedded(grid, cfg)))[1:]
 
 
 def _before_detail(model: Segmenter, grid: Grid, finest: Grid, box: Box) -> tuple[Box, Box]:
@@ -258,7 +247,7 @@ def _before_backbone(
         if fine is not None:
             box = box | fine
     assert box is not None
-    for conv, shape in zip(reversed(_stem(cfg)), reversed(shapes[:-1]), strict=True):
+    for conv, shape in zip(reversed(cfg.stem_convs), reversed(shapes[:-1]), strict=True):
         box = _before_conv(box, shape, *conv)
     return box
 
@@ -266,7 +255,7 @@ def _before_backbone(
 def _stem_shapes(cfg: RatConfig, grid: Grid) -> list[tuple[int, ...]]:
     """Returns the shape of the image and of what each of the stem's convolutions makes."""
     shapes = [grid.shape]
-    for conv in _stem(cfg):
+    for conv in cfg.stem_convs:
         grid = grid.conv(*conv)
         shapes.append(grid.shape)
     return shapes

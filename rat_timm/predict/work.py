@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..dense.decoders import BEYOND
 from ..dense.instances import instances
+from ..dense.segmenter import SHARE
 from ..geometry.box import Box, part_of, places_around
 from ..geometry.grid import Grid, Tokens, fill
 from ..geometry.sample import sample_at
@@ -22,9 +24,6 @@ from .source import Scaled
 from .stitch import faces_of, save_faces
 from .store import LOCAL, Store
 
-BEYOND = 1.0
-"""`sample_at`'s reach from the map to pixels, as in `rat_timm.dense.segmenter`."""
-_SHARE = 1e-3  # of valid pixels in a place, as there
 _SAME = 1e-6
 FACES = "faces"
 
@@ -241,7 +240,7 @@ class Work:
         grid = part_of(image.grid, near)
         mask = image.valid(grid)
         assert mask is not None
-        return sample_at(Tokens(mask.float().unsqueeze(-1), grid), places).x[0, ..., 0] > _SHARE
+        return sample_at(Tokens(mask.float().unsqueeze(-1), grid), places).x[0, ..., 0] > SHARE
 
     def _write(self, tile: int, values: Tensor, predicted: Tensor) -> None:
         box, known = self.job.plan.box(tile), self.job.plan.known(tile)

@@ -258,6 +258,13 @@ class RatConfig:
         """The stem's total stride per axis."""
         return integers(self.stem_stride, "stem_stride", self.spatial_dims)
 
+    @property
+    def stem_convs(self) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """Extent, stride and padding of the stem's convolutions, as `Grid.conv` takes them."""
+        kernels = self.stem_kernel_size
+        strides = share_stride(self.stem_strides, kernels)
+        return [((k,) * len(s), s, (k // 2,) * len(s)) for k, s in zip(kernels, strides, strict=True)]
+
     def stages(self) -> tuple[StageConfig, ...]:
         """Works out the stages, checking everything on the way."""
         count = len(_sequence(self.depths, "depths", "one per stage"))

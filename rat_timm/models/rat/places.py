@@ -12,7 +12,7 @@ from ...ops.masking import pool_mask
 from ...ops.neighborhood import neighborhood_plan, padded_grid
 from ...ops.relative import pair_entries
 from ...ops.windows import Tiles
-from .config import RatConfig, StageConfig, share_stride
+from .config import RatConfig, StageConfig
 
 
 class StagePlaces(NamedTuple):
@@ -71,9 +71,9 @@ def stage_places(cfg: RatConfig, grids: Sequence[Grid]) -> tuple[StagePlaces, ..
     """Follows the grids of images through the stem and all stages."""
     places: list[StagePlaces] = []
     prefix = 0
-    grids = [_embedded(grid, cfg) for grid in grids]
+    grids = [embedded(grid, cfg) for grid in grids]
     for stage in cfg.stages():
-        fine, grids, prefix = grids, [_grouped(grid, stage) for grid in grids], stage.reg_tokens or prefix
+        fine, grids, prefix = grids, [grouped(grid, stage) for grid in grids], stage.reg_tokens or prefix
         grouping = () if stage.sga_attention_type is None else _of_grouping(stage, fine, grids)
         tokens, windows = _of_blocks(stage, grids, prefix)
         entries = None if windows else _entries(stage, grids, prefix)
@@ -118,15 +118,14 @@ def _of_grouping(
     return stage.stride, tokens, groups, tuple(cells)
 
 
-def _embedded(grid: Grid, cfg: RatConfig) -> Grid:
+def embedded(grid: Grid, cfg: RatConfig) -> Grid:
     """Returns the grid of the tokens that the stem makes of pixels."""
-    kernels = cfg.stem_kernel_size
-    for kernel, stride in zip(kernels, share_stride(cfg.stem_strides, kernels), strict=True):
-        grid = grid.conv([kernel] * len(stride), stride, [kernel // 2] * len(stride))
+    for conv in cfg.stem_convs:
+        grid = grid.conv(*conv)
     return grid
 
 
-def _grouped(grid: Grid, stage: StageConfig) -> Grid:
+def grouped(grid: Grid, stage: StageConfig) -> Grid:
     """Returns the grid of the groups that a stage makes of tokens."""
     return grid if stage.sga_attention_type is None else grid.conv(*stage.grouping_conv)
 
