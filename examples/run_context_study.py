@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from context_study import report
-from context_study.experiments import Budget, Experiment, run, time_steps
+from context_study.experiments import Budget, Experiment, draw, run, time_steps
 from context_study.networks import NETWORKS
 from context_study.tasks import TASKS
 from studies.results import carry_out, read
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS)
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS)
     parser.add_argument("--jobs", type=int, default=1, help="experiments at a time, one core each")
+    parser.add_argument("--device", default="cpu", help="where networks are trained and tested: cpu or cuda")
     parser.add_argument("--no-times", action="store_true", help="do not measure what steps cost")
     parser.add_argument("--quick", action="store_true", help="a few steps of few networks, which learn little")
     given = parser.parse_args()
@@ -63,9 +64,10 @@ def main() -> None:
             parser.error("--quick needs --output, so that its results are not taken for the study's")
         budget, rounds, whole = Budget(steps=0.01, scenes=0.01), 1, QUICK
     chosen = {name: getattr(given, name) or values for name, values in whole.items()}
+    draw(chosen["tasks"], budget, given.cache, given.jobs)
     carry_out(
         plan(**chosen),
-        functools.partial(run, budget=budget, cache=given.cache),
+        functools.partial(run, budget=budget, cache=given.cache, device=given.device),
         output / "results.csv",
         report.COLUMNS,
         given.jobs,

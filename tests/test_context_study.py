@@ -195,7 +195,7 @@ def test_mirrored_scenes_have_their_crops_mirrored(shown, monkeypatch):
 def test_scenes_to_train_on_are_no_test_scenes_and_are_kept(tmp_path, monkeypatch):
     small = dataclasses.replace(TASK, size=(12, 12))
     monkeypatch.setitem(tasks.TASKS, "tissue", small)
-    train, test = (draw("tissue", 2, tmp_path) for draw in (tasks.training_scenes, tasks.test_scenes))
+    train, test = (draw("tissue", 2, tmp_path) for draw in (tasks.training_scenes, tasks.held_out_scenes))
     assert train.images.shape == (2, 96, 96)
     assert not (train.labels == test.labels).all(axis=(1, 2)).any()
     monkeypatch.setattr(scenes, "render", None)

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from context_study.conditions import CONDITIONS
 from context_study.networks import NETWORKS, Network, count_cost
-from context_study.tasks import TASKS, Scenes, Task, test_scenes, training_scenes
+from context_study.tasks import TASKS, Scenes, Task, held_out_scenes, training_scenes
 from context_study.views import Batch, Chosen, choose, show
 from training.engines import TorchEngine
 from training.steps import Recipe, fit, one_cycle
@@ -46,8 +46,23 @@ class Budget:
     scenes: float = 1.0
     conditions: tuple[str, ...] = tuple(CONDITIONS)
 
+    def training(self, task: Task) -> int:
+        """Returns the number of scenes to train on."""
+        return max(2, round(task.training * self.scenes))
 
-def run(experiment: Experiment, budget: Budget, cache: Path) -> pd.DataFrame:
+    def test(self, task: Task) -> int:
+        """Returns the number of scenes to test on."""
+        return max(2, round(task.test * self.scenes))
+
+
+def draw(tasks: Sequence[str], budget: Budget, cache: Path, jobs: int) -> None:
+    """Draws the scenes of tasks that are not drawn yet, several at a time."""
+    for name in tasks:
+        training_scenes(name, budget.training(TASKS[name]), cache, jobs)
+        held_out_scenes(name, budget.test(TASKS[name]), cache, jobs)
+
+
+def run(experiment: Experiment, budget: Budget, cache: Path, device: str = "cpu") -> pd.DataFrame:
     """Trains and tests; returns one row per condition.
 
     ``confusion`` has, true class by true class, how many pixels of it were said to be of each; ``seconds`` is CPU time
@@ -55,32 +70,34 @@ def run(experiment: Experiment, budget: Budget, cache: Path) -> pd.DataFrame:
     """
     torch.set_num_threads(1)
     began = time.process_time()
-    rows = list(evaluate(train(experiment, budget, cache), experiment, budget, cache))
+    rows = list(evaluate(train(experiment, budget, cache, device), experiment, budget, cache, device))
     seconds = round(time.process_time() - began)
     return pd.DataFrame(rows).assign(**dataclasses.asdict(experiment), seconds=seconds)
 
 
-def train(experiment: Experiment, budget: Budget, cache: Path) -> nn.Module:
+def train(experiment: Experiment, budget: Budget, cache: Path, device: str = "cpu") -> nn.Module:
     """Trains a network."""
     task, network = TASKS[experiment.task], NETWORKS[experiment.network]
-    scenes = training_scenes(experiment.task, max(2, round(task.training * budget.scenes)), cache)
+    scenes = training_scenes(experiment.task, budget.training(task), cache)
     steps = max(2, round(task.steps * budget.steps))
     torch.manual_seed(experiment.seed)
-    engine = create_engine(network, task)
+    engine = create_engine(network, task, device)
+    batches = itertools.islice(draw_batches(task, network, scenes, experiment.seed), steps)
     fit(
         engine,
-        itertools.islice(draw_batches(task, network, scenes, experiment.seed), steps),
+        (batch.to(device) for batch in batches),
         one_cycle(engine.optimizer, network.lr, steps, warmup=0.15),
     )
     return engine.module.eval()
 
 
-def create_engine(network: Network, task: Task) -> TorchEngine:
+def create_engine(network: Network, task: Task, device: str = "cpu") -> TorchEngine:
     """Returns what takes the steps of a new network."""
     return TorchEngine(
-        network.create(task),
+        network.create(task).to(device),
         lambda model: AdamW(model.parameters(), lr=network.lr, weight_decay=0.05, fused=True),
         Recipe(lambda model, batch: model(batch), _loss),
+        device,
     )
 
 
@@ -101,24 +118,26 @@ def draw_batches(task: Task, network: Network, scenes: Scenes, seed: int) -> Ite
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, experiment: Experiment, budget: Budget, cache: Path) -> Iterator[dict[str, str]]:
+def evaluate(
+    model: nn.Module, experiment: Experiment, budget: Budget, cache: Path, device: str = "cpu"
+) -> Iterator[dict[str, str]]:
     """Yields the confusion of classes under each condition."""
     task = TASKS[experiment.task]
-    scenes = test_scenes(experiment.task, max(2, round(task.test * budget.scenes)), cache)
+    scenes = held_out_scenes(experiment.task, budget.test(task), cache)
     for name in budget.conditions:
         if not CONDITIONS[name].why_not(experiment.network):
-            confusion = confuse(model, task, scenes, experiment.network, name)
+            confusion = confuse(model, task, scenes, experiment.network, name, device)
             yield {"condition": name, "confusion": " ".join(map(str, confusion.flatten().tolist()))}
 
 
-def confuse(model: nn.Module, task: Task, scenes: Scenes, network: str, condition: str) -> Tensor:
+def confuse(model: nn.Module, task: Task, scenes: Scenes, network: str, condition: str, device: str = "cpu") -> Tensor:
     """Returns how many pixels of each class (rows) were said to be of each (columns): the same crops for all."""
     changed, count = CONDITIONS[condition], len(task.classes)
     confusion = torch.zeros(count * count, dtype=torch.int64)
     for place, chosen in enumerate(choose_for_tests(task, scenes)):
         views = changed.views or NETWORKS[network].views
         batch = changed.change(task, show(task, scenes, chosen, views, place, [False] * len(task.size)))
-        said = model(batch).argmax(1)
+        said = model(batch.to(device)).argmax(1).cpu()
         confusion += torch.bincount((batch.target * count + said).flatten(), minlength=count * count)
     return confusion.view(count, count)
 

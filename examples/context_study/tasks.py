@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from joblib import Memory
+from joblib import Memory, Parallel, delayed
 
 from context_study import brain, scenes
 from context_study.scenes import Field, Tissue
@@ -144,32 +144,35 @@ class Scenes(NamedTuple):
     labels: np.ndarray
 
 
-def training_scenes(name: str, count: int, cache: Path) -> Scenes:
-    """Returns scenes to train on."""
-    return _scenes(name, range(count), True, cache)
+def training_scenes(name: str, count: int, cache: Path, jobs: int = 1) -> Scenes:
+    """Returns scenes to train on; draws what is not in the cache, ``jobs`` at a time."""
+    return _scenes(name, range(count), True, cache, jobs)
 
 
-def test_scenes(name: str, count: int, cache: Path) -> Scenes:
-    """Returns scenes to test on."""
-    return _scenes(name, range(count), False, cache)
+def held_out_scenes(name: str, count: int, cache: Path, jobs: int = 1) -> Scenes:
+    """Returns scenes to test on; draws what is not in the cache, ``jobs`` at a time."""
+    return _scenes(name, range(count), False, cache, jobs)
 
 
-def _scenes(name: str, seeds: range, train: bool, cache: Path) -> Scenes:
+def _scenes(name: str, seeds: range, train: bool, cache: Path, jobs: int) -> Scenes:
     memory = Memory(cache, verbose=0, mmap_mode="r")
     task = TASKS[name]
-    return Scenes(*memory.cache(_draw)(name, seeds, train, (task.field, task.spacing), _version()))
+    draw = memory.cache(_draw, ignore=["jobs"])
+    return Scenes(*draw(name, seeds, train, (task.field, task.spacing), _version(), jobs))
 
 
 def _draw(
-    name: str, seeds: range, train: bool, grid: tuple[Sequence[float], ...], version: str
+    name: str, seeds: range, train: bool, grid: tuple[Sequence[float], ...], version: str, jobs: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    drawn = Parallel(jobs)(delayed(_draw_one)(name, seed, train) for seed in seeds)
+    images, labels = zip(*drawn, strict=True)
+    return np.stack(images), np.stack(labels)
+
+
+def _draw_one(name: str, seed: int, train: bool) -> tuple[np.ndarray, np.ndarray]:
     task = TASKS[name]
-    images, labels = (np.empty((len(seeds), *task.field), np.uint8) for _ in range(2))
-    for place, seed in enumerate(seeds):
-        field = task.draw(seed, train, task.field, task.spacing)
-        images[place] = np.round(255 * field.image.clip(0, 1))
-        labels[place] = field.labels
-    return images, labels
+    field = task.draw(seed, train, task.field, task.spacing)
+    return np.round(255 * field.image.clip(0, 1)).astype(np.uint8), field.labels
 
 
 def _version() -> str:

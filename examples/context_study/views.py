@@ -34,7 +34,12 @@ class Level(NamedTuple):
     @property
     def grid(self) -> Grid:
         """Where its pixels are."""
-        return Grid.create(self.image.shape[2:], self.spacing, self.origin, len(self.image))
+        return Grid.create(self.image.shape[2:], self.spacing, self.origin, len(self.image), self.image.device)
+
+    def to(self, device: str) -> "Level":
+        """Moves it."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return self._replace(image=self.image.to(device), origin=self.origin.to(device), mask=mask)
 
 
 class Batch(NamedTuple):
@@ -49,6 +54,13 @@ class Batch(NamedTuple):
     levels: tuple[Level, ...]
     target: Tensor
     place: Grid | None = None
+
+    def to(self, device: str) -> "Batch":
+        """Moves it."""
+        place = self.place
+        if place is not None:
+            place = place._replace(spacing=place.spacing.to(device), origin=place.origin.to(device))
+        return Batch(tuple(level.to(device) for level in self.levels), self.target.to(device), place)
 
 
 class Chosen(NamedTuple):

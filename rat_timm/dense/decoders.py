@@ -10,10 +10,14 @@ convolution:
   real cells it was not better, and it takes longer (``examples/cells/README.md``).
 
 All else is the same, parameters included. What is masked influences nothing.
+
+Of a pyramid every level is decoded, by the same weights, the others than level 0 as far as their second map. What they
+come to is sampled at the places of level 0's coarsest map and added there: so context reaches a pixel by its position,
+and not only through the levels' attention.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import trunc_normal_
@@ -58,6 +62,19 @@ class ConvNorm(nn.Module):
         return Tokens(F.gelu(self.norm(x)), grid, mask)
 
 
+class LevelMaps(NamedTuple):
+    """What a backbone made of one level of a pyramid.
+
+    Attributes:
+        maps: ``[B, *grid, C]`` of each stage, finest first; of a level that is context, from the second on.
+        assignments: How the tokens of each map were grouped into those of the next one, finest first; none if the
+            decoder needs none.
+    """
+
+    maps: list[Tokens]
+    assignments: list[Assignment]
+
+
 class Decoder(nn.Module):
     """Brings the maps of all stages together on the finest one's grid; see the module.
 
@@ -76,21 +93,32 @@ class Decoder(nn.Module):
         ones = (1,) * spatial_dims
         self.fusions = nn.ModuleList(ConvNorm(width, width, ones) for _ in dims[1:])
 
-    def forward(self, maps: Sequence[Tokens], assignments: Sequence[Assignment] = ()) -> Tokens:
+    def decode_pyramid(self, levels: Sequence[LevelMaps]) -> Tokens:
+        """Decodes the first level; the others, decoded too, are its context."""
+        context = [self(*level) for level in levels[1:]]
+        return self(*levels[0], context)
+
+    def forward(
+        self, maps: Sequence[Tokens], assignments: Sequence[Assignment] = (), context: Sequence[Tokens] = ()
+    ) -> Tokens:
         """Decodes.
 
         Args:
-            maps: ``[B, *grid, C]`` of each stage, finest first.
+            maps: ``[B, *grid, C]`` of each stage, finest first, or of the last ones.
             assignments: How the tokens of each map were grouped into those of the next one, finest first.
+            context: ``[B, *grid, width]`` of other levels: their mean, where there are any, is added to the coarsest
+                map.
 
         Returns:
             ``[B, *grid, width]`` on the finest map's grid.
         """
         y = self._lateral(-1, maps[-1])
-        for index in reversed(range(len(maps) - 1)):
+        if context:
+            y = y._replace(x=y.x + _mean_at(context, y.grid))
+        for index in range(-2, -len(maps) - 1, -1):
             fine = self._lateral(index, maps[index])
-            up = self._up(y, fine, assignments[index] if self.needs_assignments else None)
-            y = self.fusions[index](fine._replace(x=fine.x + up))
+            up = self._up(y, fine, assignments[index + 1] if self.needs_assignments else None)
+            y = self.fusions[index + 1](fine._replace(x=fine.x + up))
         return y
 
     def _lateral(self, index: int, tokens: Tokens) -> Tokens:
@@ -180,11 +208,13 @@ class SimplePyramid(nn.Module):
         self.strides = [size / (a * b) for size, a, b in zip(patch, first, second, strict=True)]
         """Pixels per place of the finest map, per axis."""
 
-    def forward(self, tokens: Tokens) -> list[Tokens]:
-        """``[B, *grid, dim]`` -> four maps, finest first."""
+    def forward(self, tokens: Tokens, is_context: bool = False) -> list[Tokens]:
+        """``[B, *grid, dim]`` -> four maps, finest first; for context without the finest one."""
+        maps = [self.finer(tokens), tokens, average_cells(tokens)]
+        if is_context:
+            return maps
         finest = self.finest_1(tokens)
-        finest = self.finest_2(finest._replace(x=F.gelu(self.finest_norm(finest.x))))
-        return [finest, self.finer(tokens), tokens, average_cells(tokens)]
+        return [self.finest_2(finest._replace(x=F.gelu(self.finest_norm(finest.x)))), *maps]
 
 
 class Refine(nn.Module):
@@ -240,6 +270,13 @@ def _sum_cells(x: Tensor) -> Tensor:
     for axis in range(1, x.ndim - 1):
         x = x.unflatten(axis, (-1, 2)).sum(dim=axis + 1)
     return x
+
+
+def _mean_at(maps: Sequence[Tokens], grid: Grid) -> Tensor:
+    """Averages at each place of a grid what maps have there, ``[B, *grid, C]``; zero where none has a valid place."""
+    sampled = [sample_at(tokens, grid) for tokens in maps]
+    count = torch.stack([tokens.mask for tokens in sampled if tokens.mask is not None]).sum(dim=0)
+    return torch.stack([tokens.x for tokens in sampled]).sum(dim=0) / count.clamp(min=1).unsqueeze(-1)
 
 
 def _add_sampled(fine: Tokens, coarse: Tokens) -> Tokens:

@@ -17,8 +17,7 @@ from ..geometry.types import ImageOrPyramid, MaskLike, OriginLike, SpacingLike
 from ..layers.grouping import CONVS
 from ..layers.sharded import run_parts, tie
 from ..models import RatVit, ResolutionAwareTransformer
-from ..ops.assignment import Assignment
-from .decoders import BEYOND, DECODERS, Decoder, DetailLevels, SimplePyramid
+from .decoders import BEYOND, DECODERS, Decoder, DetailLevels, LevelMaps, SimplePyramid
 from .saving import load_segmenter, save_segmenter
 
 SHARE = 1e-3  # of valid pixels in a place, linearly; rounding makes less of a neighbour's
@@ -214,18 +213,23 @@ class Segmenter(nn.Module):
         return parts_at_reference(images, self.reference_spacing)
 
     def _decode(self, images: Pyramid, told: Told) -> Tokens:
-        maps, assignments = self._plain_maps(images, told) if self.pyramid else self._stage_maps(images)
-        decoded = self.decoder(maps, assignments)
+        levels = self._plain_maps(images, told) if self.pyramid else self._stage_maps(images)
+        decoded = self.decoder.decode_pyramid(levels)
         return decoded if self.detail is None else self.detail(images.levels[0], decoded)
 
-    def _stage_maps(self, images: Pyramid) -> tuple[list[Tokens], list[Assignment]]:
-        """Returns level 0's map of each stage, and how each stage's tokens became the next one's."""
+    def _stage_maps(self, images: Pyramid) -> list[LevelMaps]:
+        """Returns each level's map of each stage, and how each stage's tokens became the next one's."""
         run = self.backbone.run_on_grids(images, self.decoder.needs_assignments)
-        between = run.assignments[1:] if self.backbone.cfg.group_first else run.assignments
-        return [stage.levels[0] for stage in run.stages], [levels[0] for levels in between]
+        between: list[Any] = run.assignments[1:] if self.backbone.cfg.group_first else run.assignments
+        levels = []
+        for level in range(len(images.levels)):
+            finest = min(level, 1, len(run.stages) - 1)
+            maps, grouped = ([stage.levels[level] for stage in run.stages], [grouping[level] for grouping in between])
+            levels.append(LevelMaps(maps[finest:], grouped[finest:]))
+        return levels
 
-    def _plain_maps(self, images: Pyramid, told: Told) -> tuple[list[Tokens], list[Assignment]]:
-        """Returns the four maps of level 0 that the pyramid makes of a plain transformer's last."""
+    def _plain_maps(self, images: Pyramid, told: Told) -> list[LevelMaps]:
+        """Returns the four maps that the pyramid makes of each level of a plain transformer's last one."""
         assert self.pyramid is not None
         maps, masks = [level.x.movedim(-1, 1) for level in images.levels], images.masks
         out = self.backbone.forward_intermediates(
@@ -239,9 +243,10 @@ class Segmenter(nn.Module):
             origin=told.origin,
         )
         found = [out[name][0] for name in ("image_intermediates", "grids", "masks")]
-        x, grid, mask = found if images.single else [levels[0] for levels in found]
-        x = self.backbone.fc_norm(x.movedim(1, -1))  # where there is one, what maps have not passed yet
-        return self.pyramid(Tokens(x, grid, mask)), []
+        made = zip(*([[each] for each in found] if images.single else found), strict=True)
+        # where there is a norm before the head, maps have not passed it yet
+        levels = [Tokens(self.backbone.fc_norm(x.movedim(1, -1)), grid, mask) for x, grid, mask in made]
+        return [LevelMaps(self.pyramid(tokens, level > 0), []) for level, tokens in enumerate(levels)]
 
 
 def _tied(tokens: Tokens, other: Tokens) -> Tokens:

@@ -12,6 +12,7 @@ from ..ops.neighborhood import neighborhood_attention, neighborhood_plan, padded
 from ..ops.relative import pair_bias
 from ..ops.windows import Tiles, attend_in_tiles, masked_attention
 from .rose import RotarySpatialEmbedding
+from .slabs import Slab, slabs
 from .tracing import compiled_once, split_heads_in_export
 
 
@@ -87,14 +88,9 @@ class Attention(nn.Module):
         size = x.shape[1:-1]
         if self.pad_windows and not all_to_all:
             x, mask = self._pad(x, mask)
-        qkv = self.qkv(x)
-        rotation = self.rose.rotation(positions, qkv.dtype)
-        if rotation is None or rotation.other is None:
-            query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, ..., heads, d]
-        else:
-            query, key, value = split_heads_in_export(qkv, 3, self.num_heads)
-        if rotation is not None:
-            query, key = rotation(query), rotation(key)
+        parts = slabs(x, 3 * x.shape[-1], self)
+        heads = self._heads(x, positions) if len(parts) == 1 else self._heads_in_slabs(x, positions, parts)
+        query, key, value = heads
         dropout_p = self.attn_drop if self.training else 0.0
         if all_to_all or self.attn_kernel_size is None:
             allowed = None if mask is None else mask[:, None, None, :]
@@ -107,7 +103,35 @@ class Attention(nn.Module):
             out = neighborhood_attention(query, key, value, self.attn_kernel_size, mask, dropout_p, self._bias())
         if self.pad_windows and not all_to_all and out.shape[1:-2] != size:
             out = out[(slice(None), *map(slice, size))]
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        out = out.flatten(-2)
+        if len(parts) == 1:
+            return self.proj_drop(self.proj(out))
+        for part in parts:
+            part.of(out).copy_(self.proj(part.of(out)))
+        return out
+
+    def _heads(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, ..., C]`` -> rotated queries and keys, and values, ``[B, ..., heads, d]``."""
+        qkv = self.qkv(x)
+        rotation = self.rose.rotation(positions, qkv.dtype)
+        if rotation is None or rotation.other is None:
+            query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        else:
+            query, key, value = split_heads_in_export(qkv, 3, self.num_heads)
+        return (query, key, value) if rotation is None else (rotation(query), rotation(key), value)
+
+    def _heads_in_slabs(self, x: Tensor, positions: Positions, parts: Sequence[Slab]) -> tuple[Tensor, Tensor, Tensor]:
+        """`_heads`, laid out in memory as gathers read it: ``[..., B, heads, d]``."""
+        whole: list[Tensor] = []
+        for part in parts:
+            heads = self._heads(part.of(x), part.positions(positions))
+            if not whole:
+                shape = (*x.shape[1:-1], x.shape[0], *heads[0].shape[-2:])
+                whole = [each.new_empty(shape).movedim(-3, 0) for each in heads]
+            for each, piece in zip(whole, heads, strict=True):
+                part.of(each).copy_(piece)
+        query, key, value = whole
+        return query, key, value
 
     def plan(self, grid: Sequence[int], device: torch.device) -> Tiles | None:
         """Returns how windows cut a grid; see `rat_timm.ops.neighborhood.neighborhood_plan`."""
@@ -186,6 +210,10 @@ class Block(nn.Module):
             for _ in range(2)
         )
 
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Returns what the MLP adds to tokens ``[..., C]``."""
+        return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
     def forward(
         self,
         x: Tensor,
@@ -212,8 +240,15 @@ def _run_block(
     all_to_all: bool,
     entries: Tensor | None,
 ) -> Tensor:
-    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), positions, mask, tiles, all_to_all, entries)))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    attended = block.drop_path1(block.ls1(block.attn(block.norm1(x), positions, mask, tiles, all_to_all, entries)))
+    parts = slabs(x, block.mlp.fc1.out_features, block)
+    if len(parts) == 1:
+        x = x + attended
+        return x + block.feed_forward(x)
+    x = attended.add_(x)
+    for part in parts:
+        part.of(x).add_(block.feed_forward(part.of(x)))
+    return x
 
 
 _compiled_block = compiled_once(_run_block)

@@ -386,7 +386,7 @@ def attend_in_tiles(
         bias = part.logits(query, table)
         for out, (q, k, v, m) in zip(outs, calls, strict=True):
             out.append(_attend(q, k, v, part, bias, m, dropout_p))
-    return torch.cat([tiles.untile(*parts) for parts in outs])
+    return tiles.untile(*outs[0]) if len(outs) == 1 else torch.cat([tiles.untile(*parts) for parts in outs])
 
 
 def _attend(
