@@ -117,6 +117,31 @@ def test_crops_and_overviews_lie_where_they_say(size, spacing):
     assert len(seen) == 2 * axes  # each axis in both directions
 
 
+def test_intensities_of_crops_are_bent_between_their_extremes():
+    frames = Kept(Discs("train", 2))
+    config = Config("x", "instances", flip=True, crops=4, levels=[1, 2])
+    plain, bent = (
+        Crops(frames, [32, 32], lambda crop: crop.target, dataclasses.replace(config, gamma=gamma)) for gamma in (1, 3)
+    )
+    exponents = []
+    for index in range(8):
+        for before, after in zip(plain[index], bent[index], strict=True):
+            x, y = (
+                (image - image.min()) / (image.max() - image.min())
+                for image in (before.sample.image, after.sample.image)
+            )
+            middle = (x > 0.1) & (x < 0.9)
+            powers = y[middle].log() / x[middle].log()
+            assert float(powers.max() - powers.min()) < 1e-3
+            exponents.append(float(powers.mean()))
+            torch.testing.assert_close(before.sample.image.aminmax(), after.sample.image.aminmax())
+            assert torch.equal(before.origin, after.origin)
+    assert exponents[::2] == pytest.approx(exponents[1::2], rel=1e-3)  # levels of a pyramid alike
+    assert 1 / 3 <= min(exponents) < 0.8 < 1.25 < max(exponents) <= 3
+    with pytest.raises(ValueError, match=r"gamma must be at least 1, got 0\.5"):
+        Config("x", "instances", gamma=0.5)
+
+
 def test_crops_follow_from_their_numbers():
     config = Config("x", "instances", factors=(0.5, 2.0), flip=True, crops=2)
     crops = [Crops(Kept(Discs("train", 2)), [32, 32], lambda crop: crop.target, config) for _ in range(2)]

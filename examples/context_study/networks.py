@@ -135,7 +135,8 @@ class CropUnet(nn.Module):
         spacing = [step * by for step, by in zip(crop.spacing, self.factors, strict=True)]
         half = crop.origin.new_tensor([(n - 1) / 2 for n in size])
         middle = crop.origin + half * crop.origin.new_tensor(crop.spacing)
-        grid = Grid.create(size, spacing, middle - half * crop.origin.new_tensor(spacing), len(crop.image))
+        corner = middle - half * crop.origin.new_tensor(spacing)
+        grid = Grid.create(size, spacing, corner, len(crop.image), crop.image.device)
         seen = sample_at(Tokens(channels_last(overview.image), overview.grid, overview.mask), grid)
         assert seen.mask is not None
         return torch.cat([channels_first(seen.x), seen.mask[:, None].float()], dim=1)
@@ -215,15 +216,7 @@ _VIT_2D = {
 }
 _VIT_3D = {**_VIT_2D, "img_size": 24, "patch_depth": 4, "depth": 4, "width": 44}
 # a patch of an overview has to be a pixel or more, and so is large in a crop
-_PHYSICAL_2D = {**_VIT_2D, "patch_size": 24, "depth": 3, "mlp_ratio": 2.6, "physical_patches": True}
-_PHYSICAL_3D = {
-    **_VIT_3D,
-    "patch_size": 12,
-    "patch_depth": 8,
-    "depth": 2,
-    "mlp_ratio": 3.0,
-    "physical_patches": True,
-}
+_PHYSICAL = {**_VIT_2D, "patch_size": 24, "depth": 3, "mlp_ratio": 3.0, "width": 36, "physical_patches": True}
 _MUVIT = {
     2: {"patch_size": (6, 6), "num_layers": 5, "dim": 96, "heads": 3, "width": 56},
     3: {"patch_size": (4, 6, 6), "num_layers": 4, "dim": 96, "heads": 3, "width": 44},
@@ -249,8 +242,8 @@ NETWORKS = {
     "RAT, crop": Network("rat", ("crop",), _DEEPER),
     "RAT, overview": Network("rat", ("overview",), _DEEPER),
     "plain RAT, pyramid": Network("vit", PYRAMID, {2: _VIT_2D, 3: _VIT_3D}),
-    # an overview of the brain, of 18 x 8 x 8 mm, has 1536 of its patches, for which it takes 4.5 times the budget
-    PHYSICAL: Network("vit", PYRAMID, {2: _PHYSICAL_2D, 3: _PHYSICAL_3D}, without=("brain",)),
+    # overviews of volumes have so many of its patches that it takes more than twice the budget
+    PHYSICAL: Network("vit", PYRAMID, {2: _PHYSICAL}, without=("tissue in volumes", "brain")),
     MUVIT: Network("muvit", PYRAMID, _MUVIT),
     "U-Net, crop": Network("unet", ("crop",), _UNET),
     CHANNELS: Network("unet", PYRAMID, _UNET),

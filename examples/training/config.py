@@ -61,6 +61,8 @@ class Config:
             keeps its number of pixels, and the field of view is so many times as large.) Default: pixels as they are.
         p_factors: Probability that a training crop has another pixel size, with ``factors``.
         flip: Whether to flip training crops along each axis, half of the time.
+        gamma: By what exponent, or by one over what, intensities of a crop are bent at most, drawn log-uniformly; 1 for
+            as they are. Not of classification.
         epochs: Number of epochs.
         batch_size: Samples in a step, over all processes; "auto" tries powers of two with the model before training,
             and takes the largest that fits into memory and is not more than the samples there are.
@@ -112,6 +114,7 @@ class Config:
     factors: tuple[float, float] | None = None
     p_factors: float = 1.0
     flip: bool = False
+    gamma: float = 1.0
     epochs: int = 10
     batch_size: int | Literal["auto"] = 16
     optimizer: str = "adamw"
@@ -141,6 +144,8 @@ class Config:
             raise ValueError(f"crops must be positive, got {self.crops}")
         if not 0 <= self.foreground <= 1:
             raise ValueError(f"foreground must be a probability, got {self.foreground}")
+        if self.gamma < 1:
+            raise ValueError(f"gamma must be at least 1, got {self.gamma}")
         if self.quick:
             self.epochs = 2
         if self.quick and self.task != "classification":

@@ -135,6 +135,14 @@ def overview(frame: Sample, box: Box, level: float, factor: float) -> Level:
     return at_pixel_size(frame._replace(target=None), around, level * factor)
 
 
+def bent(level: Level, exponent: float) -> Level:
+    """Raises intensities to a power, between their least and their largest."""
+    from monai.transforms import AdjustContrast  # takes seconds
+
+    image = AdjustContrast(exponent)(level.sample.image).as_tensor()
+    return level._replace(sample=level.sample._replace(image=image))
+
+
 class Crops(Dataset):
     """Random crops of whole images; chance follows from the seed, the epoch and the crop alone.
 
@@ -149,7 +157,7 @@ class Crops(Dataset):
         self.frames, self.size, self.target, self.epoch = frames, list(size), target, 0
         self.seed, self.count, self.levels = config.seed, config.crops, config.levels
         self.factors, self.p, self.flip = config.factors or (1.0, 1.0), config.p_factors, config.flip
-        self.foreground = config.foreground
+        self.foreground, self.gamma = config.foreground, config.gamma
         check_variation(self.factors, None, self.p)
 
     def __len__(self) -> int:
@@ -161,9 +169,11 @@ class Crops(Dataset):
             factor = draw_factor(self.factors, self.p)
             box = self._box(frame, factor)
             first = at_pixel_size(frame, box, factor, noise=None)
+            bend = self.gamma ** float(torch.empty(()).uniform_(-1, 1))
         first = first._replace(sample=self._trimmed(first.sample))
         first = first._replace(sample=first.sample._replace(target=self.target(first.sample)))
-        return [first, *(overview(frame, box, level, factor) for level in self.levels[1:])]
+        levels = [first, *(overview(frame, box, level, factor) for level in self.levels[1:])]
+        return levels if self.gamma == 1 else [bent(level, bend) for level in levels]
 
     def _box(self, frame: Sample, factor: float) -> Box:
         grid = frame.image.shape[1:]
