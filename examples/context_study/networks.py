@@ -19,7 +19,7 @@ from context_study.tasks import Task
 from context_study.views import Batch, Level, cut, show_nothing
 from rat_timm import Grid
 from rat_timm.dense import Segmenter
-from rat_timm.dense.decoders import DECODERS, DetailLevels, SimplePyramid
+from rat_timm.dense.decoders import DECODERS, DetailLevels, SimplePyramid, add_context
 from rat_timm.dense.segmenter import at_grid
 from rat_timm.geometry.grid import Tokens, channels_first, channels_last
 from rat_timm.geometry.sample import sample_at
@@ -65,7 +65,8 @@ def _mask(level: Level) -> Tensor:
 class Muvit(nn.Module):
     """An encoder of the package `muvit`, with the decoder that `Segmenter` has for plain transformers.
 
-    Its levels have one number of pixels. It is told where each begins and ends, in pixels of the crop.
+    Its levels have one number of pixels. It is told where each begins and ends, in pixels of the crop. The overview
+    reaches the crop by its attention alone, as the package has it; with ``adds_context`` by `add_context` too.
     """
 
     def __init__(self, task: Task, views: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -74,10 +75,10 @@ class Muvit(nn.Module):
         encoder = getattr(_import_muvit(), f"MuViTEncoder{axes}d")
         # without boxes the levels' factors would be those of all axes; with boxes they are names
         levels = (1.0, float(max(task.factors)))
-        width = options["width"]
+        width, self.adds_context = options["width"], options.get("adds_context", False)
         self.spacing = task.spacing
         self.encoder = encoder(
-            1, levels, patch, **{k: v for k, v in options.items() if k not in ("patch_size", "width")}
+            1, levels, patch, **{k: v for k, v in options.items() if k not in ("patch_size", "width", "adds_context")}
         )
         self.pyramid = SimplePyramid(self.encoder.dim, patch)
         self.decoder = DECODERS["fpn"](self.pyramid.dims, width, axes)
@@ -86,14 +87,22 @@ class Muvit(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """``[B, classes, *size]``."""
-        first, patch = batch.levels[0], self.encoder.patch_size
+        first = batch.levels[0]
         images = torch.stack([level.image for level in batch.levels], dim=1)  # [B, L, C, *size]
-        features = self.encoder.compute_features(images, bbox=self._boxes(batch.levels))[:, 0]
-        grid = first.grid.conv(patch, patch, [0] * len(patch))
+        features = self.encoder.compute_features(images, bbox=self._boxes(batch.levels))
         image = Tokens(channels_last(first.image), first.grid)
-        decoded = self.detail(image, self.decoder(self.pyramid(Tokens(channels_last(features), grid))))
+        decoded = self.detail(image, self._decode(features[:, 0], first))
+        if self.adds_context:
+            others = zip(features.unbind(1)[1:], batch.levels[1:], strict=True)
+            context = [self.detail.project(self._decode(*other, is_context=True)) for other in others]
+            decoded = add_context(decoded, context)
         logits = decoded._replace(x=channels_last(self.classifier(channels_first(decoded.x))))
         return channels_first(at_grid(logits, image, image.grid if batch.place is None else batch.place))
+
+    def _decode(self, features: Tensor, level: Level, is_context: bool = False) -> Tokens:
+        patch = self.encoder.patch_size
+        grid = level.grid.conv(patch, patch, [0] * len(patch))
+        return self.decoder(self.pyramid(Tokens(channels_last(features), grid), is_context))
 
     def _boxes(self, levels: Sequence[Level]) -> Tensor:
         """Where the centres of the first and of the last pixel of each level are, ``[B, L, 2, axes]``."""
@@ -221,6 +230,7 @@ _MUVIT = {
     2: {"patch_size": (6, 6), "num_layers": 5, "dim": 96, "heads": 3, "width": 56},
     3: {"patch_size": (4, 6, 6), "num_layers": 4, "dim": 96, "heads": 3, "width": 44},
 }
+_MUVIT_ADDED = {axes: {**options, "adds_context": True} for axes, options in _MUVIT.items()}
 _UNET = {
     2: {"channels": (28, 48, 96, 160), "strides": (1, 2, 2)},
     3: {"channels": (24, 40, 64, 92), "strides": (1, 2, 2)},
@@ -237,6 +247,7 @@ _TWO = {2: {**_RAT_2D, "depths": (1, 2, 3)}, 3: {**_RAT_3D, "depths": (1, 2, 2)}
 
 PHYSICAL = "plain RAT, physical patches, pyramid"
 OURS, MUVIT, CHANNELS = "RAT, pyramid", "MuViT, pyramid", "U-Net, overview in channels"
+MUVIT_ADDED = "MuViT, pyramid, context added"
 NETWORKS = {
     OURS: Network("rat", PYRAMID, _TWO),
     "RAT, crop": Network("rat", ("crop",), _DEEPER),
@@ -245,6 +256,7 @@ NETWORKS = {
     # overviews of volumes have so many of its patches that it takes more than twice the budget
     PHYSICAL: Network("vit", PYRAMID, {2: _PHYSICAL}, without=("tissue in volumes", "brain")),
     MUVIT: Network("muvit", PYRAMID, _MUVIT),
+    MUVIT_ADDED: Network("muvit", PYRAMID, _MUVIT_ADDED),
     "U-Net, crop": Network("unet", ("crop",), _UNET),
     CHANNELS: Network("unet", PYRAMID, _UNET),
     "U-Net, whole field": Network("field", ("field",), _WIDE_UNET, at_once=0.125, in_budget=False),

@@ -1,17 +1,15 @@
 """Scenes of tissue in which what a cell is and where it is decide together, in 2D and 3D, at any pixel size.
 
-Regions a few hundred micrometres wide differ in one thing: over which arrangement their cells are strewn. How likely a
-place has a cell is a function of the sum of plane waves of one wavelength: of one wave (stripes, sheets), or of as
-many as there are axes, at right angles (spots). Both have cells of the same kinds and as many of them, and the sums
-have, averaged over directions, the same two-point function; what tells them apart is seen over a wavelength or
-more. Cells are of two kinds, with and without a texture whose mean is that of the other kind: what tells them apart is
-gone at pixels as wide as the texture's wave.
+Regions a few hundred micrometres wide differ in one thing: how cells are arranged over them. How likely a place has a
+cell is a wave, in rows (it varies along y) or in columns (along x), a little turned. Both have cells of the same kinds
+and as many of them. A crop is less than half a wavelength wide and has four places of cells on its side: it hardly
+tells which way the wave runs; an overview of a region does. Cells are of two kinds, with and without a texture whose
+mean is that of the other kind: what tells them apart is gone at pixels as wide as the texture's wave.
 
 A scene is a function of its seed and of physical position: in any field of view, at any pixel size, it is the same.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,9 +20,10 @@ from scipy.spatial import cKDTree
 from studies.places import area_axes, around, direction, dot, edge, lattice, pixels
 
 CELLS = ("textured", "plain")
-ARRANGEMENTS = ("stripes", "spots")
+ARRANGEMENTS = ("rows", "columns")
 CLASSES = ("background", *(f"{cell} cells in {where}" for where in ARRANGEMENTS for cell in CELLS))
-SHARP = 40.0  # how fast the chance of a cell rises from none to one, with the rank of the waves' sum
+DEPTH = 0.3  # by how much the chance of a cell is more and less than a half
+TURN = 0.3  # radians by which a wave is turned, at most
 BACKGROUND, LIGHT, CONTRAST = 0.1, 0.65, 0.3
 BLUR = 0.4  # standard deviation, micrometres
 FINE = 1.0  # micrometres that area sampling tells apart, at most
@@ -123,31 +122,20 @@ def _occupied(tissue: Tissue, axes: Sequence[np.ndarray], points: np.ndarray, se
     middles, chance = lattice(axes, tissue.region, _of(seed, 1), disturbed=0.2)
     kind, key = _kind(chance(0), len(ARRANGEMENTS)), (chance(1) * (1 << 24)).astype(np.int64)
     region = cKDTree(middles).query(points)[1]
-    rank = np.empty(len(points))
+    occupied = np.empty(len(points))
     for index in np.unique(region):
         here = region == index
-        waves = _waves(ARRANGEMENTS[kind[index]], len(axes), np.random.default_rng([seed, key[index]]))
-        along, phase = points[here] @ waves[:, :-1].T / tissue.wavelength, waves[:, -1]
-        total = np.cos(2 * np.pi * (along + phase)).sum(axis=1)
-        rank[here] = np.searchsorted(_totals(len(waves)), total) / len(_totals(len(waves)))
-    return 1 / (1 + np.exp(-SHARP * (rank - 0.5)))
+        rng = np.random.default_rng([seed, key[index]])
+        wave = _wave(ARRANGEMENTS[kind[index]], len(axes), rng.uniform(-TURN, TURN)) / tissue.wavelength
+        occupied[here] = 0.5 + DEPTH * np.cos(2 * np.pi * (points[here] @ wave + rng.uniform()))
+    return occupied
 
 
-def _waves(arrangement: str, axes: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns directions and phases, ``[waves, axes + 1]``."""
-    count = {"stripes": 1, "spots": axes}[arrangement]
-    ways = rng.normal(size=(count, axes))
-    if count == axes:
-        ways = np.linalg.qr(ways)[0]  # at right angles
-    ways /= np.linalg.norm(ways, axis=1, keepdims=True)
-    return np.concatenate([ways, rng.uniform(size=(count, 1))], axis=1)
-
-
-@functools.cache
-def _totals(count: int) -> np.ndarray:
-    """The quantiles of a sum of so many waves, by which its value becomes a rank, spread evenly in all arrangements."""
-    phases = np.random.default_rng(count).uniform(size=(1 << 14, count))
-    return np.sort(np.cos(2 * np.pi * phases).sum(axis=1))
+def _wave(arrangement: str, axes: int, turn: float) -> np.ndarray:
+    """Returns the direction along which an arrangement varies, in the plane of the last two axes, ``[axes]``."""
+    along = np.zeros(axes)
+    along[-2:] = (np.cos(turn), np.sin(turn)) if arrangement == "rows" else (np.sin(turn), np.cos(turn))
+    return along
 
 
 def _of(seed: int, what: int) -> int:

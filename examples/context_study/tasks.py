@@ -73,8 +73,8 @@ def _draw_tissue(tissue: Tissue) -> Callable[[int, bool, Sequence[int], Sequence
     return draw
 
 
-TISSUE = Tissue(diameter=9.0, pitch=11.0, texture=3.0, wavelength=56.0, region=240.0)
-TISSUE_3D = Tissue(diameter=7.0, pitch=8.0, texture=3.5, wavelength=32.0, region=100.0)
+TISSUE = Tissue(diameter=9.0, pitch=11.0, texture=3.0, wavelength=120.0, region=240.0)
+TISSUE_3D = Tissue(diameter=7.0, pitch=8.0, texture=3.5, wavelength=60.0, region=110.0)
 _ALL = (
     Task(
         "tissue",
@@ -89,7 +89,7 @@ _ALL = (
         training=400,
         test=100,
         crops=4,
-        steps=700,
+        steps=500,
         batch=16,
         flips=True,
     ),
@@ -106,7 +106,7 @@ _ALL = (
         training=200,
         test=60,
         crops=4,
-        steps=600,
+        steps=500,
         batch=8,
         flips=True,
     ),

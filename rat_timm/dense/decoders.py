@@ -12,8 +12,9 @@ convolution:
 All else is the same, parameters included. What is masked influences nothing.
 
 Of a pyramid every level is decoded, by the same weights, the others than level 0 as far as their second map. What they
-come to is sampled at the places of level 0's coarsest map and added there: so context reaches a pixel by its position,
-and not only through the levels' attention.
+come to is sampled at the places of level 0's pixels and added to what is classified (`add_context`): so context reaches
+a pixel by its position, past all norms, and not only through the levels' attention. Added to a coarse map instead it
+was drowned by what crops show, and never learned (``examples/context_study``).
 """
 
 from collections.abc import Sequence
@@ -93,28 +94,17 @@ class Decoder(nn.Module):
         ones = (1,) * spatial_dims
         self.fusions = nn.ModuleList(ConvNorm(width, width, ones) for _ in dims[1:])
 
-    def decode_pyramid(self, levels: Sequence[LevelMaps]) -> Tokens:
-        """Decodes the first level; the others, decoded too, are its context."""
-        context = [self(*level) for level in levels[1:]]
-        return self(*levels[0], context)
-
-    def forward(
-        self, maps: Sequence[Tokens], assignments: Sequence[Assignment] = (), context: Sequence[Tokens] = ()
-    ) -> Tokens:
+    def forward(self, maps: Sequence[Tokens], assignments: Sequence[Assignment] = ()) -> Tokens:
         """Decodes.
 
         Args:
             maps: ``[B, *grid, C]`` of each stage, finest first, or of the last ones.
             assignments: How the tokens of each map were grouped into those of the next one, finest first.
-            context: ``[B, *grid, width]`` of other levels: their mean, where there are any, is added to the coarsest
-                map.
 
         Returns:
             ``[B, *grid, width]`` on the finest map's grid.
         """
         y = self._lateral(-1, maps[-1])
-        if context:
-            y = y._replace(x=y.x + _mean_at(context, y.grid))
         for index in range(-2, -len(maps) - 1, -1):
             fine = self._lateral(index, maps[index])
             up = self._up(y, fine, assignments[index + 1] if self.needs_assignments else None)
@@ -184,6 +174,10 @@ class DetailLevels(nn.Module):
         half = self.conv_2(fine)
         half = self.fuse_2(_add_sampled(half, coarse._replace(x=self.to_2(coarse.x))))
         return self.fuse_1(_add_sampled(fine, half._replace(x=self.to_1(half.x))))
+
+    def project(self, coarse: Tokens) -> Tokens:
+        """Brings a decoder's map to the width of the finest level, where it is: ``[B, *grid, dims]``."""
+        return coarse._replace(x=self.to_1(self.to_2(coarse.x)))
 
 
 class SimplePyramid(nn.Module):
@@ -272,11 +266,14 @@ def _sum_cells(x: Tensor) -> Tensor:
     return x
 
 
-def _mean_at(maps: Sequence[Tokens], grid: Grid) -> Tensor:
-    """Averages at each place of a grid what maps have there, ``[B, *grid, C]``; zero where none has a valid place."""
-    sampled = [sample_at(tokens, grid) for tokens in maps]
-    count = torch.stack([tokens.mask for tokens in sampled if tokens.mask is not None]).sum(dim=0)
-    return torch.stack([tokens.x for tokens in sampled]).sum(dim=0) / count.clamp(min=1).unsqueeze(-1)
+def add_context(tokens: Tokens, context: Sequence[Tokens]) -> Tokens:
+    """Adds the mean of what other levels have at each place, ``[B, *grid, C]``, where any has a valid place."""
+    if not context:
+        return tokens
+    sampled = [sample_at(level, tokens.grid) for level in context]
+    count = torch.stack([level.mask for level in sampled if level.mask is not None]).sum(dim=0)
+    total = torch.stack([level.x for level in sampled]).sum(dim=0)
+    return tokens._replace(x=tokens.x + total / count.clamp(min=1).unsqueeze(-1))
 
 
 def _add_sampled(fine: Tokens, coarse: Tokens) -> Tokens:

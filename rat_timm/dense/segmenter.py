@@ -17,7 +17,7 @@ from ..geometry.types import ImageOrPyramid, MaskLike, OriginLike, SpacingLike
 from ..layers.grouping import CONVS
 from ..layers.sharded import run_parts, tie
 from ..models import RatVit, ResolutionAwareTransformer
-from .decoders import BEYOND, DECODERS, Decoder, DetailLevels, LevelMaps, SimplePyramid
+from .decoders import BEYOND, DECODERS, Decoder, DetailLevels, LevelMaps, SimplePyramid, add_context
 from .saving import load_segmenter, save_segmenter
 
 SHARE = 1e-3  # of valid pixels in a place, linearly; rounding makes less of a neighbour's
@@ -214,8 +214,11 @@ class Segmenter(nn.Module):
 
     def _decode(self, images: Pyramid, told: Told) -> Tokens:
         levels = self._plain_maps(images, told) if self.pyramid else self._stage_maps(images)
-        decoded = self.decoder.decode_pyramid(levels)
-        return decoded if self.detail is None else self.detail(images.levels[0], decoded)
+        decoded, *context = (self.decoder(*level) for level in levels)
+        if self.detail is not None:
+            decoded = self.detail(images.levels[0], decoded)
+            context = [self.detail.project(level) for level in context]
+        return add_context(decoded, context)
 
     def _stage_maps(self, images: Pyramid) -> list[LevelMaps]:
         """Returns each level's map of each stage, and how each stage's tokens became the next one's."""
