@@ -14,6 +14,7 @@ from rat_timm.dense.decoders import (
     GroupDecoder,
     Refine,
     SimplePyramid,
+    add_context,
     average_cells,
     refined,
 )
@@ -258,3 +259,30 @@ def test_detail_ends_on_the_images_own_grid(size):
     assert out.x.shape == (2, *size, detail.dims)
     other = detail(image, Tokens(x + 1 + torch.randn_like(x), coarse))
     assert (out.x != other.x).any(-1).all()  # to the last pixel, which lies beyond the coarse map's last centre
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_context_is_the_mean_of_what_levels_have_at_a_place(axes):
+    """Levels hold linear functions of position, so that interpolation is exact; one ends early, one is half masked."""
+    shape = (6,) * axes
+    tokens = Tokens(torch.randn(2, *shape, 3, dtype=torch.float64), Grid.create(shape, 1.0, 10.0))
+
+    def level(n, spacing, start, factor):
+        grid = Grid.create((n,) * axes, spacing, start)
+        return Tokens((grid.coordinates().sum(-1, keepdim=True) * factor).expand(2, *grid.shape, 3), grid)
+
+    wide, short = level(12, 2.0, 1.0, 1.0), level(2, 2.0, 10.0, 5.0)  # the second covers places up to 13
+    half = level(12, 2.0, 1.0, 3.0)
+    half = half._replace(mask=(half.grid.coordinates()[..., -1] > 13).expand(2, *half.grid.shape))
+    half = half._replace(x=half.x.masked_fill(~half.mask.unsqueeze(-1), torch.nan))
+    added = add_context(tokens, [wide, short, half]).x - tokens.x
+    for place in itertools.product(range(6), repeat=axes):
+        at = [10.0 + index for index in place]
+        values = [sum(at)]
+        if max(at) <= 13:
+            values.append(5 * sum(min(x, 12.0) for x in at))  # beyond its outermost centres a level's values hold
+        if at[-1] > 13:
+            values.append(3 * (sum(at[:-1]) + max(at[-1], 15.0)))  # the first valid centre is at 15
+        expected = torch.full((2, 3), sum(values) / len(values), dtype=torch.float64)
+        torch.testing.assert_close(added[(slice(None), *place)], expected, rtol=0, atol=1e-9)
+    assert add_context(tokens, []) is tokens

@@ -445,3 +445,19 @@ def test_what_cannot_be_made_again_is_not_saved(tmp_path):
         "detail": True,
         "class_names": None,
     }
+
+
+def test_context_reaches_a_pixel_by_its_position():
+    """Levels that do not attend to each other: what an overview shows matters where it lies."""
+    torch.manual_seed(0)
+    model = lively(Segmenter("test_rat", 2, in_chans=1, joint_attention=False)).eval().double()
+    image, around = torch.randn(1, 1, 64, 64, dtype=torch.float64), torch.randn(1, 1, 320, 320, dtype=torch.float64)
+    told = {"spacing": [(1.0, 1.0), (2.0, 2.0)], "origin": [(0.5, 0.5), (0.5, 0.5)]}
+    with torch.no_grad():
+        plain = model([image, around], **told)
+        there, far = around.clone(), around.clone()
+        there[..., 4:8, 4:8] += 3  # about 12 of level 0
+        far[..., 310:, 310:] += 3
+        near, away = (float((model([image, each], **told) - plain).abs().max()) for each in (there, far))
+    assert near > 1e-3
+    assert near > 1000 * away

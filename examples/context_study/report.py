@@ -13,17 +13,18 @@ from scipy import stats
 
 import studies.results
 from context_study.conditions import CONDITIONS
-from context_study.networks import CHANNELS, MUVIT, NETWORKS, OURS
+from context_study.networks import CHANNELS, MUVIT, MUVIT_ADDED, NETWORKS, OURS
 from context_study.tasks import TASKS
 from studies.results import put_into
 
 COLUMNS = ["task", "network", "seed", "condition", "confusion", "seconds"]
 LEVELS = ("RAT, crop", "RAT, overview")
-RIVALS = (*LEVELS, MUVIT, CHANNELS, "plain RAT, pyramid")
+RIVALS = (*LEVELS, MUVIT, CHANNELS, "plain RAT, pyramid", MUVIT_ADDED)
 SHIFTS = ("", "half a crop off", "a crop off")
 # lines of the picture: at most five
 PICTURED = (OURS, "plain RAT, pyramid", MUVIT, CHANNELS)
-POINTS: dict[str, str] = {}  # what a task's picture shows, in a sentence, once it is known
+# what a task's picture shows, in a sentence, once it is known
+POINTS = {"tissue": "Context added by position decides, and only where it is said to be"}
 MARKERS = "osv^D"
 
 
