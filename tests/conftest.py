@@ -1,4 +1,5 @@
 import os
+import re
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch: workers that share cores must not fight for them with threads
@@ -9,6 +10,29 @@ import torch
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+# What runs compilers and whole trainings: counting lines doubles their time, and other tests run the same lines.
+UNCOUNTED_FILES = {
+    "test_benchmark",
+    "test_consumers",
+    "test_context_study",
+    "test_evaluate",
+    "test_examples",
+    "test_export",
+    "test_huggingface",
+    "test_resolution_study",
+    "test_timm_contract",
+    "test_training",
+    "test_training_dense",
+}
+UNCOUNTED_TESTS = re.compile("compil|export|program|trace|train|learn")
+
+
+def pytest_collection_modifyitems(items):
+    """Leaves the lines of slow tests uncounted; they run all the same."""
+    for item in items:
+        if item.path.stem in UNCOUNTED_FILES or UNCOUNTED_TESTS.search(item.originalname):
+            item.add_marker("no_cover")
 
 
 @pytest.fixture(autouse=True)

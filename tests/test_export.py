@@ -44,7 +44,7 @@ def test_programs_and_onnxruntime_give_what_the_model_gives(name, tmp_path):
 def test_exported_operations_give_what_the_eager_ones_give(axes, strict):
     """With masks, cut-off cells, tiles that repeat tokens, and heads without a rotation."""
     cfg = RatConfig(
-        spatial_dims=axes, embed_dim=32, num_heads=(2, 4), depths=(2, 1), attn_kernel_size=3, rotary_ratio=0.5, iters=1
+        spatial_dims=axes, embed_dim=32, num_heads=(2, 4), depths=(1, 1), attn_kernel_size=3, rotary_ratio=0.5, iters=1
     )
     model = ResolutionAwareTransformer(cfg, in_chans=1, num_classes=3).eval()
     sizes = (37, 42, 45)[:axes]
