@@ -10,6 +10,7 @@ from torch import nn
 import rat_timm  # noqa: F401
 from helpers import lively
 from rat_timm.geometry.grid import Grid, field_center
+from rat_timm.layers import Attention, Block, RotarySpatialEmbedding
 from rat_timm.layers import slabs as module
 from rat_timm.layers.slabs import slabs
 
@@ -87,7 +88,7 @@ def test_levels_that_meet_are_those_of_the_whole(small, monkeypatch):
     torch.testing.assert_close(in_slabs, whole, rtol=0, atol=1e-11)
 
 
-def test_autocast_has_its_dtype(small, monkeypatch):
+def test_autocast_has_its_dtypes(small, monkeypatch):
     torch.manual_seed(0)
     model = timm.create_model("test_rat", features_only=True).eval()
     x = torch.randn(2, 3, 48, 48)
@@ -96,8 +97,12 @@ def test_autocast_has_its_dtype(small, monkeypatch):
         assert max(small) > 2
         monkeypatch.setattr(module, "_NUMBERS_CPU", 1 << 40)
         whole = model(x)
-    torch.testing.assert_close(in_slabs, whole, rtol=0, atol=0.05)
-    assert [a.dtype for a in in_slabs] == [b.dtype for b in whole]
+    torch.testing.assert_close(in_slabs, whole, rtol=0, atol=0.05)  # dtypes are compared too
+    layer = Block(Attention(8, 2, RotarySpatialEmbedding(8, 2, 2), (3, 3)), 8).eval()
+    x, positions = torch.randn(2, 9, 9, 8), Grid.create((9, 9)).positions(torch.zeros(1, 2), (1.0, 1.0))
+    monkeypatch.setattr(module, "_NUMBERS_CPU", 100)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, positions).dtype == torch.float32
 
 
 def test_what_needs_all_tokens_at_once_stays_whole(monkeypatch):

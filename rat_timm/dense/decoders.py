@@ -13,8 +13,8 @@ All else is the same, parameters included. What is masked influences nothing.
 
 Of a pyramid every level is decoded, by the same weights, the others than level 0 as far as their second map. What they
 come to is sampled at the places of level 0's pixels and added to what is classified (`add_context`): so context reaches
-a pixel by its position, past all norms, and not only through the levels' attention. Added to a coarse map instead it
-was drowned by what crops show, and never learned (``examples/context_study``).
+a pixel by its position, past all norms, and not only through the levels' attention, of which it is not learned in as
+many steps (``examples/context_study``).
 """
 
 from collections.abc import Sequence

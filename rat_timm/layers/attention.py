@@ -245,7 +245,7 @@ def _run_block(
     if len(parts) == 1:
         x = x + attended
         return x + block.feed_forward(x)
-    x = attended.add_(x)
+    x = attended.add_(x) if attended.dtype == x.dtype else x + attended  # not the lower precision of autocast
     for part in parts:
         part.of(x).add_(block.feed_forward(part.of(x)))
     return x
