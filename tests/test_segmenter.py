@@ -443,6 +443,7 @@ def test_what_cannot_be_made_again_is_not_saved(tmp_path):
         "decoder": "fpn",
         "width": 32,
         "detail": True,
+        "context": False,
         "class_names": None,
     }
 
@@ -450,7 +451,7 @@ def test_what_cannot_be_made_again_is_not_saved(tmp_path):
 def test_context_reaches_a_pixel_by_its_position():
     """Levels that do not attend to each other: what an overview shows matters where it lies."""
     torch.manual_seed(0)
-    model = lively(Segmenter("test_rat", 2, in_chans=1, joint_attention=False)).eval().double()
+    model = lively(Segmenter("test_rat", 2, in_chans=1, joint_attention=False, context=True)).eval().double()
     image, around = torch.randn(1, 1, 64, 64, dtype=torch.float64), torch.randn(1, 1, 320, 320, dtype=torch.float64)
     told = {"spacing": [(1.0, 1.0), (2.0, 2.0)], "origin": [(0.5, 0.5), (0.5, 0.5)]}
     with torch.no_grad():

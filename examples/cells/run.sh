@@ -27,8 +27,8 @@ for seed in 0 1 2; do
   run hela-fpn "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$rat"
   run hela-groups "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$rat" --decoder groups
   run hela-none "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$none"
-  run bacteria-fpn "$seed" 1 --data bacteria --foreground 0.9 --model rat_tiny --model_args "$rat"
-  run bacteria-unet "$seed" 1 --data bacteria --foreground 0.9 --model smp:unet-resnet10t --model_args "$unet"
+  run bacteria-fpn "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model rat_tiny --model_args "$rat"
+  run bacteria-unet "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model smp:unet-resnet10t --model_args "$unet"
 done
 run cho-fpn 0 1 --data cho --model rat_tiny_3d --model_args "$volumes" --size "[5, 96, 96]" --crops 24 --batch_size 2
 run bacteria-classes 0 1 --data bacteria --foreground 0.9 --task segmentation --model rat_tiny --model_args "$rat" --epochs 2

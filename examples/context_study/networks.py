@@ -41,6 +41,7 @@ class Rat(nn.Module):
             in_chans=1,
             spacing=task.scaled(alone),
             spatial_dims=axes,
+            context=True,
             **options,
         )
 

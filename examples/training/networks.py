@@ -35,6 +35,7 @@ def create_network(config: Config, channels: int, classes: int, spacing: Sequenc
             decoder=config.decoder,
             width=config.width,
             detail=config.detail,
+            context=len(config.levels) > 1,
             in_chans=channels,
             **backbone_args(config, spacing),
         )

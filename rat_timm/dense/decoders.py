@@ -11,10 +11,10 @@ convolution:
 
 All else is the same, parameters included. What is masked influences nothing.
 
-Of a pyramid every level is decoded, by the same weights, the others than level 0 as far as their second map. What they
-come to is sampled at the places of level 0's pixels and added to what is classified (`add_context`): so context reaches
-a pixel by its position, past all norms, and not only through the levels' attention, of which it is not learned in as
-many steps (``examples/context_study``).
+Where a model has ``context``, every level of a pyramid is decoded, by the same weights, the others than level 0 as far
+as their second map. What they come to is sampled at the places of level 0's pixels and added to what is classified
+(`add_context`): so context reaches a pixel by its position, past all norms, and not only through the levels' attention,
+of which it is not learned in as many steps (``examples/context_study``).
 """
 
 from collections.abc import Sequence

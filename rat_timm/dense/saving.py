@@ -18,7 +18,7 @@ from ..timm_api.state_dict import different_shapes
 OPTIONS = "segmenter"
 """The key of a config.json under which a segmenter's own options stand; what makes its backbone stands where timm has
 it, under "architecture" and "model_args"."""
-OPTION_NAMES = ("num_classes", "decoder", "width", "detail", "class_names")
+OPTION_NAMES = ("num_classes", "decoder", "width", "detail", "class_names", "context")
 
 
 def save_segmenter(model: nn.Module, folder: str | Path) -> Path:
@@ -65,7 +65,14 @@ def _describe(model: Any) -> dict[str, Any]:
     if not hasattr(backbone, "pretrained_cfg"):
         raise ValueError(f"backbone must be from timm.create_model to be saved, got a {type(backbone).__name__}")
     architecture, args = backbone.pretrained_cfg["architecture"], _keywords(backbone)
-    values = model.num_classes, model.decoder_name, model.width, model.detail is not None, model.class_names
+    values = (
+        model.num_classes,
+        model.decoder_name,
+        model.width,
+        model.detail is not None,
+        model.class_names,
+        model.context,
+    )
     options = dict(zip(OPTION_NAMES, values, strict=True))
     with torch.device("meta"):
         again = type(model)(architecture, **options, **args)

@@ -39,6 +39,8 @@ class Segmenter(nn.Module):
         width: Width of the decoder.
         detail: Whether two convolutional levels, at strides 1 and 2, bring in what is finer than the backbone's maps.
             They see the image as the backbone does: at the reference spacing where its stem is physical.
+        context: Whether the other levels of a pyramid reach level 0's pixels by their positions too
+            (`rat_timm.dense.decoders.add_context`), and not by attention alone; for models trained on pyramids.
         in_chans: Number of image channels. Default: the backbone's.
         class_names: A name for each class, which `save` keeps.
         **backbone_kwargs: Of ``timm.create_model``, for a name.
@@ -59,9 +61,12 @@ class Segmenter(nn.Module):
         detail: bool = True,
         in_chans: int | None = None,
         class_names: Sequence[str] | None = None,
+        *,
+        context: bool = False,
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
+        self.context = context
         if num_classes < 1 or width < 1:
             raise ValueError(f"num_classes and width must be positive, got {num_classes}, {width}")
         if class_names is not None and len(class_names) != num_classes:
@@ -214,7 +219,7 @@ class Segmenter(nn.Module):
 
     def _decode(self, images: Pyramid, told: Told) -> Tokens:
         levels = self._plain_maps(images, told) if self.pyramid else self._stage_maps(images)
-        decoded, *context = (self.decoder(*level) for level in levels)
+        decoded, *context = (self.decoder(*level) for level in (levels if self.context else levels[:1]))
         if self.detail is not None:
             decoded = self.detail(images.levels[0], decoded)
             context = [self.detail.project(level) for level in context]
@@ -249,6 +254,7 @@ class Segmenter(nn.Module):
         made = zip(*([[each] for each in found] if images.single else found), strict=True)
         # where there is a norm before the head, maps have not passed it yet
         levels = [Tokens(self.backbone.fc_norm(x.movedim(1, -1)), grid, mask) for x, grid, mask in made]
+        levels = levels if self.context else levels[:1]
         return [LevelMaps(self.pyramid(tokens, level > 0), []) for level, tokens in enumerate(levels)]
 
 
