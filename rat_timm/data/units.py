@@ -112,7 +112,9 @@ def _convert(size: Length, axis: str, unit: str, file: str, assumed: str | None)
     if value is None:
         raise ReadError(f"{file}: no pixel size along {axis}, got {size.value!r:.80}")
     if not written:
-        raise ReadError(f"{file}: pixel size {value:g} along {axis} has no unit: say which with assumed_unit")
+        raise ReadError(
+            f"{file}: pixel size {value:g} along {axis} has no unit: say which with assumed_unit, or give spacing"
+        )
     if not _is_length(written):
         raise ReadError(f"{file}: unit along {axis} must be a length, got {written!r:.80}; {_ALLOWED}")
     metres = value * float(_METRES[written])
