@@ -219,25 +219,25 @@ class Segmenter(nn.Module):
 
     def _decode(self, images: Pyramid, told: Told) -> Tokens:
         levels = self._plain_maps(images, told) if self.pyramid else self._stage_maps(images)
-        decoded, *context = (self.decoder(*level) for level in (levels if self.context else levels[:1]))
+        decoded, *context = (self.decoder(*level) for level in levels)
         if self.detail is not None:
             decoded = self.detail(images.levels[0], decoded)
             context = [self.detail.project(level) for level in context]
         return add_context(decoded, context)
 
     def _stage_maps(self, images: Pyramid) -> list[LevelMaps]:
-        """Returns each level's map of each stage, and how each stage's tokens became the next one's."""
+        """Returns the map of each stage, and how each stage's tokens became the next one's, of levels to decode."""
         run = self.backbone.run_on_grids(images, self.decoder.needs_assignments)
         between: list[Any] = run.assignments[1:] if self.backbone.cfg.group_first else run.assignments
         levels = []
-        for level in range(len(images.levels)):
+        for level in range(len(images.levels) if self.context else 1):
             finest = min(level, 1, len(run.stages) - 1)
             maps, grouped = ([stage.levels[level] for stage in run.stages], [grouping[level] for grouping in between])
             levels.append(LevelMaps(maps[finest:], grouped[finest:]))
         return levels
 
     def _plain_maps(self, images: Pyramid, told: Told) -> list[LevelMaps]:
-        """Returns the four maps that the pyramid makes of each level of a plain transformer's last one."""
+        """Returns the maps that the pyramid makes of a plain transformer's last one, of levels to decode."""
         assert self.pyramid is not None
         maps, masks = [level.x.movedim(-1, 1) for level in images.levels], images.masks
         out = self.backbone.forward_intermediates(
