@@ -28,6 +28,11 @@ UNCOUNTED_FILES = {
 UNCOUNTED_TESTS = re.compile("compil|export|program|trace|train|learn")
 
 
+def pytest_addoption(parser):
+    """How long what kills may take."""
+    parser.addoption("--kills", type=int, default=4, help="moments at which each run of test_kills dies; 0: all")
+
+
 def pytest_collection_modifyitems(items):
     """Leaves the lines of slow tests uncounted; they run all the same."""
     for item in items:

@@ -9,9 +9,11 @@ The same command goes on with a run that was interrupted.
 """
 
 import argparse
-import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from .manifest import Manifest
 from .network import TASKS
 from .options import DTYPES, OVERVIEW, Options
 from .run import predict
@@ -72,19 +74,22 @@ def run(given: argparse.Namespace) -> None:
     values["intensities"] = None if values["intensities"] is None else tuple(values["intensities"])
     try:
         done = predict(image, model, output, Options(**values))
-    except (ValueError, OSError, ImportError) as error:
+    except KeyboardInterrupt:
+        print(f"rat_timm predict: interrupted{_kept(output)}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:  # RuntimeError: PyTorch's, of devices
         raise SystemExit(f"rat_timm predict: {_in_one_line(error)}{_kept(output)}") from error
     if not given.quiet:
         print(f"{done.output}: {done.computed} pixels in {done.seconds:.1f} s")
 
 
 def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _kept(output: str) -> str:
-    there = os.path.isdir(f"{output}.partial")
-    return f" (what was done stays in {output}.partial: the same command goes on)" if there else ""
+    manifest = Manifest.beside(Path(output))
+    return f" (what was done stays in {manifest.partial}: the same command goes on)" if manifest.is_there else ""
 
 
 def _one_or_all(values: Sequence[float] | None) -> float | Sequence[float] | None:

@@ -25,6 +25,7 @@ Work: TypeAlias = Callable[[int], None]
 
 RETRIES = 3
 """How often a tile is computed again whose worker was killed."""
+_DEATHS = f"workers that computed one tile were killed {RETRIES + 1} times: they may need more memory than there is"
 
 
 class Engine(NamedTuple):
@@ -37,6 +38,48 @@ class Engine(NamedTuple):
 
     submit: Callable[[int], Future]
     most: Callable[[], int]
+
+
+Hold: TypeAlias = Callable[[Work], AbstractContextManager[Engine]]
+"""Gives work to workers, which hold it as long as the context lasts."""
+
+
+class Workers:
+    """What computes tiles, of one work after another: started with the first tile, and ended with the context.
+
+    Args:
+        scheduler: See `run`.
+        workers: See `run`.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+
+    def __init__(self, scheduler: str | None = None, workers: int = 0) -> None:
+        if workers < 0:
+            raise ValueError(f"workers must not be negative, got {workers}")
+        self._start = _starter(scheduler, workers)
+        self._stack = ExitStack()
+        self._hold: Hold | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hold = None
+        self._stack.close()
+
+    def run(self, work: Work, tiles: Sequence[int], done: Work | None = None) -> None:
+        """Calls ``work`` for each tile; see the function `run`."""
+        if self._start is None:
+            for tile in tiles:
+                work(tile)
+                _tell(done, tile)
+        elif tiles:
+            if self._hold is None:
+                self._hold = self._stack.enter_context(self._start())
+            with self._hold(work) as (submit, most):
+                _hand_out(submit, most, tiles, done)
 
 
 def run(
@@ -66,28 +109,21 @@ def run(
     Raises:
         ValueError: If an argument does not fit.
         ImportError: If the engine is not installed; with the extra that installs it.
+        ChildProcessError: If a tile's workers are killed whenever it is tried.
         Exception: What ``work`` raised first. Tiles that had begun end before, and ``done`` is told of them.
     """
-    if workers < 0:
-        raise ValueError(f"workers must not be negative, got {workers}")
-    engine = _engine(work, scheduler, workers)
-    if engine is None:
-        for tile in tiles:
-            work(tile)
-            _tell(done, tile)
-    elif tiles:
-        with engine as (submit, most):
-            _hand_out(submit, most, tiles, done)
+    with Workers(scheduler, workers) as started:
+        started.run(work, tiles, done)
 
 
-def _engine(work: Work, scheduler: str | None, workers: int) -> AbstractContextManager[Engine] | None:
+def _starter(scheduler: str | None, workers: int) -> Callable[[], AbstractContextManager[Hold]] | None:
     """Returns what starts and ends workers; None: this process."""
     if scheduler is None:
-        return _processes(work, workers) if workers else None
+        return partial(_processes, workers) if workers else None
     if scheduler == "dask" or scheduler.startswith(("tcp://", "tls://")):
-        return _dask(work, scheduler, workers)
+        return partial(_dask, scheduler, workers)
     if scheduler == "ray" or scheduler.startswith("ray://"):
-        return _ray(work, scheduler, workers)
+        return partial(_ray, scheduler, workers)
     allowed = 'None, "dask", "ray", or an address tcp://..., tls://... (Dask) or ray://...'
     raise ValueError(f"scheduler must be {allowed}, got {scheduler!r}")
 
@@ -122,13 +158,20 @@ def _tell(done: Work | None, tile: int) -> None:
 
 
 @contextmanager
-def _processes(work: Work, workers: int) -> Iterator[Engine]:
-    """Starts processes on this machine."""
-    pool = _Pool(work, workers)
-    try:
-        yield Engine(pool.submit, lambda: 2 * workers)
-    finally:
-        pool.executor.shutdown(cancel_futures=True)
+def _processes(workers: int) -> Iterator[Hold]:
+    """Processes on this machine, which are other ones for each work."""
+
+    @contextmanager
+    def hold(work: Work) -> Iterator[Engine]:
+        pool = _Pool(work, workers)
+        try:
+            yield Engine(pool.submit, lambda: 2 * workers)
+        except BrokenExecutor as error:
+            raise ChildProcessError(_DEATHS) from error
+        finally:
+            pool.executor.shutdown(cancel_futures=True)
+
+    yield hold
 
 
 class _Pool:
@@ -172,7 +215,7 @@ def _process_tile(tile: int) -> None:
 
 
 @contextmanager
-def _dask(work: Work, scheduler: str, workers: int) -> Iterator[Engine]:
+def _dask(scheduler: str, workers: int) -> Iterator[Hold]:
     """Starts a cluster of Dask or connects to one; its workers, later ones too, hold the work as a plugin."""
     distributed = import_optional("distributed", "dask")
     with ExitStack() as stack:
@@ -185,12 +228,21 @@ def _dask(work: Work, scheduler: str, workers: int) -> Iterator[Engine]:
             stack.enter_context(cluster)
             limit = 0
         client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
-        plugin, name = distributed.WorkerPlugin(), f"rat_timm-{uuid.uuid4()}"
-        plugin.work = work
-        client.register_plugin(plugin, name=name)
-        stack.callback(client.unregister_worker_plugin, name)
-        submit = partial(client.get_executor(pure=False).submit, _dask_tile, name)
-        yield Engine(submit, lambda: _most(sum(client.nthreads().values()), limit))
+
+        @contextmanager
+        def hold(work: Work) -> Iterator[Engine]:
+            plugin, name = distributed.WorkerPlugin(), f"rat_timm-{uuid.uuid4()}"
+            plugin.work = work
+            client.register_plugin(plugin, name=name)
+            try:
+                submit = partial(client.get_executor(pure=False).submit, _dask_tile, name)
+                yield Engine(submit, lambda: _most(sum(client.nthreads().values()), limit))
+            except distributed.KilledWorker as error:
+                raise ChildProcessError(_DEATHS) from error
+            finally:
+                client.unregister_worker_plugin(name)
+
+        yield hold
 
 
 def _dask_tile(name: str, tile: int) -> None:
@@ -198,7 +250,7 @@ def _dask_tile(name: str, tile: int) -> None:
 
 
 @contextmanager
-def _ray(work: Work, scheduler: str, workers: int) -> Iterator[Engine]:
+def _ray(scheduler: str, workers: int) -> Iterator[Hold]:
     """Starts a cluster of Ray or connects to one; its store holds the work, from which each worker takes it once."""
     ray = import_optional("ray", "ray")
     is_ours, limit = scheduler != "ray" or not ray.is_initialized(), workers
@@ -209,15 +261,25 @@ def _ray(work: Work, scheduler: str, workers: int) -> Iterator[Engine]:
     elif is_ours:
         ray.init("local", num_cpus=workers or None, include_dashboard=False)
         limit = 0
-    try:
-        tile = ray.remote(max_retries=RETRIES)(_ray_tile)
+    tile = ray.remote(max_retries=RETRIES)(_ray_tile)
+
+    @contextmanager
+    def hold(work: Work) -> Iterator[Engine]:
         work_ = [ray.put(work)]  # in a list: not taken from the store for each tile
-        yield Engine(
-            lambda number: tile.remote(work_, number).future(),
-            lambda: _most(int(ray.cluster_resources().get("CPU", 0)), limit),
-        )
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        try:
+            yield Engine(
+                lambda number: tile.remote(work_, number).future(),
+                lambda: _most(int(ray.cluster_resources().get("CPU", 0)), limit),
+            )
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.WorkerCrashedError as error:
+            raise ChildProcessError(_DEATHS) from error
+        except ray.exceptions.RayError as error:
+            raise OSError(f"Ray: {error}") from error
+
+    try:
+        yield hold
     finally:
         if is_ours:
             ray.shutdown()

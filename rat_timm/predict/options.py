@@ -1,11 +1,15 @@
 """What a user asks of a prediction."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import torch
 
 from ..data.pyramid import Level
+from ..dense.instances import instances
 
 OVERVIEW = "overview"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -101,6 +105,15 @@ class Options:
             raise ValueError(f"intensities must be two numbers, the lower first, got {self.intensities}")
         if self.task == "instances" and self.scale is None:
             raise ValueError("scale must be the length with which the network for instances was trained, got None")
+        if self.largest is not None and not 0 <= self.largest < math.inf:
+            raise ValueError(f"largest must be a length, got {self.largest}")
+        if self.scale is not None:
+            instances(torch.zeros(1, 2, 1, 1), 1.0, **self.of_objects())  # checks them
+
+    def of_objects(self) -> dict[str, Any]:
+        """Returns those of `rat_timm.dense.instances`."""
+        names = ("scale", "threshold", "depth", "smoothing", "min_distance", "min_size")
+        return {name: getattr(self, name) for name in names}
 
     def described(self) -> dict[str, str]:
         """Returns what a run that goes on must have in common with the one before, in words."""

@@ -29,13 +29,13 @@ from .plan import Plan, make_plan
 from .preview import draw
 from .source import ImageLike, Masked, Scaled, open_levels, overview, rescaling
 from .stitch import join, load_faces, relabel
-from .store import ENDINGS, LOCAL, Store
+from .store import ENDINGS, LOCAL, WRITTEN, Store
 from .work import FACES, Job, Work
 
 _OVERVIEW_PIXELS = {1: 1 << 12, 2: 1 << 16, 3: 1 << 18}
 _SLAB_PIXELS = 1 << 24
 _LARGEST = 10.0  # times the scale of a network for instances
-TABLES = "tables"
+TABLES, GAP = "tables", "difference.json"
 
 
 class Prediction(NamedTuple):
@@ -46,8 +46,7 @@ class Prediction(NamedTuple):
         pixels: How many pixels of the output it has.
         computed: How many of them this call computed; others were finished before.
         seconds: How long tiles took.
-        difference: How far values may be from those of the whole image; None where they are the same, or where an
-            earlier call measured it.
+        difference: How far values may be from those of the whole image; None where they are the same.
     """
 
     output: Path
@@ -84,10 +83,10 @@ def predict(
     options = dataclasses.replace(options or Options(), **changes)
     output = Path(output)
     _check_output(output)
+    _check_preview(options.preview)
+    options = dataclasses.replace(options, device=_device(options.device))
     network = Network(load_model(model), options.task, options.stage, options.compile)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    network.model.to(device, getattr(torch, options.dtype))
-    options = dataclasses.replace(options, device=device)
+    network.model.to(options.device, getattr(torch, options.dtype))
     levels, masked = _open(image, network, options)
     said = _describe(network, levels, options)
     wanted = options.levels
@@ -96,23 +95,24 @@ def predict(
     network = dataclasses.replace(network, levels=1 + len(wanted))
     plan = _plan(network, masked.grid, options)
     wanted = [] if plan.is_whole and options.levels is None else wanted
-    job = _job(network, model, levels, masked, plan, dataclasses.replace(options, levels=wanted), output)
+    job = _job(network, model, levels, masked, plan, dataclasses.replace(options, levels=wanted), output, said)
     work, manifest = Work(job, network), Manifest(job.store.partial)
-    goes_on = manifest.begin(said, options.resume)
-    if not goes_on:
+    if not manifest.begin(said, options.resume):
         job.store.create()
         for folder in (FACES, TABLES):
             (manifest.folder / folder).mkdir(exist_ok=True)
         manifest.write(said)
-    gap = None if plan.is_exact or goes_on else difference(work)
-    _say(options, _forecast(work, gap))
+    gap = None if plan.is_exact else _gap(work)
+    if options.progress:
+        print(_forecast(work, gap), file=sys.stderr, flush=True)
     left = manifest.left("tile-", plan.count)
     begun = time.perf_counter()
-    _compute(work, left, options)
-    seconds = time.perf_counter() - begun
-    if options.task == "instances":
-        _join(work, options)
-    _coarsen(job.store, manifest, options)
+    with engines.Workers(options.scheduler, options.workers) as workers:
+        _compute(work, left, options, workers)
+        seconds = time.perf_counter() - begun
+        if options.task == "instances":
+            _join(work, workers)
+        _coarsen(job.store, manifest, workers)
     job.store.write_metadata(output.name.split(".")[0], _provenance(said, gap))
     if options.preview is not None:
         draw(job, levels, Path(options.preview))
@@ -121,13 +121,42 @@ def predict(
     return Prediction(output, plan.region.size, computed, seconds, gap)
 
 
+def _gap(work: Work) -> Difference | None:
+    """Measures the difference, or returns what the run that goes on measured."""
+    manifest = work.manifest
+    kept = manifest.kept(GAP)
+    if kept is None:
+        gap = difference(work)
+        kept = [None if gap is None else gap._asdict()]
+        manifest.keep(GAP, kept)
+    return None if kept[0] is None else Difference(**kept[0])
+
+
 def _check_output(output: Path) -> None:
     if not output.name.lower().endswith(ENDINGS):
         raise ValueError(f"output must end in one of {ENDINGS}, got {output.name}")
     if output.exists():
+        before = Manifest.beside(output)
+        if before.folder.is_dir() and (before.is_done(WRITTEN) or not before.is_there):
+            before.remove()  # it was killed when the output was there
         raise FileExistsError(f"output {output} exists: delete it or give another name")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"output's folder {output.parent} must be there")
+
+
+def _check_preview(preview: str | PathLike | None) -> None:
+    if preview is not None and (Path(preview).suffix.lower() != ".png" or not Path(preview).absolute().parent.is_dir()):
+        raise ValueError(f"preview must be a .png in a folder that is there, got {str(preview)!r}")
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
+        raise ValueError(f"device must be one that PyTorch finds here, got {name!r}: {error}") from error
+    return name
 
 
 def _open(image: ImageLike, network: Network, options: Options) -> tuple[list[Level], Masked]:
@@ -213,6 +242,7 @@ def _job(
     plan: Plan,
     options: Options,
     output: Path,
+    said: dict[str, Any],
 ) -> Job:
     spacing = network.spacing(image.grid)
     wanted = options.levels or ()
@@ -226,7 +256,7 @@ def _job(
     dtype = "float32" if not labels else "uint8" if network.channels <= 256 else "uint16"
     out, start = plan.out, plan.out.spacing.new_tensor(plan.region.start)
     store = Store(
-        output.with_name(f"{output.name}.partial"),
+        Manifest.beside(output).partial,
         plan.region.shape,
         plan.chunk,
         plan.tile,
@@ -238,14 +268,9 @@ def _job(
         labels,
         options.task == "instances",
     )
-    place = model if isinstance(model, nn.Module) else str(model)
+    place = model if isinstance(model, nn.Module) else os.path.abspath(model) if Path(model).exists() else str(model)
     contexts = tuple(overview(levels, image, step) for step in steps)
-    return Job(options, place, plan, Scaled.at(image, spacing), contexts, field, store)
-
-
-def _say(options: Options, text: str) -> None:
-    if options.progress:
-        print(text, file=sys.stderr, flush=True)
+    return Job(options, place, plan, Scaled.at(image, spacing), contexts, field, store, said)
 
 
 def _forecast(work: Work, gap: Difference | None) -> str:
@@ -277,7 +302,7 @@ def _forecast(work: Work, gap: Difference | None) -> str:
     return "\n".join(lines)
 
 
-def _compute(work: Work, tiles: Sequence[int], options: Options) -> None:
+def _compute(work: Work, tiles: Sequence[int], options: Options, workers: engines.Workers) -> None:
     """Computes tiles; in this process, reads ahead and writes behind."""
     plan = work.job.plan
     total = sum(plan.box(tile).size for tile in tiles)
@@ -289,7 +314,7 @@ def _compute(work: Work, tiles: Sequence[int], options: Options) -> None:
         if options.scheduler is None and not options.workers:
             work.expect(tiles)
         try:
-            engines.run(work, tiles, scheduler=options.scheduler, workers=options.workers, done=done)
+            workers.run(work, tiles, done)
         finally:
             work.finish()
 
@@ -314,7 +339,7 @@ class Relabel:
         manifest.mark(f"relabel-{tile}")
 
 
-def _join(work: Work, options: Options) -> None:
+def _join(work: Work, workers: engines.Workers) -> None:
     """Makes one object of those that tiles cut, and numbers all."""
     plan, store, manifest = work.job.plan, work.job.store, work.manifest
     faces, tables = manifest.folder / FACES, manifest.folder / TABLES
@@ -330,7 +355,7 @@ def _join(work: Work, options: Options) -> None:
             os.replace(new, tables / f"{tile}.npy")
         manifest.mark("joined")
     left = [tile for tile in manifest.left("relabel-", plan.count) if (faces / f"{tile}.npz").exists()]
-    engines.run(Relabel(store, plan), left, scheduler=options.scheduler, workers=options.workers)
+    workers.run(Relabel(store, plan), left)
 
 
 class Coarsen:
@@ -349,11 +374,11 @@ class Coarsen:
         self.store.coarsen(self.level, self.store.tiles(self.level)[tile])
 
 
-def _coarsen(store: Store, manifest: Manifest, options: Options) -> None:
+def _coarsen(store: Store, manifest: Manifest, workers: engines.Workers) -> None:
     for level in range(1, len(store.factors)):
         if not manifest.is_done(f"level-{level}"):
             tiles = range(len(store.tiles(level)))
-            engines.run(Coarsen(store, level), tiles, scheduler=options.scheduler, workers=options.workers)
+            workers.run(Coarsen(store, level), tiles)
             manifest.mark(f"level-{level}")
 
 

@@ -1,7 +1,9 @@
 """Images as prediction reads them: any part of one, at any pixel size, with its mask."""
 
+import os
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -128,7 +130,8 @@ def rescaling(grid: Grid, spacing: Sequence[float]) -> tuple[Resampling | None, 
 def open_levels(image: ImageLike, unit: str, spacing: Sequence[float] | None, time: int | None) -> list[Level]:
     """Opens the levels of an image, finest first."""
     if isinstance(image, str | PathLike):
-        return read_levels(image, unit, time=time, spacing=spacing)
+        place = os.path.abspath(image) if Path(image).exists() else image  # workers may begin in another folder
+        return read_levels(place, unit, time=time, spacing=spacing)
     levels = list(image)
     if spacing is None:
         return levels

@@ -4,9 +4,10 @@ While a run goes on, its OME-Zarr stands in ``OUTPUT.partial``; the output is th
 """
 
 import gzip
+import json
 import math
 import os
-import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from ..data.readers.source import import_zarr
 from ..data.units import metres_of
 from ..geometry.box import Box
 from ..optional import import_optional
-from .manifest import FOLDER
+from .manifest import DATA, FOLDER, NAME, Manifest
 
 if TYPE_CHECKING:
     import zarr
@@ -28,6 +29,10 @@ ENDINGS = (".ome.zarr", ".zarr", ".nii", ".nii.gz", ".ome.tif", ".ome.tiff")
 _NGFF_UNITS = {"nm": "nanometer", "um": "micrometer", "mm": "millimeter", "cm": "centimeter", "m": "meter"}
 LOCAL = -1
 """The level of objects that each tile numbers on its own."""
+WRITTEN = "written"
+"""The mark of a run of which an output, if there is one, is."""
+_NAME_OF_LOCAL = "local"
+_UNFINISHED = ".partial"  # how zarr's files end until they are written: a process that is killed leaves them
 _COARSEST = 256  # places along an axis of which no coarser level is made
 _EVEN = 1.5  # by how much a pixel may be longer than the shortest and still be halved
 
@@ -84,14 +89,15 @@ class Store:
     def create(self) -> None:
         """Makes the group and its arrays, which are zero."""
         zarr = import_zarr()
-        group = zarr.open_group(str(self.partial), mode="a", zarr_format=3)
+        group = zarr.open_group(str(self.partial / DATA), mode="w", zarr_format=3)
+        local = zarr.open_group(str(self.partial / FOLDER), mode="a", zarr_format=3) if self.has_local else None
         for level in [*range(len(self.factors)), *([LOCAL] if self.has_local else [])]:
             shape = self.level_shape(max(level, 0))
             chunk = tuple(map(min, self.chunk, shape))
             shard = tuple(-(-min(t, n) // c) * c for t, n, c in zip(self.tile, shape, chunk, strict=True))
             lead = () if self.channels is None else (self.channels,)
-            group.create_array(
-                self._name(level),
+            (local if level == LOCAL else group).create_array(
+                _NAME_OF_LOCAL if level == LOCAL else str(level),
                 shape=(*lead, *shape),
                 chunks=(*(1 for _ in lead), *chunk),
                 shards=(*lead, *shard),
@@ -102,10 +108,8 @@ class Store:
 
     def array(self, level: int = 0) -> "zarr.Array":
         """Opens a level's array."""
-        return import_zarr().open_array(str(self.partial / self._name(level)), mode="r+")
-
-    def _name(self, level: int) -> str:
-        return f"{FOLDER}/local" if level == LOCAL else str(level)
+        name = f"{FOLDER}/{_NAME_OF_LOCAL}" if level == LOCAL else f"{DATA}/{level}"
+        return import_zarr().open_array(str(self.partial / name), mode="r+")
 
     def write(self, level: int, box: Box, values: np.ndarray) -> None:
         """Writes a part of a level, ``[*box]`` or ``[channels, *box]``."""
@@ -153,7 +157,7 @@ class Store:
         """Writes what OME-Zarr readers want to know: axes, and scale and translation of each level."""
         fmt = import_optional("ome_zarr.format", "predict").FormatV05()
         writer = import_optional("ome_zarr.writer", "predict")
-        group = import_zarr().open_group(str(self.partial), mode="r+")
+        group = import_zarr().open_group(str(self.partial / DATA), mode="r+")
         lead = [] if self.channels is None else [{"name": "c", "type": "channel"}]
         unit = _NGFF_UNITS.get(self.unit, self.unit)
         axes = [*lead, *({"name": axis, "type": "space", "unit": unit} for axis in _axes(self.shape))]
@@ -173,15 +177,17 @@ class Store:
 
     def finish(self, output: Path, affine: np.ndarray | None = None) -> None:
         """Puts the finished prediction at its place, as the format that the name says."""
-        name = output.name.lower()
+        name, new = output.name.lower(), self.partial / DATA
         if name.endswith(".zarr"):
-            shutil.rmtree(self.partial / FOLDER)
-            os.replace(self.partial, output)
-            return
-        new = self.partial / FOLDER / output.name
-        write_nifti(self, new, affine) if ".nii" in name[-7:] else write_ome_tiff(self, new)
+            for file in new.rglob(f"*{_UNFINISHED}"):
+                file.unlink(missing_ok=True)
+        else:
+            new = self.partial / FOLDER / output.name
+            write_nifti(self, new, affine) if ".nii" in name[-7:] else write_ome_tiff(self, new)
+        manifest = Manifest(self.partial)
+        manifest.mark(WRITTEN)
         os.replace(new, output)
-        shutil.rmtree(self.partial)
+        manifest.remove()
 
 
 def _axes(shape: Sequence[int]) -> str:
@@ -245,7 +251,8 @@ def write_nifti(store: Store, file: Path, affine: np.ndarray | None) -> None:
     header.set_qform(affine, code=1)
     header.set_xyzt_units("mm")
     header["vox_offset"] = math.ceil((int(header["sizeof_hdr"]) + 4) / 16) * 16
-    with gzip.open(file, "wb") if file.name.endswith(".gz") else file.open("wb") as stream:
+    is_packed = file.name.lower().endswith(".gz")
+    with gzip.GzipFile(file, "wb", mtime=0) if is_packed else file.open("wb") as stream:  # the same bytes at any time
         header.write_to(stream)
         stream.write(b"\0" * (int(header["vox_offset"]) - stream.tell()))
         for plane in _planes(store):
@@ -257,7 +264,8 @@ def write_ome_tiff(store: Store, file: Path) -> None:
     tifffile = import_optional("tifffile", "data")
     lead = () if store.channels is None else (store.channels,)
     keys = zip("ZYX"[-len(store.shape) :], store.spacing, strict=True)
-    metadata: dict[str, Any] = {"axes": "C" * len(lead) + "ZYX"[-len(store.shape) :]}
+    run = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(Manifest(store.partial).kept(NAME), sort_keys=True))
+    metadata: dict[str, Any] = {"axes": "C" * len(lead) + "ZYX"[-len(store.shape) :], "UUID": f"urn:uuid:{run}"}
     for axis, step in keys:
         metadata |= {f"PhysicalSize{axis}": step, f"PhysicalSize{axis}Unit": _OME_UNITS.get(store.unit, store.unit)}
     with tifffile.TiffWriter(file, bigtiff=True, ome=True) as tiff:

@@ -62,6 +62,7 @@ class Job:
         contexts: The image at the pixel sizes of further levels, cut around each window.
         overview: The whole field, ``[1, *size, C]``; None without one.
         store: Where tiles are written.
+        said: What the run is.
     """
 
     options: Options
@@ -71,6 +72,7 @@ class Job:
     contexts: tuple[Scaled, ...]
     overview: Tokens | None
     store: Store
+    said: dict[str, Any]
 
 
 class Work:
@@ -245,6 +247,7 @@ class Work:
     def _write(self, tile: int, values: Tensor, predicted: Tensor) -> None:
         box, known = self.job.plan.box(tile), self.job.plan.known(tile)
         inner = box.inside(known)
+        self.manifest.check(self.job.said)
         if self.job.options.task == "instances":
             self._write_objects(tile, values, predicted, inner)
         elif bool(predicted[inner.slices].any()):
@@ -268,18 +271,8 @@ def _have_one_spacing(grid: Grid, other: Grid) -> bool:
 
 def objects(values: Tensor, predicted: Tensor, out: Grid, options: Options) -> Tensor:
     """Returns the objects ``[*box]`` that a network for instances sees; see `rat_timm.dense.instances`."""
-    assert options.scale is not None
-    return instances(
-        values.movedim(-1, 0)[None],
-        tuple(out.spacing[0].tolist()),
-        scale=options.scale,
-        threshold=options.threshold,
-        depth=options.depth,
-        smoothing=options.smoothing,
-        min_distance=options.min_distance,
-        min_size=options.min_size,
-        mask=predicted[None],
-    )[0]
+    step = tuple(out.spacing[0].tolist())
+    return instances(values.movedim(-1, 0)[None], step, **options.of_objects(), mask=predicted[None])[0]
 
 
 def finished(task: str, values: Tensor, predicted: Tensor) -> Tensor:

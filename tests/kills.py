@@ -1,0 +1,225 @@
+"""Kills `python -m rat_timm predict` at random moments, resumes it until it ends, and compares what is left.
+
+    PYTHONPATH=$PWD python tests/kills.py --kills 10
+    PYTHONPATH=$PWD python tests/kills.py --kills 10 --engines ray --tasks instances --who worker
+
+A moment is a random number of finished things (tiles, numbers of objects, levels) and a random time after it; the
+process group gets SIGKILL, or one of the processes that compute does and the run has to end by itself.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import zarr
+from ome_zarr.writer import write_multiscale
+from torch import nn
+
+from rat_timm.dense import Segmenter
+
+ENGINES = ("process", "processes", "dask", "tcp", "ray")
+TASKS = {
+    "labels": [],
+    "probabilities": ["--halo", "6"],  # too short: windows are blended, and the difference is measured
+    "instances": ["--scale", "4", "--largest", "8"],
+}
+LONGEST = 300.0  # seconds of a run
+CLUSTER = """
+import sys, time
+from distributed import LocalCluster
+if __name__ == "__main__":
+    with LocalCluster(n_workers=2, threads_per_worker=1, protocol="tcp", host="127.0.0.1", dashboard_address=None) as c:
+        print(c.scheduler_address, flush=True)
+        sys.stdin.read()
+"""
+
+
+class Ended(NamedTuple):
+    """A run that ended by itself."""
+
+    seconds: float
+    kills: int
+
+
+def make(folder: Path, size: int) -> list[str]:
+    """Writes an image and a model; returns the command but for its output."""
+    pixels = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    group = zarr.open_group(str(folder / "image.ome.zarr"), mode="w")
+    options = {"axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]}
+    scale = [[{"type": "scale", "scale": [1.0, 1.0]}]]
+    write_multiscale(
+        [pixels], group, coordinate_transformations=scale, storage_options={"chunks": (64, 64)}, **options
+    )
+    options = {"embed_dim": (16, 16), "depths": (1, 2), "num_heads": 2, "attn_kernel_size": 3}
+    model = Segmenter("test_rat", 2, width=8, in_chans=1, **options)
+    nn.init.normal_(model.classifier.weight, std=0.3)
+    model.save(folder / "model")
+    program = [sys.executable, "-m", "rat_timm", "predict", str(folder / "image.ome.zarr")]
+    return [*program, "--model", str(folder / "model"), "--tile", "20", "--quiet"]
+
+
+@contextlib.contextmanager
+def arguments(engine: str) -> Iterator[list[str]]:
+    """Yields how an engine is asked for; a cluster of its own lives meanwhile."""
+    if engine != "tcp":
+        yield {
+            "process": [],
+            "processes": ["--workers", "2"],
+            "dask": ["--scheduler", "dask", "--workers", "2"],
+            "ray": ["--scheduler", "ray", "--workers", "2"],
+        }[engine]
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(CLUSTER)
+        file.flush()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen([sys.executable, file.name], text=True, start_new_session=True, **pipes) as cluster:
+            assert cluster.stdout is not None
+            assert cluster.stdin is not None
+            try:
+                yield ["--scheduler", cluster.stdout.readline().strip()]
+            finally:
+                cluster.stdin.close()
+                cluster.wait(60)
+
+
+def marks(output: Path) -> int:
+    """Counts what is finished of a run."""
+    with contextlib.suppress(FileNotFoundError):
+        return len(os.listdir(output.with_name(f"{output.name}.partial") / ".predict" / "done"))
+    return -1
+
+
+def start(command: list[str], output: Path) -> subprocess.Popen:
+    """Starts a run, with its own process group."""
+    return subprocess.Popen([*command, "--output", str(output)], start_new_session=True, stderr=subprocess.PIPE)
+
+
+def uninterrupted(command: list[str], output: Path) -> tuple[float, int]:
+    """Runs once; returns the seconds and how many things were finished before the last one."""
+    begun, process, most = time.monotonic(), start(command, output), 0
+    while process.poll() is None:
+        most = max(most, marks(output))
+        time.sleep(0.002)
+    check(process)
+    return time.monotonic() - begun, most
+
+
+def check(process: subprocess.Popen) -> None:
+    """Waits, and raises what a run that failed says."""
+    _, said = process.communicate(timeout=LONGEST)
+    if process.returncode:
+        raise RuntimeError(f"the run ended with {process.returncode}: {said.decode()[-2000:]}")
+
+
+def killed(command: list[str], output: Path, moments: list[tuple[int, float]]) -> Ended:
+    """Kills runs, each when so many things are finished and some seconds later, and lets the last one end."""
+    begun, kills = time.monotonic(), 0
+    for count, delay in moments:
+        process = start(command, output)
+        while process.poll() is None and marks(output) < count:
+            time.sleep(0.001)
+        time.sleep(delay)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+            process.communicate()
+        else:
+            check(process)
+        if output.exists():
+            return Ended(time.monotonic() - begun, kills)
+    check(start(command, output))
+    return Ended(time.monotonic() - begun, kills)
+
+
+def computing(process: subprocess.Popen, engine: str) -> list[psutil.Process]:
+    """Returns the processes that compute tiles."""
+    words = {"processes": "forkserver", "dask": "spawn_main", "ray": "ray::", "tcp": "spawn_main"}[engine]
+    own = psutil.Process() if engine == "tcp" else psutil.Process(process.pid)
+    with contextlib.suppress(psutil.Error):
+        there = [p for p in own.children(recursive=True) if p.is_running() and words in " ".join(p.cmdline())]
+        parents = {p.ppid() for p in there}
+        return [p for p in there if p.pid not in parents and p.cpu_times().user > 0.5]
+    return []
+
+
+def worker_killed(command: list[str], output: Path, engine: str, moments: list[tuple[int, float]]) -> Ended:
+    """Kills processes that compute, of one run, which ends by itself."""
+    begun, kills, process = time.monotonic(), 0, start(command, output)
+    for count, delay in moments:
+        while process.poll() is None and marks(output) < count:
+            time.sleep(0.001)
+        time.sleep(delay)
+        there = computing(process, engine) if process.poll() is None else []
+        if there:
+            with contextlib.suppress(psutil.Error):
+                there[count % len(there)].kill()
+                kills += 1
+    check(process)
+    return Ended(time.monotonic() - begun, kills)
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """Returns the bytes of each file."""
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Compares each file of two outputs, and that nothing is left of the runs."""
+    assert files(one) == files(other), f"{one} and {other} differ"
+    left = [each for each in one.parent.iterdir() if ".partial" in each.name]
+    assert not left, f"{left} were left"
+
+
+def try_out(engine: str, task: str, who: str, kills: int, seed: int, folder: Path, size: int) -> str:
+    """Compares a run that was killed with one that was not; says what was done."""
+    rng = random.Random(f"{engine} {task} {who} {seed}")
+    command = [*make(folder, size), "--task", task, *TASKS[task]]
+    with arguments(engine) as how:
+        seconds, count = uninterrupted([*command, *how], folder / "whole.ome.zarr")
+        last = count if who == "group" else int(0.6 * count)
+        moments = sorted((rng.randint(0, last), rng.uniform(0, 0.2)) for _ in range(kills))
+        output = folder / "killed.ome.zarr"
+        if who == "group":
+            ended = killed([*command, *how], output, moments)
+        else:
+            ended = worker_killed([*command, *how], output, engine, moments)
+    assert_same(folder / "whole.ome.zarr", output)
+    return (
+        f"{engine:9} {task:13} {who:6}: {ended.kills} kills of {kills} at {[at for at, _ in moments]} of {count}, "
+        f"{ended.seconds:.0f} s, {seconds:.0f} s uninterrupted: the same {len(files(output))} files"
+    )
+
+
+def main() -> None:
+    """Tries engines and tasks, and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--who", nargs="+", default=["group"], choices=["group", "worker"])
+    parser.add_argument("--size", type=int, default=300, help="pixels of the image along each axis")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    os.environ.update(RAY_worker_niceness="0", OMP_NUM_THREADS="1")
+    for who in given.who:
+        for engine in given.engines:
+            for task in given.tasks:
+                with tempfile.TemporaryDirectory() as folder:
+                    args = given.kills, given.seed, Path(folder), given.size
+                    print(time.strftime("%H:%M:%S"), try_out(engine, task, who, *args), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""What the command may be told: each option against the model on the whole image, and each wrong input in one line."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from ome_zarr.writer import write_multiscale
+from test_predict import call, probabilities, stored
+from test_predict_receptive import segmenter
+
+from hub_client import run
+from hub_server import Repo, environment, serving
+from rat_timm import data
+from rat_timm.dense import Segmenter
+from rat_timm.predict import predict
+from rat_timm.predict.network import Network
+from rat_timm.predict.store import Store
+
+zarr = pytest.importorskip("zarr")
+SIZE = (64, 80)
+
+
+def write(place, pixels, spacing, unit="micrometer", **options):
+    """Writes an OME-Zarr of levels of two."""
+    group = zarr.open_group(str(place), mode="w")
+    axes = [{"name": axis, "type": "space", "unit": unit} for axis in "zyx"[-pixels.ndim :]]
+    transforms = [[{"type": "scale", "scale": list(spacing)}]]
+    storage = {"chunks": (16,) * pixels.ndim, **options}
+    write_multiscale([pixels], group, axes=axes, coordinate_transformations=transforms, storage_options=storage)
+    return place
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).normal(size=SIZE).astype(np.float32)
+
+
+@pytest.fixture
+def image(tmp_path, pixels):
+    return write(tmp_path / "image.ome.zarr", pixels, (0.5, 0.5))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    segmenter(depths=(1, 1)).float().save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def whole(saved, pixels, spacing, **told):
+    return probabilities(Segmenter.load(saved), torch.from_numpy(np.asarray(pixels))[None], spacing=spacing, **told)
+
+
+ALWAYS = ["--task", "probabilities", "--tile", 12, "--quiet"]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float16", 2e-2), ("bfloat16", 0.1), ("float64", 1e-5)])
+def test_other_dtypes_give_nearly_the_same(tmp_path, image, pixels, saved, dtype, close):
+    call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS, "--dtype", dtype, "--device", "cpu")
+    gap = np.abs(stored(tmp_path / "out.ome.zarr") - whole(saved, pixels, 0.5))
+    assert gap.max() < close
+    assert gap.max() > 0
+
+
+def test_lengths_are_in_the_unit_that_is_said(tmp_path, pixels, saved):
+    """A model whose pixels are of 1 mm sees an image of 500 um at 0.5."""
+    image = write(tmp_path / "image.ome.zarr", pixels, (500.0, 500.0))
+    call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS, "--unit", "mm")
+    np.testing.assert_allclose(stored(tmp_path / "out.ome.zarr"), whole(saved, pixels, 0.5), atol=1e-5)
+    assert data.read_grids(tmp_path / "out.ome.zarr", unit="um")[0].spacing.tolist() == [[500.0, 500.0]]
+
+
+def test_a_spacing_is_taken_in_place_of_the_file_s(tmp_path, image, pixels, saved):
+    call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS, "--spacing", 0.7, 1.2)
+    np.testing.assert_allclose(stored(tmp_path / "out.ome.zarr"), whole(saved, pixels, (0.7, 1.2)), atol=1e-5)
+
+
+def test_a_background_that_is_a_file_masks(tmp_path, image, pixels, saved):
+    mask = np.random.default_rng(1).random(SIZE) > 0.3
+    write(tmp_path / "mask.ome.zarr", mask.astype(np.uint8), (0.5, 0.5))
+    options = [*ALWAYS, "--background", tmp_path / "mask.ome.zarr"]
+    call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *options)
+    expected = whole(saved, pixels, 0.5, mask=torch.from_numpy(mask)[None])
+    np.testing.assert_allclose(stored(tmp_path / "out.ome.zarr"), np.where(mask, expected, 0), atol=1e-5)
+
+
+def test_levels_of_the_command(tmp_path, image, saved, monkeypatch):
+    seen = []
+    call_ = Network.__call__
+    monkeypatch.setattr(Network, "__call__", lambda net, x, *given: seen.append(len(x)) or call_(net, x, *given))
+    for levels, count in ((["--levels", 1.0, "overview"], 3), (["--levels"], 1), ([], 1)):
+        seen.clear()
+        arguments = [*ALWAYS, "--halo", 4, *levels, "--restart"]
+        output = tmp_path / f"out{len(levels)}.ome.zarr"
+        call(image, "--model", saved, "--output", output, *arguments)
+        assert set(seen) == {count}
+    with pytest.raises(SystemExit, match=r"levels must be pixel sizes and 'overview', got -1\.0"):
+        call(image, "--model", saved, "--output", tmp_path / "other.ome.zarr", "--levels", -1)
+
+
+def test_a_compiled_model_gives_the_same(tmp_path, image, pixels, saved):
+    call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS, "--compile")
+    np.testing.assert_allclose(stored(tmp_path / "out.ome.zarr"), whole(saved, pixels, 0.5), atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".ome.tif"])
+def test_regions_keep_their_place_in_other_formats(tmp_path, image, pixels, saved, ending):
+    output = tmp_path / f"out{ending}"
+    call(image, "--model", saved, "--output", output, *ALWAYS, "--region", "10:50,8:")
+    scan = data.read(output, unit="um")
+    assert scan.spacing == pytest.approx((0.5, 0.5))
+    expected = whole(saved, pixels, 0.5)[:, 10:50, 8:]
+    np.testing.assert_allclose(scan.pixels.numpy(), expected, atol=1e-5)
+
+
+def test_a_folder_of_dicom(tmp_path):
+    pytest.importorskip("pydicom")
+    from test_dicom import make_series
+
+    folder = make_series(tmp_path / "series", [0.0, 1.5, 3.0, 4.5, 6.0, 7.5])
+    model = segmenter("test_rat_3d", depths=(1, 1), spacing=(1.5, 0.7, 0.3)).float()
+    model.save(tmp_path / "model")
+    output = tmp_path / "out.nii.gz"
+    call(folder, "--model", tmp_path / "model", "--output", output, *ALWAYS, "--unit", "mm")
+    scan = data.read(folder, unit="mm")
+    expected = probabilities(Segmenter.load(tmp_path / "model"), scan.pixels.float(), spacing=scan.spacing)
+    np.testing.assert_allclose(data.read(output, unit="mm").pixels, expected, atol=1e-5)
+
+
+def test_a_model_of_the_hub(tmp_path, image, pixels, saved):
+    """In a process of its own, since huggingface_hub reads its environment when it is imported."""
+    with serving() as server:
+        server.repos["me/cells"] = Repo()
+        server.repos["me/cells"].commit({file.name: file.read_bytes() for file in saved.iterdir()})
+        code = (
+            "import sys; sys.argv = ['rat_timm', *sys_argv]\n"
+            "from rat_timm.__main__ import main\n"
+            "try:\n    main()\nexcept SystemExit as error:\n    print(error)\n"
+        )
+        for name in ("me/cells", "me/none"):
+            words = [image, "--model", f"hf-hub:{name}", "--output", tmp_path / "out.nii", *ALWAYS]
+            argv = ["predict", *map(str, words)]
+            said = run(f"sys_argv = {argv!r}\n{code}", environment(server, str(tmp_path / "home")))
+            assert said == "" if name == "me/cells" else said.startswith("rat_timm predict: ")
+            assert said.count("\n") == (name == "me/none")
+            if name == "me/cells":
+                found = data.read(tmp_path / "out.nii", unit="um").pixels.numpy()
+                np.testing.assert_allclose(found, whole(saved, pixels, 0.5), atol=1e-5)
+                (tmp_path / "out.nii").unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "gpu"], "device must be one that PyTorch finds here, got 'gpu'"),
+        (["--device", "cuda:7"], "device must be one that PyTorch finds here, got 'cuda:7'"),
+        (["--preview", "look.jpg"], r"preview must be a .png in a folder that is there, got 'look.jpg'"),
+        (["--preview", "none/look.png"], r"preview must be a .png in a folder"),
+        (["--scheduler", "slurm"], "scheduler must be"),
+        (["--workers", "-1"], "workers not negative"),
+        (["--background", "none.nii"], "none.nii: there is no such file"),
+        (["--task", "features", "--stage", "7"], "stage must be from 0 to 1"),
+        (["--intensities", "5", "1"], "intensities must be two numbers, the lower first"),
+        (["--time", "2"], "time"),
+        (["--out", "-1"], "out must"),
+        (["--threshold", "2", "--task", "instances", "--scale", "8"], "threshold must be between 0 and 1"),
+        (["--task", "instances", "--scale", "-8"], "scale must be a positive length"),
+        (["--task", "instances", "--scale", "8", "--largest", "-1"], "largest must"),
+        (["--task", "instances", "--scale", "8", "--depth", "-1"], "depth must be a positive length"),
+        (["--task", "instances", "--scale", "8", "--min-size", "-1"], "min_size must not be negative"),
+    ],
+)
+def test_wrong_options_are_one_line_before_work_starts(tmp_path, image, saved, arguments, message):
+    output = tmp_path / "out.ome.zarr"
+    with pytest.raises(SystemExit, match=message) as error:
+        call(image, "--model", saved, "--output", output, "--quiet", *arguments)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("rat_timm predict: ")
+    assert not output.with_name("out.ome.zarr.partial").exists()
+
+
+def full(monkeypatch, name, after):
+    """A disk that is full when a method was called so often."""
+    method, count = getattr(Store, name), [0]
+
+    def fail(*given):
+        count[0] += 1
+        if count[0] > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return method(*given)
+
+    monkeypatch.setattr(Store, name, fail)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "after"),
+    [
+        ("labels", "create", 0),
+        ("labels", "write", 4),
+        ("labels", "write_metadata", 0),
+        ("labels", "finish", 0),
+        ("instances", "write", 70),
+    ],
+)
+def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, image, saved, monkeypatch, task, name, after):
+    words = ["--model", saved, "--task", task, "--scale", 2, "--largest", 2, "--tile", 5, "--quiet"]
+    output = tmp_path / "out.ome.zarr"
+    with monkeypatch.context() as patch:
+        full(patch, name, after)
+        with pytest.raises(SystemExit, match=r"rat_timm predict: .*No space left on device") as error:
+            call(image, *words, "--output", output)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith("the same command goes on)") == (name != "create")
+    assert not output.exists()
+    call(image, *words, "--output", output)
+    call(image, *words, "--output", tmp_path / "whole.ome.zarr")
+    assert np.array_equal(stored(output), stored(tmp_path / "whole.ome.zarr"))
+
+
+@pytest.mark.parametrize("scheduler", ["tcp://127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_a_cluster_that_does_not_answer_is_one_line(tmp_path, image, saved, scheduler, monkeypatch):
+    dask = pytest.importorskip("dask")
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_CLIENT_CONNECTION_TIMEOUT", "1")
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(SystemExit) as error:
+        call(image, "--model", saved, "--output", tmp_path / "o.ome.zarr", *ALWAYS, "--scheduler", scheduler)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("rat_timm predict: ")
+
+
+def test_an_interrupt_is_one_line(tmp_path, image, saved):
+    """As from the keyboard."""
+    command = [sys.executable, "-m", "rat_timm", "predict", image, "--model", saved]
+    output = tmp_path / "out.ome.zarr"
+    words = [*command, "--output", output, "--tile", 1, "--quiet"]
+    process = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True)
+    done = tmp_path / "out.ome.zarr.partial" / ".predict" / "done"
+    while process.poll() is None and not (done.is_dir() and any(done.iterdir())):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.startswith("rat_timm predict: interrupted (what was done stays in ")
+    assert said.count("\n") == 1
+
+
+def test_paths_may_be_relative_where_workers_began_elsewhere(tmp_path, image, saved, monkeypatch):
+    """Workers of a cluster that runs began in folders of their own."""
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.chdir(tmp_path)
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, protocol="tcp", host="127.0.0.1", dashboard_address=None
+    ) as cluster, distributed.Client(cluster) as client:
+        (tmp_path / "elsewhere").mkdir()
+        client.run(os.chdir, str(tmp_path / "elsewhere"))
+        address = ["--scheduler", cluster.scheduler_address]
+        call("image.ome.zarr", "--model", "model", "--output", "out.ome.zarr", *ALWAYS, *address)
+    call(image, "--model", saved, "--output", tmp_path / "here.ome.zarr", *ALWAYS)
+    np.testing.assert_allclose(stored(tmp_path / "out.ome.zarr"), stored(tmp_path / "here.ome.zarr"), atol=1e-6)
+
+
+def test_work_that_outlives_its_run_writes_nothing(tmp_path, image, saved):
+    """A worker of a cluster goes on for a while when the program that began the run was killed."""
+    said = json.loads('{"model": "another"}')
+    from rat_timm.predict.manifest import Manifest
+
+    manifest = Manifest(tmp_path / "out.ome.zarr.partial")
+    manifest.begin(said, resume=True)
+    with pytest.raises(FileNotFoundError, match="the run has ended"):
+        manifest.check(said)
+    (manifest.partial / "data").mkdir()
+    manifest.write(said)
+    manifest.check(said)
+    with pytest.raises(FileNotFoundError, match="the run has ended"):
+        manifest.check({"model": "mine"})
+
+
+def test_a_folder_that_is_none_of_a_run_is_not_removed(tmp_path, image, saved):
+    other = tmp_path / "out.ome.zarr.partial"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is no folder of a run"):
+        call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", "--quiet", "--restart")
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_quiet_runs_compute_no_forecast(tmp_path, image, saved, monkeypatch):
+    calls = []
+    monkeypatch.setattr("rat_timm.predict.run._forecast", lambda *_: calls.append(1) or "")
+    call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", "--quiet")
+    assert not calls
+    predict(image, saved, tmp_path / "other.ome.zarr", progress=True)
+    assert calls
