@@ -4,21 +4,24 @@
     PYTHONPATH=$PWD python tests/kills.py --kills 10 --engines ray --tasks instances --who worker
 
 A moment is a random number of finished things (tiles, numbers of objects, levels) and a random time after it; the
-process group gets SIGKILL, or one of the processes that compute does and the run has to end by itself.
+process group gets SIGKILL, or one of the processes that compute does and the run has to end by itself. Runs are forked
+from this process, which has imported what takes the time.
 """
 
 import argparse
 import contextlib
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -26,13 +29,14 @@ import zarr
 from ome_zarr.writer import write_multiscale
 from torch import nn
 
+import rat_timm.predict.command  # noqa: F401  # for all runs
 from rat_timm.dense import Segmenter
 
 ENGINES = ("process", "processes", "dask", "tcp", "ray")
 TASKS = {
-    "labels": [],
-    "probabilities": ["--halo", "6"],  # too short: windows are blended, and the difference is measured
-    "instances": ["--scale", "4", "--largest", "8"],
+    "labels": ["--tile", "20"],
+    "probabilities": ["--tile", "8", "--halo", "6"],  # too short: windows are blended, and the difference is measured
+    "instances": ["--tile", "8", "--scale", "4", "--largest", "8"],
 }
 LONGEST = 300.0  # seconds of a run
 CLUSTER = """
@@ -43,6 +47,49 @@ if __name__ == "__main__":
         print(c.scheduler_address, flush=True)
         sys.stdin.read()
 """
+
+
+class Run:
+    """``python -m rat_timm`` in a process group of its own."""
+
+    def __init__(self, words: list[str], said: Path) -> None:
+        self.said, self.code = said, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            sys.argv = ["rat_timm", *words]
+            try:
+                runpy.run_module("rat_timm", run_name="__main__", alter_sys=True)
+            except SystemExit as error:
+                print(error, file=sys.stderr, flush=True)
+                os._exit(0 if error.code is None else 1)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(2)
+            os._exit(0)
+
+    def has_ended(self) -> bool:
+        """Tells whether it has ended."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
+
+    def kill(self) -> None:
+        """Kills the process group."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def check(self) -> None:
+        """Waits, and raises what a run that failed says."""
+        begun = time.monotonic()
+        while not self.has_ended():
+            if time.monotonic() > begun + LONGEST:
+                self.kill()
+            time.sleep(0.01)
+        if self.code:
+            raise RuntimeError(f"the run ended with {self.code}: {self.said.read_text()[-2000:]}")
 
 
 class Ended(NamedTuple):
@@ -56,17 +103,15 @@ def make(folder: Path, size: int) -> list[str]:
     """Writes an image and a model; returns the command but for its output."""
     pixels = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     group = zarr.open_group(str(folder / "image.ome.zarr"), mode="w")
-    options = {"axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]}
+    options: dict[str, Any] = {"axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]}
     scale = [[{"type": "scale", "scale": [1.0, 1.0]}]]
-    write_multiscale(
-        [pixels], group, coordinate_transformations=scale, storage_options={"chunks": (64, 64)}, **options
-    )
+    write_multiscale([pixels], group, coordinate_transformations=scale, storage_options={"chunks": (64, 64)}, **options)
     options = {"embed_dim": (16, 16), "depths": (1, 2), "num_heads": 2, "attn_kernel_size": 3}
     model = Segmenter("test_rat", 2, width=8, in_chans=1, **options)
     nn.init.normal_(model.classifier.weight, std=0.3)
     model.save(folder / "model")
-    program = [sys.executable, "-m", "rat_timm", "predict", str(folder / "image.ome.zarr")]
-    return [*program, "--model", str(folder / "model"), "--tile", "20", "--quiet"]
+    program = ["predict", str(folder / "image.ome.zarr")]
+    return [*program, "--model", str(folder / "model"), "--quiet"]
 
 
 @contextlib.contextmanager
@@ -101,26 +146,19 @@ def marks(output: Path) -> int:
     return -1
 
 
-def start(command: list[str], output: Path) -> subprocess.Popen:
-    """Starts a run, with its own process group."""
-    return subprocess.Popen([*command, "--output", str(output)], start_new_session=True, stderr=subprocess.PIPE)
+def start(command: list[str], output: Path) -> Run:
+    """Starts a run."""
+    return Run([*command, "--output", str(output)], output.parent / "said.txt")
 
 
 def uninterrupted(command: list[str], output: Path) -> tuple[float, int]:
     """Runs once; returns the seconds and how many things were finished before the last one."""
     begun, process, most = time.monotonic(), start(command, output), 0
-    while process.poll() is None:
+    while not process.has_ended():
         most = max(most, marks(output))
         time.sleep(0.002)
-    check(process)
+    process.check()
     return time.monotonic() - begun, most
-
-
-def check(process: subprocess.Popen) -> None:
-    """Waits, and raises what a run that failed says."""
-    _, said = process.communicate(timeout=LONGEST)
-    if process.returncode:
-        raise RuntimeError(f"the run ended with {process.returncode}: {said.decode()[-2000:]}")
 
 
 def killed(command: list[str], output: Path, moments: list[tuple[int, float]]) -> Ended:
@@ -128,22 +166,21 @@ def killed(command: list[str], output: Path, moments: list[tuple[int, float]]) -
     begun, kills = time.monotonic(), 0
     for count, delay in moments:
         process = start(command, output)
-        while process.poll() is None and marks(output) < count:
+        while not process.has_ended() and marks(output) < count:
             time.sleep(0.001)
         time.sleep(delay)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-            process.communicate()
+        if process.has_ended():
+            process.check()
         else:
-            check(process)
+            process.kill()
+            kills += 1
         if output.exists():
             return Ended(time.monotonic() - begun, kills)
-    check(start(command, output))
+    start(command, output).check()
     return Ended(time.monotonic() - begun, kills)
 
 
-def computing(process: subprocess.Popen, engine: str) -> list[psutil.Process]:
+def computing(process: Run, engine: str) -> list[psutil.Process]:
     """Returns the processes that compute tiles."""
     words = {"processes": "forkserver", "dask": "spawn_main", "ray": "ray::", "tcp": "spawn_main"}[engine]
     own = psutil.Process() if engine == "tcp" else psutil.Process(process.pid)
@@ -158,15 +195,15 @@ def worker_killed(command: list[str], output: Path, engine: str, moments: list[t
     """Kills processes that compute, of one run, which ends by itself."""
     begun, kills, process = time.monotonic(), 0, start(command, output)
     for count, delay in moments:
-        while process.poll() is None and marks(output) < count:
+        while not process.has_ended() and marks(output) < count:
             time.sleep(0.001)
         time.sleep(delay)
-        there = computing(process, engine) if process.poll() is None else []
+        there = [] if process.has_ended() else computing(process, engine)
         if there:
             with contextlib.suppress(psutil.Error):
                 there[count % len(there)].kill()
                 kills += 1
-    check(process)
+    process.check()
     return Ended(time.monotonic() - begun, kills)
 
 
@@ -177,7 +214,9 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 def assert_same(one: Path, other: Path) -> None:
     """Compares each file of two outputs, and that nothing is left of the runs."""
-    assert files(one) == files(other), f"{one} and {other} differ"
+    here, there = files(one), files(other)
+    names = [name for name in here | there if here.get(name) != there.get(name)]
+    assert not names, f"{one} and {other} differ in {names}"
     left = [each for each in one.parent.iterdir() if ".partial" in each.name]
     assert not left, f"{left} were left"
 
@@ -187,15 +226,17 @@ def try_out(engine: str, task: str, who: str, kills: int, seed: int, folder: Pat
     rng = random.Random(f"{engine} {task} {who} {seed}")
     command = [*make(folder, size), "--task", task, *TASKS[task]]
     with arguments(engine) as how:
-        seconds, count = uninterrupted([*command, *how], folder / "whole.ome.zarr")
+        whole, output = (folder / name / "out.ome.zarr" for name in ("whole", "killed"))
+        for each in (whole, output):
+            each.parent.mkdir()
+        seconds, count = uninterrupted([*command, *how], whole)
         last = count if who == "group" else int(0.6 * count)
         moments = sorted((rng.randint(0, last), rng.uniform(0, 0.2)) for _ in range(kills))
-        output = folder / "killed.ome.zarr"
         if who == "group":
             ended = killed([*command, *how], output, moments)
         else:
             ended = worker_killed([*command, *how], output, engine, moments)
-    assert_same(folder / "whole.ome.zarr", output)
+    assert_same(whole, output)
     return (
         f"{engine:9} {task:13} {who:6}: {ended.kills} kills of {kills} at {[at for at, _ in moments]} of {count}, "
         f"{ended.seconds:.0f} s, {seconds:.0f} s uninterrupted: the same {len(files(output))} files"

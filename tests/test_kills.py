@@ -1,4 +1,4 @@
-"""A run that is killed goes on to the same bytes, whatever it was doing; `kills.py` kills more, and at random moments."""
+"""A run that is killed goes on to the same bytes, whatever it was doing; `kills.py` kills at more random moments."""
 
 import os
 import random
@@ -8,11 +8,11 @@ import traceback
 
 import pytest
 import torch
+from test_predict import levels
+from test_predict_receptive import segmenter
 
 from kills import files, try_out
 from rat_timm.predict import predict
-from test_predict import levels
-from test_predict_receptive import segmenter
 
 pytest.importorskip("zarr")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -49,7 +49,9 @@ def in_a_child(call, folder, dies_at):
 
 
 @pytest.mark.parametrize("begins", ["anew", "over another"])
-@pytest.mark.parametrize(("task", "ending"), [*((task, ".ome.zarr") for task in TASKS), ("labels", ".ome.tif"), ("labels", ".nii.gz")])
+@pytest.mark.parametrize(
+    ("task", "ending"), [*((task, ".ome.zarr") for task in TASKS), ("labels", ".ome.tif"), ("labels", ".nii.gz")]
+)
 def test_a_run_that_dies_at_any_change_of_a_file_goes_on_to_the_same_bytes(tmp_path, task, ending, begins, request):
     x, model = torch.randn(1, 70, 300, dtype=torch.float64), segmenter()
     output, whole = tmp_path / "out" / f"out{ending}", tmp_path / "whole"

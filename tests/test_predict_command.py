@@ -253,9 +253,12 @@ def test_paths_may_be_relative_where_workers_began_elsewhere(tmp_path, image, sa
     """Workers of a cluster that runs began in folders of their own."""
     distributed = pytest.importorskip("distributed")
     monkeypatch.chdir(tmp_path)
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, protocol="tcp", host="127.0.0.1", dashboard_address=None
-    ) as cluster, distributed.Client(cluster) as client:
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, protocol="tcp", host="127.0.0.1", dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
         (tmp_path / "elsewhere").mkdir()
         client.run(os.chdir, str(tmp_path / "elsewhere"))
         address = ["--scheduler", cluster.scheduler_address]

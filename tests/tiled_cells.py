@@ -29,7 +29,7 @@ def different(found: np.ndarray, expected: np.ndarray) -> tuple[int, int]:
     one, other = np.bincount(pairs[0]), np.bincount(pairs[1])  # with how many of the other's a number shares pixels
     same = (one[pairs[0]] == 1) & (other[pairs[1]] == 1) & (pairs[1] > 0)
     partner = np.zeros(expected.max() + 1, int)  # the one that shares most pixels
-    for (a, b), n in sorted(zip(pairs.T.tolist(), size.tolist(), strict=True), key=lambda each: each[1]):
+    for (a, b), _ in sorted(zip(pairs.T.tolist(), size.tolist(), strict=True), key=lambda each: each[1]):
         partner[b] = a if b else 0
     return int(expected.max() - same.sum()), int((found != partner[expected]).sum())
 

@@ -18,6 +18,8 @@ from .network import TASKS
 from .options import DTYPES, OVERVIEW, Options
 from .run import predict
 
+_FAULTS = (ValueError, OSError, ImportError, RuntimeError, MemoryError)  # RuntimeError: PyTorch's, of memory and dtypes
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
@@ -77,7 +79,7 @@ def run(given: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"rat_timm predict: interrupted{_kept(output)}", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:  # RuntimeError: PyTorch's, of devices
+    except _FAULTS as error:
         raise SystemExit(f"rat_timm predict: {_in_one_line(error)}{_kept(output)}") from error
     if not given.quiet:
         print(f"{done.output}: {done.computed} pixels in {done.seconds:.1f} s")
