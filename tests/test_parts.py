@@ -1,8 +1,8 @@
 import pytest
 import timm
 import torch
-from helpers import lively
 
+from helpers import lively
 from rat_timm.geometry.grid import Grid, Tokens
 from rat_timm.geometry.resample import resample
 from rat_timm.models import RatConfig
