@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry.grid import Grid, Pyramid, Scalars, Tokens, channels_first, channels_last, fill, per_axis
-from ..geometry.parts import Part, join_parts, parts_at_reference
+from ..geometry.parts import Part, join_parts
 from ..geometry.read import Told, read_images, what_is_told
 from ..geometry.sample import sample_at
 from ..geometry.types import ImageOrPyramid, MaskLike, OriginLike, SpacingLike
@@ -212,10 +212,9 @@ class Segmenter(nn.Module):
         return join_parts([Pyramid([tokens]) for tokens in decoded], [part.rows or [] for part in parts]).levels[0]
 
     def _parts(self, images: Pyramid, told: Told) -> list[Part]:
-        resamples = isinstance(self.backbone, ResolutionAwareTransformer) and self.backbone.cfg.physical_stem
-        if not resamples or told.spacing is None:
-            return [Part(None, images)]
-        return parts_at_reference(images, self.reference_spacing)
+        if isinstance(self.backbone, ResolutionAwareTransformer):
+            return self.backbone.parts_at_reference(images, told)
+        return [Part(None, images)]
 
     def _decode(self, images: Pyramid, told: Told) -> Tokens:
         levels = self._plain_maps(images, told) if self.pyramid else self._stage_maps(images)
