@@ -30,7 +30,7 @@ UNCOUNTED_TESTS = re.compile("compil|export|program|trace|train|learn")
 
 def pytest_addoption(parser):
     """How long what kills may take."""
-    parser.addoption("--kills", type=int, default=4, help="moments at which each run of test_kills dies; 0: all")
+    parser.addoption("--kills", type=int, default=2, help="moments at which each run of test_kills dies; 0: all")
 
 
 def pytest_collection_modifyitems(items):

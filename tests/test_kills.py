@@ -3,15 +3,17 @@
 import os
 import random
 import shutil
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
 from test_predict import levels
 from test_predict_receptive import segmenter
 
-from kills import files, try_out
+from kills import files
 from rat_timm.predict import predict
 
 pytest.importorskip("zarr")
@@ -80,6 +82,14 @@ def test_a_run_that_dies_at_any_change_of_a_file_goes_on_to_the_same_bytes(tmp_p
         shutil.rmtree(output.parent)
 
 
-@pytest.mark.parametrize("engine", ["process", "processes", "dask", "ray"])
-def test_the_command_is_killed(tmp_path, engine):
-    try_out(engine, "instances", "group", kills=1, seed=0, folder=tmp_path, size=120)
+@pytest.mark.parametrize("who", ["group", "worker"])
+@pytest.mark.parametrize("engine", ["process", "processes", "dask", "tcp", "ray"])
+def test_the_command_is_killed(engine, who, request):
+    """In processes of its own: clusters take their time, so that they are tried with ``--kills 0`` alone."""
+    if request.config.getoption("--kills") and (engine, who) != ("process", "group"):
+        pytest.skip("takes a minute: --kills 0")
+    if (engine, who) == ("process", "worker"):
+        pytest.skip("there is one process")
+    program, options = Path(__file__).with_name("kills.py"), ["--tasks", "labels", "--kills", "2", "--size", "120"]
+    words = [sys.executable, str(program), "--engines", engine, "--who", who, *options]
+    assert "the same" in subprocess.run(words, check=True, capture_output=True, text=True).stdout

@@ -56,8 +56,7 @@ class Workers:
     """
 
     def __init__(self, scheduler: str | None = None, workers: int = 0) -> None:
-        if workers < 0:
-            raise ValueError(f"workers must not be negative, got {workers}")
+        check(scheduler, workers)
         self._start = _starter(scheduler, workers)
         self._stack = ExitStack()
         self._hold: Hold | None = None
@@ -114,6 +113,17 @@ def run(
     """
     with Workers(scheduler, workers) as started:
         started.run(work, tiles, done)
+
+
+def check(scheduler: str | None, workers: int) -> None:
+    """Checks what `run` takes, before anything starts.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+    if workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
+    _starter(scheduler, workers)
 
 
 def _starter(scheduler: str | None, workers: int) -> Callable[[], AbstractContextManager[Hold]] | None:

@@ -84,6 +84,7 @@ def predict(
     output = Path(output)
     _check_output(output)
     _check_preview(options.preview)
+    engines.check(options.scheduler, options.workers)
     options = dataclasses.replace(options, device=_device(options.device))
     network = Network(load_model(model), options.task, options.stage, options.compile)
     network.model.to(options.device, getattr(torch, options.dtype))
