@@ -145,6 +145,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({"standardEnvVars": [], "harnesses": {}})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             return self.describe(match[1], match[2] or MAIN)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            return self.list_files(match[1], match[2])
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.serve(match[1], match[2], match[3])
         return self.fail(404, "NotFound")
@@ -165,6 +167,12 @@ class Handler(BaseHTTPRequestHandler):
         if commit := self.commit_of(name, revision):
             siblings = [{"rfilename": path} for path in commit[1]]
             self.reply({"id": name, "modelId": name, "sha": commit[0], "siblings": siblings, "private": False})
+
+    def list_files(self, name: str, revision: str) -> None:
+        """Answers what files a commit has."""
+        if commit := self.commit_of(name, revision):
+            files = ((path, data, hashlib.sha1(data).hexdigest()) for path, data in commit[1].items())
+            self.reply([{"type": "file", "path": path, "size": len(data), "oid": oid} for path, data, oid in files])
 
     def serve(self, name: str, revision: str, path: str) -> None:
         """Sends a file, or a part of it, or what its fault says."""

@@ -109,11 +109,6 @@ def test_levels_of_the_command(tmp_path, image, saved, monkeypatch):
         call(image, "--model", saved, "--output", tmp_path / "other.ome.zarr", "--levels", -1)
 
 
-def test_a_compiled_model_gives_the_same(tmp_path, image, pixels, saved):
-    call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS, "--compile")
-    np.testing.assert_allclose(stored(tmp_path / "out.ome.zarr"), whole(saved, pixels, 0.5), atol=1e-5)
-
-
 @pytest.mark.parametrize("ending", [".nii.gz", ".ome.tif"])
 def test_regions_keep_their_place_in_other_formats(tmp_path, image, pixels, saved, ending):
     output = tmp_path / f"out{ending}"
@@ -152,7 +147,7 @@ def test_a_model_of_the_hub(tmp_path, image, pixels, saved):
             words = [image, "--model", f"hf-hub:{name}", "--output", tmp_path / "out.nii", *ALWAYS]
             argv = ["predict", *map(str, words)]
             said = run(f"sys_argv = {argv!r}\n{code}", environment(server, str(tmp_path / "home")))
-            assert said == "" if name == "me/cells" else said.startswith("rat_timm predict: ")
+            assert said == "" if name == "me/cells" else said.startswith("rat_timm predict: "), said
             assert said.count("\n") == (name == "me/none")
             if name == "me/cells":
                 found = data.read(tmp_path / "out.nii", unit="um").pixels.numpy()
@@ -210,7 +205,7 @@ def full(monkeypatch, name, after):
         ("labels", "write", 4),
         ("labels", "write_metadata", 0),
         ("labels", "finish", 0),
-        ("instances", "write", 70),
+        ("instances", "write", 1),
     ],
 )
 def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, image, saved, monkeypatch, task, name, after):
@@ -226,17 +221,6 @@ def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, image, saved,
     call(image, *words, "--output", output)
     call(image, *words, "--output", tmp_path / "whole.ome.zarr")
     assert np.array_equal(stored(output), stored(tmp_path / "whole.ome.zarr"))
-
-
-@pytest.mark.parametrize("scheduler", ["tcp://127.0.0.1:9", "ray://127.0.0.1:9"])
-def test_a_cluster_that_does_not_answer_is_one_line(tmp_path, image, saved, scheduler, monkeypatch):
-    dask = pytest.importorskip("dask")
-    pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_CLIENT_CONNECTION_TIMEOUT", "1")
-    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(SystemExit) as error:
-        call(image, "--model", saved, "--output", tmp_path / "o.ome.zarr", *ALWAYS, "--scheduler", scheduler)
-    assert "\n" not in str(error.value)
-    assert str(error.value).startswith("rat_timm predict: ")
 
 
 def test_an_interrupt_is_one_line(tmp_path, image, saved):
