@@ -20,6 +20,7 @@ UNCOUNTED_FILES = {
     "test_examples",
     "test_export",
     "test_huggingface",
+    "test_pretrain_training",
     "test_resolution_study",
     "test_timm_contract",
     "test_training",
