@@ -116,15 +116,7 @@ def test_two_processes_with_shards_do_what_one_does(uninterrupted, quickly, tmp_
     """Also where windows are calls that all processes have to make: one has fewer images that need them."""
     config = Config(tmp_path / "digits", workers=0, parallel="fsdp", device="cpu", **DIGITS)
     dense = quick(tmp_path / "discs", "segmentation", parallel="fsdp", tile=[64, 96])
-    short = {
-        "task": "masked",
-        "size": [64, 64],
-        "crops": 1,
-        "epochs": 1,
-        "batch_size": 4,
-        "workers": 0,
-        "device": "cpu",
-    }
+    options = {"size": [64, 64], "crops": 1, "epochs": 1, "batch_size": 4, "workers": 0, "device": "cpu"}
     masked = Config(tmp_path / "masked", "masked", parallel="fsdp", **options)
     together(train_all, [config, dense, masked])
     assert losses(config.output) == pytest.approx(losses(uninterrupted), abs=1e-4)

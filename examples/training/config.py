@@ -56,6 +56,7 @@ class Config:
             or "discs".
         size: Pixels along each axis to which images are brought. Default: the model's. Of the other tasks: of random
             crops; default: 128 (2D), 16 x 64 x 64 (3D).
+        images: How many of the training images are used, evenly chosen; of labelled images. Default: all.
         crops: Random crops of each image in an epoch; not of classification.
         foreground: Probability that a crop is chosen among those with a label above 0 in them, rather than among all.
         levels: Pixel sizes of the levels of a pyramid relative to the crop's: with [1, 4] the model also gets an
@@ -130,6 +131,7 @@ class Config:
     pretrained: bool = True
     data: str | None = None
     size: list[int] | None = None
+    images: int | None = None
     crops: int = 8
     foreground: float = 0.5
     levels: list[float] = dataclasses.field(default_factory=lambda: [1])
@@ -173,6 +175,8 @@ class Config:
             self.data = "digits" if self.task == "classification" else "discs"
         if self.levels[0] != 1 or any(level < 1 for level in self.levels):
             raise ValueError(f"levels must begin with 1 and be at least that, got {self.levels}")
+        if self.images is not None and self.images < 1:
+            raise ValueError(f"images must be positive, got {self.images}")
         if self.crops < 1:
             raise ValueError(f"crops must be positive, got {self.crops}")
         if not 0 <= self.foreground <= 1:

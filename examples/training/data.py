@@ -143,9 +143,9 @@ class SimilarDigits(Dataset):
         return Sample(self.images[index], self.spacing, None, self.targets[index])
 
 
-def some(data: Dataset) -> Dataset:
-    """Returns up to 32 samples, evenly chosen."""
-    return Subset(data, np.linspace(0, len(data) - 1, min(32, len(data))).astype(int).tolist())
+def some(data: Dataset, most: int = 32) -> Dataset:
+    """Returns up to so many samples, evenly chosen."""
+    return Subset(data, np.linspace(0, len(data) - 1, min(most, len(data))).astype(int).tolist())
 
 
 @contextlib.contextmanager
