@@ -2,21 +2,14 @@
 
     python examples/run_pretraining.py --output FOLDER                  # HeLa; what is there is not done again
     python examples/run_pretraining.py --output FOLDER --data bacteria
-    python examples/run_pretraining.py --output FOLDER --data slices    # distilling slices into a volume's student
 
-**Question.** Fine-tuned for equal steps on one or three labelled frames, does a RAT whose backbone was pretrained on the
-twelve training frames without their labels find more objects on frames never seen (16 to 19) than one from random
+**Question.** Fine-tuned for equal steps on one or three labelled frames, does a RAT whose backbone was pretrained on
+the twelve training frames, without their labels, find more objects on frames never seen (16 to 19) than one from random
 weights? It is an answer if the mean difference of AP at an IoU of 0.5 over three seeds of fine-tuning is 2 points or
 more, and no seed's difference has the other sign. "masked" is pretrained by masked-image modelling; "distilled" has
 learned the maps of the masked one, from random weights.
 
-**Question of slices.** A network of images is pretrained by masked-image modelling on slices of the MR volume that
-nibabel ships, and a network of volumes learns its maps, of slices in the left four fifths of the head. Does the student
-explain more of the variance of the teacher's maps of slices in the right fifth than ridge regression from pixels (of the
-place's cell of 8 x 8 pixels, and of the same cell two slices on either side) does? R2 is over places and channels,
-about the channels' means. It is an answer if the student's is larger.
-
-Everything runs on one core in about an hour; results are rows of FOLDER/cells.csv and FOLDER/slices.csv.
+Results are rows of FOLDER/cells.csv; seconds are those of one core.
 """
 
 import argparse
@@ -127,16 +120,11 @@ def main() -> None:
     """Reads the command line and runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for trainings and results")
-    parser.add_argument("--data", default="hela", choices=["hela", "bacteria", "slices"])
+    parser.add_argument("--data", default="hela", choices=["hela", "bacteria"])
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.output.mkdir(parents=True, exist_ok=True)
-    if given.data == "slices":
-        from pretraining.slices import compare
-
-        compare(given.output)
-    else:
-        cells(given.output.resolve(), given.data)
+    cells(given.output.resolve(), given.data)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"class_names must be {num_classes} strings, one per class, got {class_names!r}")
         self.num_classes, self.width = int(num_classes), int(width)
         self.class_names = None if class_names is None else list(class_names)
-        self.backbone: Any = make_backbone(backbone, in_chans, backbone_kwargs)
+        self.backbone = cast(Any, make_backbone(backbone, in_chans, backbone_kwargs))
         _check_decoder(decoder, self.backbone)
         self.decoder_name = decoder
         self.in_chans: int = self.backbone.in_chans

@@ -24,11 +24,11 @@ class Blocks(NamedTuple):
 
     Attributes:
         number: ``[1 or B, *shape]``, int64.
-        count: One more than the largest number that there may be.
+        most: One more than the largest number that there may be.
     """
 
     number: Tensor
-    count: int
+    most: int
 
     @classmethod
     def of(cls, grid: Grid, block: Sequence[float], cell: Sequence[int] | None = None) -> "Blocks":
@@ -43,14 +43,14 @@ class Blocks(NamedTuple):
         if cell is not None:
             padded = tuple(n + -n % c for n, c in zip(shape, cell, strict=True))
             grid = grid._replace(shape=padded).conv(cell, cell, [0] * len(cell))
-        number, count = torch.zeros((), dtype=torch.long, device=grid.spacing.device), 1
+        number, most = torch.zeros((), dtype=torch.long, device=grid.spacing.device), 1
         for axis, (n, length) in enumerate(zip(grid.shape, block, strict=True)):
             centers = (torch.arange(n, device=grid.spacing.device) + 0.5) * grid.spacing[:, axis, None]
             along = (centers / length + _ROUNDING).floor().long()  # [1 or B, n]
             size = int(along.max()) + 1
             view = [-1 if other == axis else 1 for other in range(len(shape))]
-            number, count = number * size + along.view(len(along), *view), count * size
-        return cls(number if cell is None else to_pixels(number, cell, shape), count)
+            number, most = number * size + along.view(len(along), *view), most * size
+        return cls(number if cell is None else to_pixels(number, cell, shape), most)
 
 
 def hide_blocks(

@@ -51,6 +51,8 @@ class Teacher(nn.Module):
         self.index, self.spacing = range(len(infos))[index], spacing
         self.num_features, self.reduction = infos[index]["num_chs"], infos[index]["reduction"]
         self.spatial_dims: int = getattr(model, "spatial_dims", 2)
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", torch.ones(1), persistent=False)
         self.register_buffer("shift", torch.zeros(1), persistent=False)
 
@@ -73,9 +75,10 @@ class Teacher(nn.Module):
     def rescale(self, student: nn.Module) -> None:
         """Brings images that are normalised for a student's ``pretrained_cfg`` to what the teacher's says."""
         channels = getattr(self.model, "in_chans", 3)
+        models: list[Any] = [student, self.model]
         (mean, std), (own_mean, own_std) = (
-            [_of_channels(model.pretrained_cfg[name], channels).to(self.scale) for name in ("mean", "std")]
-            for model in (student, self.model)
+            [_of_channels(model.pretrained_cfg[name], channels).to(self.shift) for name in ("mean", "std")]
+            for model in models
         )
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
 
@@ -177,12 +180,13 @@ def with_axis(grid: Grid, other: Grid, axis: int) -> Grid:
     rows = max(len(grid.spacing), len(other.spacing))
     shape = list(grid.shape)
     shape[axis] = other.shape[axis]
-    values = []
-    for own, theirs in ((grid.spacing, other.spacing), (grid.origin, other.origin)):
+
+    def with_values(own: Tensor, theirs: Tensor) -> Tensor:
         both = own.expand(rows, -1).clone()
         both[:, axis] = theirs.expand(rows, -1)[:, axis]
-        values.append(both)
-    return Grid(tuple(shape), *values)
+        return both
+
+    return Grid(tuple(shape), with_values(grid.spacing, other.spacing), with_values(grid.origin, other.origin))
 
 
 def lessons(
@@ -236,17 +240,19 @@ def _by_slices(teacher: Teacher, volume: Tokens, axis: int, slices: int, start: 
     chosen = first[:, None] + torch.arange(count, device=first.device) * step  # [B, count]
     maps = teacher(_cut(volume, axis, chosen))
     spacing, origin = (values.expand(batch, -1) for values in (volume.grid.spacing, volume.grid.origin))
-    across = spacing[:, axis] * step, origin[:, axis] + spacing[:, axis] * first
-    pairs = zip((maps.grid.spacing, maps.grid.origin), across, strict=True)
-    grids = [_inserted(values, axis, other) for values, other in pairs]
     shape = list(maps.grid.shape)
     shape.insert(axis, count)
+    grid = Grid(
+        tuple(shape),
+        _inserted(maps.grid.spacing, axis, spacing[:, axis] * step),
+        _inserted(maps.grid.origin, axis, origin[:, axis] + spacing[:, axis] * first),
+    )
 
     def stacked(maps: Tensor) -> Tensor:  # [B * count, *plane, ...] -> [B, ..., count, ...]
         return maps.unflatten(0, (batch, count)).movedim(1, 1 + axis)
 
     mask = None if maps.mask is None else stacked(maps.mask)
-    return Lesson(Tokens(stacked(maps.x), Grid(tuple(shape), *grids), mask), axis)
+    return Lesson(Tokens(stacked(maps.x), grid, mask), axis)
 
 
 def _cut(volume: Tokens, axis: int, chosen: Tensor) -> Tokens:
@@ -257,11 +263,12 @@ def _cut(volume: Tokens, axis: int, chosen: Tensor) -> Tokens:
         return x.movedim(1 + axis, 1)[samples, chosen].flatten(0, 1)
 
     plane = [other for other in range(len(volume.grid.shape)) if other != axis]
-    rows = [
-        values.expand(len(chosen), -1)[:, plane].repeat_interleave(chosen.shape[1], dim=0)
-        for values in volume.grid[1:3]
-    ]
-    grid = Grid(tuple(volume.grid.shape[other] for other in plane), *rows)
+
+    def in_plane(rows: Tensor) -> Tensor:
+        return rows.expand(len(chosen), -1)[:, plane].repeat_interleave(chosen.shape[1], dim=0)
+
+    shape = tuple(volume.grid.shape[other] for other in plane)
+    grid = Grid(shape, in_plane(volume.grid.spacing), in_plane(volume.grid.origin))
     return Tokens(cut(volume.x), grid, None if volume.mask is None else cut(volume.mask))
 
 

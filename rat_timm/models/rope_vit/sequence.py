@@ -83,14 +83,14 @@ class ValidSequence(NamedTuple):
         x: Prefix tokens and patches, ``[B, P + K, C]``, where K is the largest number of valid patches in a sample.
         valid: Which of the patches are valid, ``[B, K]``: other samples are filled up. None if all are.
         rope: Of the patches, as in `PyramidSequence`.
-        index: Which patches they are, ``[B, K]``.
+        which: Which patches they are, ``[B, K]``.
         whole: All patches.
     """
 
     x: Tensor
     valid: Tensor | None
     rope: Tensor
-    index: Tensor
+    which: Tensor
     whole: PyramidSequence
 
     @classmethod
@@ -99,12 +99,12 @@ class ValidSequence(NamedTuple):
         if whole.valid is None:
             return whole
         most = max(1, int(whole.valid.sum(dim=1).max()))
-        index = whole.valid.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        valid = whole.valid.gather(1, index)
+        which = whole.valid.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        valid = whole.valid.gather(1, which)
         prefix, patches = whole.x[:, : whole.prefix], whole.x[:, whole.prefix :]
-        x = torch.cat((prefix, patches.take_along_dim(index.unsqueeze(-1), dim=1)), dim=1)
-        rows = index.view(*[1] * (whole.rope.ndim - 4), len(index), 1, most, 1)
-        return cls(x, None if bool(valid.all()) else valid, whole.rope.take_along_dim(rows, dim=-2), index, whole)
+        x = torch.cat((prefix, patches.take_along_dim(which.unsqueeze(-1), dim=1)), dim=1)
+        rows = which.view(*[1] * (whole.rope.ndim - 4), len(which), 1, most, 1)
+        return cls(x, None if bool(valid.all()) else valid, whole.rope.take_along_dim(rows, dim=-2), which, whole)
 
     def block_args(self, index: int) -> dict[str, Any]:
         """Returns the rotary embedding of a block."""
@@ -126,5 +126,5 @@ class ValidSequence(NamedTuple):
         """Puts tokens ``[B, P + K, C]`` back where they were, ``[B, P + N, C]``, among zeros."""
         prefix = self.whole.prefix
         patches = x.new_zeros(len(x), self.whole.x.shape[1] - prefix, x.shape[-1])
-        where = self.index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        where = self.which.unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return torch.cat((x[:, :prefix], patches.scatter(1, where, x[:, prefix:])), dim=1)
