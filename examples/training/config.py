@@ -38,9 +38,10 @@ class Config:
         stages: Of images without labels and a hierarchical model: how many stages, counted from the last, pixels are
             predicted from, or are compared with a teacher.
         share: Of masked images: the share that is hidden.
-        block: Physical length of the blocks that are hidden, and in which pixels are normalised; in other levels than
-            the first they are as much longer as pixels are. Default: a place of the last stage, or a patch,
-            but half a crop at most.
+        block: Physical length of the blocks that are hidden; in other levels than the first they are as much longer as
+            pixels are. Default: a place of the last stage, or a patch, but half a crop at most.
+        window: Likewise, of the blocks in which pixels are normalised: within one, how bright it is as a whole need not
+            be predicted. Default: ``block``.
         hide_level: Probability that one of the ``levels`` is hidden as a whole.
         teacher: Of distillation: a name that timm knows, or a folder with a saved model.
         teacher_args: Further keywords of timm's create_model for it.
@@ -121,6 +122,7 @@ class Config:
     stages: int = 2
     share: float = 0.75
     block: float | None = None
+    window: float | None = None
     hide_level: float = 0.0
     teacher: str = "rat_vit_small_patch16_dinov3.lvd1689m"
     teacher_args: dict[str, Any] = dataclasses.field(default_factory=dict)

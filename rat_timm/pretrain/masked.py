@@ -8,7 +8,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ..dense.backbone import Backbone, in_parts, last_infos, last_maps, make_backbone, parts_for, read_for
-from ..dense.decoders import BEYOND, FpnDecoder
+from ..dense.decoders import BEYOND, ConvNorm, FpnDecoder
 from ..geometry.grid import Pyramid, Tokens, fill
 from ..geometry.parts import Part
 from ..geometry.read import Told, read_images, what_is_told
@@ -27,6 +27,9 @@ HEAD_DIM = 32
 class PixelDecoder(nn.Module):
     """Blocks over all places of all levels, with a learned token where a place is hidden, and pixels of each place.
 
+    Hidden places are all alike: with attention alone, they learn for many steps no more than the mean of what is seen.
+    So a convolution, of three taps per axis, in front of each block brings in what is beside a place.
+
     Args:
         width: Of the blocks, a multiple of 32.
         depth: Number of blocks.
@@ -44,6 +47,7 @@ class PixelDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(Attention(width, heads, RotarySpatialEmbedding(width, heads, axes)), width) for _ in range(depth)
         )
+        self.convs = nn.ModuleList(ConvNorm(width, width, (1,) * axes) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.to_pixels = nn.Linear(width, in_chans * torch.Size(self.cell).numel())
         trunc_normal_(self.to_pixels.weight, std=0.02)
@@ -59,18 +63,19 @@ class PixelDecoder(nn.Module):
         Returns:
             ``[B, *(grid * cell), in_chans]`` of each level.
         """
-        parts = [self._with_hidden(tokens).flatten(1, -2) for tokens in levels]
+        pairs = zip(levels, there, strict=True)
+        levels = [Tokens(self._with_hidden(tokens), tokens.grid, mask) for tokens, mask in pairs]
         positions = sequence_positions([tokens.grid for tokens in levels], self.unit, 0)
-        mask = join_masks(there, [part.shape[:-1] for part in parts])
+        mask = join_masks(there, [tokens.x.shape[:-1] for tokens in levels])
         if mask is not None:  # nothing to look at would be 0 / 0
             mask = mask | ~mask.any(dim=1, keepdim=True)
-        x = torch.cat(parts, dim=1)
-        for block in self.blocks:
-            x = block(x, positions, mask, None, True)
-        x = self.to_pixels(self.norm(x))
-        sizes = [part.shape[1] for part in parts]
-        split = zip(x.split(sizes, dim=1), levels, strict=True)
-        return [unfold_cells(part.unflatten(1, tokens.grid.shape), self.cell) for part, tokens in split]
+        for conv, block in zip(self.convs, self.blocks, strict=True):
+            levels = [tokens._replace(x=tokens.x + conv(tokens).x) for tokens in levels]
+            parts = [tokens.x.flatten(1, -2) for tokens in levels]
+            x = block(torch.cat(parts, dim=1), positions, mask, None, True)
+            split = zip(x.split([part.shape[1] for part in parts], dim=1), levels, strict=True)
+            levels = [tokens._replace(x=part.unflatten(1, tokens.grid.shape)) for part, tokens in split]
+        return [unfold_cells(self.to_pixels(self.norm(tokens.x)), self.cell) for tokens in levels]
 
     def _with_hidden(self, tokens: Tokens) -> Tensor:
         if tokens.mask is None:

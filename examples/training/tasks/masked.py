@@ -67,6 +67,7 @@ class Masked(Unlabelled):
         model = self.network()
         self.cell = model.hidden_cell
         self.block = self._block(model)
+        self.window = self.block if self.config.window is None else [self.config.window] * self.axes
         check_block(self.block, [n * step for n, step in zip(self.size, self.spacing, strict=True)])
         return model
 
@@ -127,7 +128,7 @@ class Masked(Unlabelled):
         predicted, hidden = [outputs[str(level)] for level in range(len(images))], _hidden(batch)
         spacing = told["spacing"] if isinstance(told["x"], list) else [told["spacing"]]
         mask = told["mask"] if isinstance(told["mask"], list) else None if told["mask"] is None else [told["mask"]]
-        return masked_loss(predicted, images, hidden, self.block, spacing=spacing, mask=mask)
+        return masked_loss(predicted, images, hidden, self.window, spacing=spacing, mask=mask)
 
     def predict(self, call: Call, batch: Scenes) -> list[Named]:
         """See `Task`."""
@@ -169,7 +170,7 @@ class Masked(Unlabelled):
         one = sample_of(batch, index)
         first, hidden = one.levels[0], _hidden(one)[0]
         grid = Grid.create(first.image.shape[2:], first.spacing.tolist(), device=first.image.device)
-        norm = normalize_blocks(first.image, grid, self.block, first.mask)
+        norm = normalize_blocks(first.image, grid, self.window, first.mask)
         made = torch.where(hidden[:, None], norm.undo(prediction["0"][None]), first.image)[0, 0]
         image = first.image[0, 0]
         low, high = torch.quantile(
