@@ -37,7 +37,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
 from .geometry.grid import Pyramid, Tokens, fill
-from .geometry.parts import Part, join_parts, parts_at_reference, select_rows
+from .geometry.parts import Part, join_parts, select_rows
 from .geometry.read import Told, geometry, read_images, what_is_told
 from .geometry.resample import check_size
 from .geometry.sample import sample_at
@@ -94,7 +94,7 @@ class WithGeometry(nn.Module):
             return self._run(x, told)
         check_mask(told.mask, (len(x), *x.shape[2:]))
         images = read_images(x, told, backbone.reference_spacing, x.shape[1], (1,) * (x.ndim - 2))
-        parts = parts_at_reference(images, backbone.reference_spacing)
+        parts = backbone.parts_at_reference(images, told)
 
         def sampled(part: Part) -> Pyramid:
             return self._sampled(part.images, select_rows(images, part.rows))

@@ -26,6 +26,7 @@ FORBIDDEN += ("pickle.find_class",)
 OPENING = ("open", "os.listdir", "os.scandir")
 LIBRARIES = tuple({os.path.realpath(place) for place in (sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())})
 SYSTEM = ("/proc/", "/sys/", "/dev/null")
+PARSED = "<unknown>"  # what Python calls source without a file: it parses lines of tracebacks, which pydicom logs
 
 Spans = Sequence[tuple[int, int]]
 
@@ -130,6 +131,8 @@ def _may(event: tuple[str, str], folder: str) -> bool:
     kind, path = event
     if kind in FORBIDDEN:
         return False
+    if path == PARSED:
+        return True
     real = os.path.realpath(path)
     return path.startswith(SYSTEM) or any(os.path.commonpath([real, root]) == root for root in (folder, *LIBRARIES))
 

@@ -215,6 +215,8 @@ def test_what_does_not_fit():
         MaskedImageModel("test_rat", stages=5)
     with pytest.raises(ValueError, match="backbone must have physical_patches=False, got True"):
         MaskedImageModel(VIT, physical_patches=True, **SMALL)
+    with pytest.raises(ValueError, match="backbone must have mask_token=False, for masks that are exact, got True"):
+        MaskedImageModel("test_rat", mask_token=True)
     model, x = MaskedImageModel("test_rat", in_chans=1, decoder_width=32), torch.randn(1, 1, 32, 32)
     with pytest.raises(
         ValueError, match=r"hidden of level 0 must be bool \[1, 32, 32\], got torch.float32 \[1, 32, 32\]"

@@ -1,6 +1,7 @@
 import contextlib
 import gzip
 import io
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from fuzzing import guarded
 from test_dicom import make
 from torch.utils.data import DataLoader
 
-from rat_timm.data import ReadError, read, read_lazy, read_spacing
+from rat_timm.data import ReadError, read, read_grids, read_lazy, read_spacing
 from rat_timm.data.readers import formats
 from rat_timm.data.readers.source import Format, StoredImage
 from rat_timm.data.units import Length
@@ -195,6 +196,73 @@ def test_ome_zarr_in_any_unit_at_any_level(tmp_path, written, version):
     assert coarse.spacing == pytest.approx([s * r for s, r in zip(SIZES, ratio, strict=True)], rel=1e-6)
     with pytest.raises(ValueError, match=r"a\.ome\.zarr: level must be from 0 to 1, got 2"):
         read(path, level=2)
+
+
+def to_06(path, named=str, shifted=True):
+    """Rewrites the metadata of OME-Zarr 0.5 as 0.6 has them, with a second system of coordinates."""
+    file = path / "zarr.json"
+    whole = json.loads(file.read_text())
+    ome = whole["attributes"]["ome"]
+    (image,) = ome["multiscales"]
+    ome["version"] = "0.6"
+    for dataset in image["datasets"]:
+        parts = dataset["coordinateTransformations"] if shifted else dataset["coordinateTransformations"][:1]
+        ends = {"input": {"path": dataset["path"]}, "output": named("scanner")}
+        part = {"type": "sequence", "transformations": parts} if len(parts) > 1 else parts[0]
+        dataset["coordinateTransformations"] = [{**part, **ends}]
+    axes = image.pop("axes")
+    other = [{**axis, "unit": "meter"} for axis in axes]
+    image["coordinateSystems"] = [{"name": "atlas", "axes": other}, {"name": "scanner", "axes": axes}]
+    image["coordinateTransformations"] = [
+        {"type": "scale", "scale": [5.0] * len(axes), "input": {"name": "scanner"}, "output": {"name": "atlas"}}
+    ]
+    file.write_text(json.dumps(whole))
+    return path
+
+
+@pytest.mark.parametrize("named", [str, lambda name: {"name": name}])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_ome_zarr_with_systems_of_coordinates(tmp_path, named, shifted):
+    """Pixel sizes are those of the system that levels are put in, whatever leads from it to others."""
+    before = read_grids(write_zarr(tmp_path / "a.ome.zarr", VOLUME, "zyx"), unit="um")
+    path = to_06(tmp_path / "a.ome.zarr", named, shifted)
+    after = read_grids(path, unit="um")
+    assert [grid.shape for grid in after] == [grid.shape for grid in before]
+    for grid, expected in zip(after, before, strict=True):
+        assert torch.equal(grid.spacing, expected.spacing)
+        assert torch.equal(grid.origin, expected.origin) or not shifted
+    assert torch.equal(read(path, unit="um").pixels[0], torch.from_numpy(VOLUME))
+
+
+SCALED = {"type": "scale", "scale": [1.0, 1.0, 1.0], "output": "scanner"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{**SCALED, "type": "affine"}], "must have one scale"),
+        ([{**SCALED, "type": "sequence"}], "must have one scale"),
+        ([{**SCALED, "type": "sequence", "transformations": [5, SCALED]}], "must have one scale"),
+        ([{**SCALED, "scale": [1.0, 1.0]}], "must have one scale of 3 numbers"),
+        ([{**SCALED, "output": "nowhere"}], "must be an image of OME-Zarr 0.4 or later"),
+        ([{**SCALED, "output": {"name": ["scanner"]}}], "must be an image of OME-Zarr 0.4 or later"),
+        ([SCALED, SCALED], "must be an image of OME-Zarr 0.4 or later"),
+        ([5], "must be an image of OME-Zarr 0.4 or later"),
+        (None, "must be an image of OME-Zarr 0.4 or later"),
+    ],
+)
+def test_absurd_systems_of_coordinates(tmp_path, parts, message):
+    path = to_06(write_zarr(tmp_path / "a.zarr", VOLUME, "zyx", levels=()))
+    group = pytest.importorskip("zarr").open_group(path, mode="r+")
+    ome = group.attrs["ome"]
+    (dataset,) = ome["multiscales"][0]["datasets"]
+    dataset["coordinateTransformations"] = [SCALED]
+    group.attrs["ome"] = ome
+    assert read(path, unit="um").spacing == pytest.approx((1.0, 1.0, 1.0))
+    dataset["coordinateTransformations"] = parts
+    group.attrs["ome"] = ome
+    with pytest.raises(ReadError, match=rf"^{path}: {message}"):
+        read(path)
 
 
 def test_ome_zarr_with_a_scale_for_all_levels(tmp_path):

@@ -35,6 +35,8 @@ class Rat(nn.Module):
     def __init__(self, task: Task, views: Sequence[str], options: Mapping[str, Any]) -> None:
         super().__init__()
         axes, alone = len(task.size), task.factors if views[0] == "overview" else (1,) * len(task.size)
+        if len(views) > 1 and options["backbone"] == _RAT:
+            options = {**options, "level_ratios": (1, task.factors)}
         # reference spacing: that of the finest image it is trained with
         self.model = Segmenter(
             num_classes=len(task.classes),

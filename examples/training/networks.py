@@ -14,6 +14,7 @@ from rat_timm.geometry.grid import Grid, Tokens, fill
 from rat_timm.geometry.sample import sample_at
 from rat_timm.geometry.types import SpacingLike
 from rat_timm.optional import import_optional
+from rat_timm.timm_api.families import FAMILIES
 from training.config import Config
 
 SMP = "smp:"
@@ -37,6 +38,7 @@ def create_network(config: Config, channels: int, classes: int, spacing: Sequenc
             detail=config.detail,
             context=len(config.levels) > 1,
             in_chans=channels,
+            **level_args(config),
             **backbone_args(config, spacing),
         )
     if len(spacing) != 2:
@@ -54,6 +56,14 @@ def backbone_args(config: Config, spacing: Sequence[float]) -> dict[str, Any]:
     """Returns timm's keywords; a reference spacing is given where no weights are, which have one."""
     own = {} if config.pretrained else {"spacing": tuple(spacing)}
     return {"pretrained": config.pretrained, **own, **config.model_args}
+
+
+def level_args(config: Config) -> dict[str, Any]:
+    """Returns what tells a hierarchical RAT the pixel sizes of levels that it is trained with."""
+    name = config.model.partition(".")[0]
+    if len(config.levels) == 1 or name not in FAMILIES["rat"].variants or "level_ratios" in config.model_args:
+        return {}
+    return {"level_ratios": tuple(config.levels)}
 
 
 class ImageAlone(nn.Module):

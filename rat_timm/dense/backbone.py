@@ -7,7 +7,7 @@ import timm
 from torch import nn
 
 from ..geometry.grid import Pyramid, Tokens
-from ..geometry.parts import Part, join_parts, parts_at_reference
+from ..geometry.parts import Part, join_parts
 from ..geometry.read import Told, read_images
 from ..geometry.types import ImageOrPyramid
 from ..layers.sharded import run_parts, tie
@@ -67,10 +67,9 @@ def read_for(backbone: Backbone, x: ImageOrPyramid, told: Told) -> Pyramid:
 
 def parts_for(backbone: Backbone, images: Pyramid, told: Told) -> list[Part]:
     """Brings images to the reference spacing where the backbone's stem is physical; see `Part`."""
-    resamples = isinstance(backbone, ResolutionAwareTransformer) and backbone.cfg.physical_stem
-    if not resamples or told.spacing is None:
-        return [Part(None, images)]
-    return parts_at_reference(images, backbone.reference_spacing)
+    if isinstance(backbone, ResolutionAwareTransformer):
+        return backbone.parts_at_reference(images, told)
+    return [Part(None, images)]
 
 
 def plain_maps(backbone: RatVit, images: Pyramid, told: Told, drop_masked: bool = False) -> list[Tokens]:

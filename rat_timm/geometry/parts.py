@@ -1,5 +1,6 @@
 """Batches whose samples have several pixel sizes: brought to the reference spacing, in parts of one size each."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,11 @@ class Part(NamedTuple):
     images: Pyramid
 
 
-def parts_at_reference(images: Pyramid, reference: tuple[float, ...]) -> list[Part]:
+Ratios = Sequence[tuple[float, ...]]
+"""Pixel sizes of levels over the finest one's, per axis."""
+
+
+def parts_at_reference(images: Pyramid, reference: tuple[float, ...], level_ratios: Ratios = ()) -> list[Part]:
     """Resamples a pyramid: its finest level gets the reference spacing, and the others keep theirs relative to it.
 
     Finest is meant axis by axis, whatever the order of the levels.
@@ -34,6 +39,7 @@ def parts_at_reference(images: Pyramid, reference: tuple[float, ...]) -> list[Pa
     Args:
         images: The images on their grids.
         reference: The model's reference spacing.
+        level_ratios: Those that levels are brought to, each to the nearest in proportion; without any they keep theirs.
 
     Raises:
         ValueError: If a spacing is a tensor and the model is compiled, or an image would become too large.
@@ -43,13 +49,14 @@ def parts_at_reference(images: Pyramid, reference: tuple[float, ...]) -> list[Pa
         return [Part(None, images)]  # an empty batch, with a spacing for each of its no samples
     count = max(map(len, rows))
     if count == 1:
-        return [Part(None, _resample(images, [row[0] for row in rows], reference))]
+        return [Part(None, _resample(images, _wanted([row[0] for row in rows], reference, level_ratios)))]
     members: dict[tuple, list[int]] = {}  # by the spacings of all levels
     for index, spacings in enumerate(zip(*(row * (count // len(row)) for row in rows), strict=True)):
         members.setdefault(spacings, []).append(index)
+    wanted = {spacings: _wanted(spacings, reference, level_ratios) for spacings in members}
     if len(members) == 1:
-        return [Part(None, _resample(images, next(iter(members)), reference))]
-    return _by_shape([Part(i, _resample(select_rows(images, i), known, reference)) for known, i in members.items()])
+        return [Part(None, _resample(images, *wanted.values()))]
+    return _by_shape([Part(i, _resample(select_rows(images, i), wanted[own])) for own, i in members.items()])
 
 
 def _by_shape(parts: Sequence[Part]) -> list[Part]:
@@ -66,13 +73,13 @@ def _by_shape(parts: Sequence[Part]) -> list[Part]:
 
 
 @register_notrace_function
-def to_reference(images: Pyramid, reference: tuple[float, ...]) -> Pyramid:
+def to_reference(images: Pyramid, reference: tuple[float, ...], level_ratios: Ratios = ()) -> Pyramid:
     """Does what `parts_at_reference` does in graphs, which are of one part.
 
     Raises:
         ValueError: If there are several.
     """
-    parts = parts_at_reference(images, reference)
+    parts = parts_at_reference(images, reference, level_ratios)
     if len(parts) > 1:
         raise ValueError("spacing must be the same for all samples where the model is a graph and its stem physical")
     return parts[0].images
@@ -93,13 +100,24 @@ def _select_rows(tokens: Tokens, index: Tensor) -> Tokens:
     return Tokens(tokens.x.index_select(0, index), grid._replace(spacing=spacing, origin=origin), mask)
 
 
-def _resample(images: Pyramid, spacings: Sequence[tuple[float, ...]], reference: tuple[float, ...]) -> Pyramid:
-    """Resamples images whose levels have the ``spacings``."""
+def _wanted(
+    spacings: Sequence[tuple[float, ...]], reference: tuple[float, ...], level_ratios: Ratios
+) -> list[tuple[float, ...]]:
+    """Returns the pixel size that each level is brought to."""
     finest = [min(axis) for axis in zip(*spacings, strict=True)]
-    levels = []
-    for tokens, known in zip(images.levels, spacings, strict=True):
-        wanted = [r * s / base for r, s, base in zip(reference, known, finest, strict=True)]
-        levels.append(resample(tokens, wanted))
+    ratios = [tuple(step / base for step, base in zip(own, finest, strict=True)) for own in spacings]
+    if level_ratios:
+        ratios = [min(level_ratios, key=lambda other: _distance(own, other)) for own in ratios]
+    return [tuple(r * by for r, by in zip(reference, own, strict=True)) for own in ratios]
+
+
+def _distance(ratio: Sequence[float], other: Sequence[float]) -> float:
+    return sum(abs(math.log(a / b)) for a, b in zip(ratio, other, strict=True))
+
+
+def _resample(images: Pyramid, spacings: Sequence[tuple[float, ...]]) -> Pyramid:
+    """Brings each level to a pixel size."""
+    levels = [resample(tokens, spacing) for tokens, spacing in zip(images.levels, spacings, strict=True)]
     return images._replace(levels=levels)
 
 

@@ -16,7 +16,7 @@ from ..geometry.sample import sample_at
 from ..geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 from ..layers.attention import Attention, Block
 from ..layers.rose import RotarySpatialEmbedding
-from ..models import RatVit
+from ..models import RatVit, ResolutionAwareTransformer
 from ..models.rat.places import sequence_positions
 from ..ops.masking import join_masks, pool_mask
 from .blocks import level_blocks, normalize_blocks
@@ -107,7 +107,8 @@ class MaskedImageModel(nn.Module):
         **backbone_kwargs: Of ``timm.create_model``, for a name.
 
     Raises:
-        ValueError: If an argument is out of range, or the backbone has physical patches, whose sizes in pixels differ.
+        ValueError: If an argument is out of range, or the backbone has physical patches, whose sizes in pixels differ,
+            or a token of its own for what is masked.
     """
 
     def __init__(
@@ -128,6 +129,8 @@ class MaskedImageModel(nn.Module):
         self.backbone: Backbone = make_backbone(backbone, in_chans, backbone_kwargs)
         if getattr(self.backbone, "physical_patches", False):
             raise ValueError("backbone must have physical_patches=False, got True")
+        if isinstance(self.backbone, ResolutionAwareTransformer) and self.backbone.cfg.mask_token:
+            raise ValueError("backbone must have mask_token=False, for masks that are exact, got True")
         infos = last_infos(self.backbone, stages)
         self.stages, self.cell = stages, tuple(infos[0]["stride"])
         axes, reference = self.backbone.spatial_dims, self.backbone.reference_spacing

@@ -11,7 +11,7 @@ from rat_timm.pretrain import Distiller, Lesson, Teacher, lessons
 from training.config import Config
 from training.crops import Level, Scenes
 from training.engines import TYPES
-from training.networks import backbone_args
+from training.networks import backbone_args, level_args
 from training.tasks.base import Call, Measured
 from training.tasks.unlabelled import Unlabelled, images_told, row, sample_of
 
@@ -67,6 +67,7 @@ class Distillation(Unlabelled):
             self.teacher.num_features,
             self.channels,
             config.stages,
+            **level_args(config),
             **backbone_args(config, self.spacing),
         )
         if config.intensity == "model":

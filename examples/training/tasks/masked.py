@@ -14,7 +14,7 @@ from rat_timm.pretrain import MaskedImageModel, hide_pyramid, masked_loss, norma
 from rat_timm.pretrain.blocks import check_block
 from training.crops import Level, Scenes
 from training.frames import are_objects
-from training.networks import backbone_args
+from training.networks import backbone_args, level_args
 from training.tasks.base import Call, Measured
 from training.tasks.unlabelled import Unlabelled, images_told, labels_of, row, sample_of
 
@@ -53,14 +53,8 @@ class Masked(Unlabelled):
     def network(self) -> MaskedImageModel:
         """See `Unlabelled`."""
         config = self.config
-        return MaskedImageModel(
-            config.model,
-            self.channels,
-            config.width,
-            config.depth,
-            config.stages,
-            **backbone_args(config, self.spacing),
-        )
+        backbone = {**level_args(config), **backbone_args(config, self.spacing)}
+        return MaskedImageModel(config.model, self.channels, config.width, config.depth, config.stages, **backbone)
 
     def create_model(self) -> nn.Module:
         """See `Task`."""

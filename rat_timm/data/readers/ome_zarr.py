@@ -1,4 +1,4 @@
-"""OME-Zarr 0.4 and 0.5, on `zarr`.
+"""OME-Zarr 0.4 to 0.6, on `zarr`.
 
 Metadata are read here: all packages that read them hand out Dask arrays, whose pool of threads does not survive a fork.
 """
@@ -67,11 +67,36 @@ def _multiscale(group: "zarr.Group", name: str) -> dict[str, Any]:
     attributes = dict(group.attrs)
     ome = attributes.get("ome", attributes)
     images = ome.get("multiscales") if isinstance(ome, dict) else None
-    image = images[0] if isinstance(images, list) and _are_dicts(images) else {}
+    image = _intrinsic(images[0]) if isinstance(images, list) and _are_dicts(images) else {}
     complete = _are_dicts(image.get("axes")) and _are_dicts(image.get("datasets"))
     if not complete or not all("coordinateTransformations" in dataset for dataset in image["datasets"]):
         raise ReadError(f"{name}: must be an image of OME-Zarr 0.4 or later, whose metadata say the pixel size")
     return image
+
+
+def _intrinsic(image: dict[str, Any]) -> dict[str, Any]:
+    """Returns the metadata of version 0.6 as 0.5 has them, in the system of coordinates that the levels are put in.
+
+    There the levels' transformations name one of ``coordinateSystems``, which holds the axes, and what an image has in
+    common leads from it to other systems, which are of no use here.
+    """
+    systems, datasets = image.get("coordinateSystems"), image.get("datasets")
+    if not _are_dicts(systems) or not _are_dicts(datasets):
+        return image
+    levels = [(dataset.get("path"), dataset.get("coordinateTransformations")) for dataset in datasets]
+    if not all(_are_dicts(parts) and len(parts) == 1 for _, parts in levels):
+        return {}
+    outputs = [parts[0].get("output") for _, parts in levels]
+    names = [output.get("name") if isinstance(output, dict) else output for output in outputs]
+    system = next((system for system in systems if [system.get("name")] * len(names) == names), {})
+    flat = [
+        {
+            "path": path,
+            "coordinateTransformations": part.get("transformations") if part.get("type") == "sequence" else [part],
+        }
+        for path, (part,) in levels
+    ]
+    return {"axes": system.get("axes"), "datasets": flat}
 
 
 def _are_dicts(items: Any) -> bool:

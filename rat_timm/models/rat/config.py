@@ -105,6 +105,10 @@ class RatConfig:
             the extent, not with the pixels; samples of different extents are computed apart, and their maps filled up
             to the largest, and masked. False where spacing has to be an input of a program (``torch.export``, ONNX),
             or the network is to see pixels as they are: only positions are physical then.
+        level_ratios: Pixel sizes of a pyramid's levels in training, relative to the finest level's: a number or one per
+            axis for each, the first of them 1. A physical stem brings every level to the nearest in proportion, so that
+            an overview of other pixels is seen as those in training were. Empty: levels other than the finest keep
+            theirs relative to it.
         mask_token: Whether a learnable token stands at masked places of the first map, for masked image modelling: it
             takes part like any other, gets gradients, and is all that masked pixels are known by. Without it, masked
             places take no part.
@@ -165,6 +169,7 @@ class RatConfig:
     stem_kernel_size: Sequence[int] = (3, 3)
     stem_stride: int | Sequence[int] = 4
     physical_stem: bool = True
+    level_ratios: Sequence[float | Sequence[float]] = ()
     mask_token: bool = False
     output_stride: int | None = None
     kernel_size: int | Sequence[int] = 3
@@ -193,8 +198,8 @@ class RatConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):  # hashable, also where JSON made lists of tuples
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
+            if isinstance(value := getattr(self, field.name), (list, tuple)):
+                object.__setattr__(self, field.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
         if self.spatial_dims not in (1, 2, 3):
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {self.spatial_dims!r}")
         if self.group_width not in GROUP_WIDTHS:
@@ -212,6 +217,8 @@ class RatConfig:
         for name in ("kernel_size", "neighborhood_kernel"):
             if any(k % 2 == 0 for k in integers(getattr(self, name), name, self.spatial_dims)):
                 raise ValueError(f"{name} must be odd, got {getattr(self, name)!r}")
+        if self.ratios and set(self.ratios[0]) != {1.0}:
+            raise ValueError(f"level_ratios must begin with 1, that of the finest level, got {self.level_ratios!r}")
         share_stride(self.stem_strides, _sequence(self.stem_kernel_size, "stem_kernel_size", "one per convolution"))
         self.stages()
 
@@ -252,6 +259,12 @@ class RatConfig:
     def reference(self) -> tuple[float, ...]:
         """The reference spacing per axis."""
         return axis_values(self.spacing, "spacing", self.spatial_dims)
+
+    @property
+    def ratios(self) -> tuple[tuple[float, ...], ...]:
+        """The levels' pixel sizes relative to the finest level's, per axis."""
+        each = _sequence(self.level_ratios, "level_ratios", "one per level")
+        return tuple(axis_values(ratio, "level_ratios", self.spatial_dims) for ratio in each)
 
     @property
     def stem_strides(self) -> tuple[int, ...]:

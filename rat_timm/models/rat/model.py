@@ -21,7 +21,7 @@ from ...geometry.grid import Pyramid, Tokens, fill, integers, merge_axes
 from ...geometry.parts import Part, join_parts, parts_at_reference, to_reference
 from ...geometry.plans import KEPT, keep
 from ...geometry.ranges import KnowsRange, RangeLike, range_of_json
-from ...geometry.read import read_images, what_is_told
+from ...geometry.read import Told, read_images, what_is_told
 from ...geometry.types import ImageOrPyramid, MapOrMaps, MaskLike, OriginLike, SpacingLike
 from ...layers.head import carried_mask, with_mask
 from ...layers.rose import RotarySpatialEmbedding
@@ -211,11 +211,26 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
         images = read_images(x, told, self.reference_spacing, self.in_chans, self._min_size)
         if told.spacing is not None:
             self._check_range(told, images)
+        return self.parts_at_reference(images, told)
+
+    def parts_at_reference(self, images: Pyramid, told: Told) -> list[Part]:
+        """Brings a batch to the pixel sizes that a physical stem sees; without that, or a spacing, to none.
+
+        Args:
+            images: What `rat_timm.geometry.read.read_images` read.
+            told: What was told of them.
+
+        Returns:
+            Samples whose images come out in sizes of their own are parts of their own.
+
+        Raises:
+            ValueError: If an image would become too large, or sizes depend on tensors where that can not be.
+        """
         if not self.cfg.physical_stem or told.spacing is None:  # which is the reference spacing
             return [Part(None, images)]
         if isinstance(images, Proxy):
-            return [Part(None, to_reference(images, self.reference_spacing))]
-        return parts_at_reference(images, self.reference_spacing)
+            return [Part(None, to_reference(images, self.reference_spacing, self.cfg.ratios))]
+        return parts_at_reference(images, self.reference_spacing, self.cfg.ratios)
 
     def _run(
         self,
