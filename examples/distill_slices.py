@@ -84,7 +84,7 @@ def pretrained(volume: Tensor, spacing: tuple[float, ...], steps: int) -> tuple[
         hidden = hide_blocks(grid, 16.0, 0.6, len(crops))
         return masked_loss(model(crops, hidden, spacing=plane), crops, hidden, 16.0, spacing=plane).mean()
 
-    reached = train(model, steps, 2e-3, loss)
+    reached = train(model, steps, 1e-3, loss)
     return model.backbone, reached
 
 
@@ -120,7 +120,7 @@ def distilled(
         said = student(part[None], spacing=spacing, origin=origin)
         return torch.stack([lesson.loss(said) for lesson in taught]).mean()
 
-    train(student, steps, 2e-3, loss)
+    train(student, steps, 1e-3, loss)
     return student, taught
 
 

@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 
 from studies.results import carry_out
+from training.cells import MOVIES
 from training.conditions import Condition, Evaluation
 from training.config import Config
 from training.trainer import train
@@ -51,7 +52,7 @@ class Experiment:
 
 def shared(output: Path, data: str) -> dict[str, Any]:
     """Returns what all trainings have in common."""
-    return {"output": output, "data": data, "size": SIZE, "flip": True, "workers": 0, "device": "cpu", "batch_size": 4}
+    return {"output": output, "data": data, "size": SIZE, "flip": True, "workers": 0, "device": "cpu"}
 
 
 def pretrain(folder: Path, data: str, start: str) -> tuple[Path, float, float]:
@@ -63,13 +64,14 @@ def pretrain(folder: Path, data: str, start: str) -> tuple[Path, float, float]:
     output, note = folder / f"{data}-{start}", folder / f"{data}-{start}.txt"
     if not note.exists():
         began = time.process_time()
-        options: dict[str, Any] = {"task": "masked", "block": 16 * (0.645 if data == "hela" else 1.0), "share": 0.6}
+        pixel = MOVIES[data].spacing[0]
+        options: dict[str, Any] = {"task": "masked", "block": 16 * pixel, "window": SIZE[0] * pixel, "share": 0.6}
         spent = 0.0
         if start == "distilled":
             teacher, _, spent = pretrain(folder, data, "masked")
             options = {"task": "distillation", "teacher": str(teacher), "teacher_index": -2}
-        epochs = 4 if start == "masked" else 2
-        config = Config(**shared(output, data), **MODEL, **options, crops=40, epochs=epochs, lr=2e-3)
+        epochs = 6 if start == "masked" else 2
+        config = Config(**shared(output, data), **MODEL, **options, batch_size=8, crops=40, epochs=epochs, lr=5e-4)
         reached = train(config)
         note.write_text(f"{reached} {spent + time.process_time() - began}")
     explained, seconds = map(float, note.read_text().split())
@@ -88,6 +90,7 @@ def fine_tune(folder: Path, experiment: Experiment) -> pd.DataFrame:
         **shared(output, experiment.data),
         **model,
         task="instances",
+        batch_size=4,
         length=8.0,
         images=experiment.labelled,
         foreground=0.9 if experiment.data == "bacteria" else 0.5,
