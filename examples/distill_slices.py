@@ -62,7 +62,7 @@ def train(model: nn.Module, steps: int, lr: float, loss: Any) -> float:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        values.append(float(value))
+        values.append(value.item())
     model.eval()
     return float(np.mean(values[-max(1, steps // 10) :]))
 
