@@ -12,10 +12,10 @@ learned the maps of the masked one, from random weights.
 Results are rows of FOLDER/cells.csv; seconds are those of one core.
 
 **Seen so far**, which is not all that was planned: on HeLa with one labelled frame, masked-image modelling of 360 steps
-(132 seconds; it explains 38% of the variance of hidden pixels in validation) did not help. AP at an IoU of 0.5 of two
-seeds was 87.8 and 86.8% after it, 88.4 and 88.6% from random weights. From random weights 120 steps on one frame are
-already near what 480 steps on twelve give (91.4%, examples/cells/README.md): there is little to be gained on this movie.
-Three labelled frames, bacteria and distillation have not been run.
+(132 seconds; it explains 38% of the variance of hidden pixels in validation) did not help. AP at an IoU of 0.5 was
+87.8, 86.8 and 88.2% after it (seeds 0 to 2), and 88.4 and 88.6% from random weights (seeds 0 and 1). From random weights
+120 steps on one frame are near what 480 steps on twelve give (91.4%, examples/cells/README.md): there is little to be
+gained on this movie. Three labelled frames, bacteria and distillation have not been run.
 """
 
 import argparse
