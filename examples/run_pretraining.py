@@ -11,11 +11,11 @@ learned the maps of the masked one, from random weights.
 
 Results are rows of FOLDER/cells.csv; seconds are those of one core.
 
-**Seen so far**, which is not all that was planned: on HeLa with one labelled frame, masked-image modelling of 360 steps
-(132 seconds; it explains 38% of the variance of hidden pixels in validation) did not help. AP at an IoU of 0.5 was
-87.8, 86.8 and 88.2% after it (seeds 0 to 2), and 88.4 and 88.6% from random weights (seeds 0 and 1). From random weights
-120 steps on one frame are near what 480 steps on twelve give (91.4%, examples/cells/README.md): there is little to be
-gained on this movie. Three labelled frames, bacteria and distillation have not been run.
+**Seen so far**, which is not all that was planned: on HeLa with one labelled frame, after masked-image modelling of
+360 steps (132 seconds; it explains 38% of the variance of hidden pixels in validation), AP at an IoU of 0.5 was 87.8,
+86.8 and 88.2% (seeds 0 to 2), and from random weights 88.4, 88.6 and 82.1%: 1.2 points more in the mean, with both
+signs, which is no answer. 480 steps on twelve frames give 91.4% (examples/cells/README.md), so that there is little to
+be gained on this movie. Three labelled frames, bacteria and distillation have not been run, nor `distill_slices.py`.
 """
 
 import argparse
