@@ -20,12 +20,30 @@ UNCOUNTED_FILES = {
     "test_examples",
     "test_export",
     "test_huggingface",
+    "test_pretrain_training",
     "test_resolution_study",
     "test_timm_contract",
     "test_training",
     "test_training_dense",
 }
 UNCOUNTED_TESTS = re.compile("compil|export|program|trace|train|learn")
+
+# What takes half a minute and more comes first, so that no worker is left with it when the others are done.
+LONG_TESTS = (
+    "test_over_ray",
+    "test_two_processes_with_shards_do_what_one_does",
+    "test_a_day_on_a_gpu",
+    "test_adaptive_patches_learn_where_digits_are",
+    "test_two_processes_do_what_one_does",
+    "test_the_study_runs_learns_and_goes_on",
+    "test_a_killed_run_goes_on_as_if_it_had_not_been_killed",
+    "test_compiled_training_on_masked_pyramids",
+    "test_compile_without_graph_breaks",
+    "test_a_physical_stem_compiles_with_numbers",
+    "test_flex_is_compiled",
+    "test_a_cluster_of_ray_on_this_machine",
+    "test_a_detector_learns_in_seconds",
+)
 
 
 def pytest_addoption(parser):
@@ -34,10 +52,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Leaves the lines of slow tests uncounted; they run all the same."""
+    """Leaves the lines of slow tests uncounted, which run all the same, and begins with the longest."""
     for item in items:
         if item.path.stem in UNCOUNTED_FILES or UNCOUNTED_TESTS.search(item.originalname):
             item.add_marker("no_cover")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    long = sorted((i for i in items if i.originalname in LONG_TESTS), key=lambda i: LONG_TESTS.index(i.originalname))
+    rest = [item for item in items if item.originalname not in LONG_TESTS]
+    share = -(-len(rest) // workers)  # as xdist deals them out
+    items[:] = [item for w in range(workers) for item in (*long[w::workers], *rest[w * share : (w + 1) * share])]
 
 
 @pytest.fixture(autouse=True)

@@ -560,7 +560,7 @@ def changed(value):
     if isinstance(value, str):
         return value[:-1] + ("a" if value[-1:] != "a" else "b")
     if isinstance(value, list):
-        return [changed(value[0]), *value[1:]]
+        return [changed(value[0]), *value[1:]] if value else [1]
     return {}
 
 

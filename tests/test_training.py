@@ -116,10 +116,16 @@ def test_two_processes_with_shards_do_what_one_does(uninterrupted, quickly, tmp_
     """Also where windows are calls that all processes have to make: one has fewer images that need them."""
     config = Config(tmp_path / "digits", workers=0, parallel="fsdp", device="cpu", **DIGITS)
     dense = quick(tmp_path / "discs", "segmentation", parallel="fsdp", tile=[64, 96])
-    together(train_all, [config, dense])
+    options = {"size": [64, 64], "crops": 1, "epochs": 1, "batch_size": 4, "workers": 0, "device": "cpu"}
+    masked = Config(tmp_path / "masked", "masked", parallel="fsdp", **options)
+    together(train_all, [config, dense, masked])
     assert losses(config.output) == pytest.approx(losses(uninterrupted), abs=1e-4)
     timm.create_model(f"local-dir:{config.output / 'model'}", pretrained=True)
     assert losses(dense.output) == pytest.approx(losses(quickly("segmentation")), abs=1e-4)
+    trainer.train(Config(tmp_path / "alone", "masked", **options))
+    assert losses(masked.output) == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
+    figures = [read_events(tmp_path / o).Scalars("validation/knn")[-1].value for o in ("masked", "alone")]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
     assert read_events(dense.output).Scalars("validation/dice")[-1].value > 0.95
     Segmenter.load(dense.output / "model")
     last = damage_last(config.output)

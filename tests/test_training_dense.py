@@ -368,7 +368,7 @@ def test_detection_is_of_images(tmp_path):
         Config(tmp_path, "instances", levels=[4, 1])
     with pytest.raises(ValueError, match=r"layer_decay must be 1 for Segmenter, .* got 0\.8"):
         trainer.train(quick(tmp_path, "segmentation", layer_decay=0.8))
-    assert set(TASKS) == {"classification", *FLOORS}
+    assert set(TASKS) == {"classification", "masked", "distillation", *FLOORS}
 
 
 def test_all_processes_take_the_size_that_fits_in_each(tmp_path, monkeypatch):

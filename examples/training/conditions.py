@@ -101,8 +101,11 @@ class Evaluation:
     def config(self) -> Config:
         """The training's, but for the data."""
         config = saved_config(self.trained)
-        if config.task == "classification":
-            raise ValueError("trained must be a model of labelled images; rat_timm.evaluation is for classifiers")
+        if config.task in ("classification", "masked", "distillation"):
+            raise ValueError(
+                f"trained must be a model of labelled images, got one of {config.task} (rat_timm.evaluation is for "
+                "classifiers)"
+            )
         changed: dict[str, Any] = {"quick": False}
         for name in ("data", "tile", "spacing"):
             value = getattr(self, name)

@@ -11,6 +11,7 @@ import yaml
 # may change when training goes on: what changes no step, and the epochs, to train longer (the schedule stretches)
 FREE = ("output", "epochs", "compile", "device", "workers", "checkpoint_every")
 
+SAVED = "local-dir:"  # of a model's name: that of a folder follows
 BEGAN = "config.yaml"  # the config that training began with, in the output
 
 
@@ -21,21 +22,42 @@ class Config:
     Args:
         output: Folder for checkpoints, TensorBoard's logs and the trained model; all processes have to see it.
         task: "classification" of images; classes of pixels ("segmentation"); objects that are told apart
-            ("instances"); boxes around objects ("detection", in 2D).
-        model: A name of this package's; for segmentation and instances also "smp:ARCHITECTURE-ENCODER", a network of
-            segmentation_models_pytorch around an encoder of timm, such as "smp:unet-convnext_atto".
+            ("instances"); boxes around objects ("detection", in 2D). Of images without labels: pixels of hidden blocks
+            ("masked"), or the maps of a teacher ("distillation").
+        model: A name of this package's, or "local-dir:FOLDER" for one that was saved, by pretraining say; for
+            segmentation and instances also "smp:ARCHITECTURE-ENCODER", a network of segmentation_models_pytorch around
+            an encoder of timm, such as "smp:unet-convnext_atto".
         model_args: Further keywords of timm's create_model, such as drop_path_rate, or of smp's. Of labelled images, a
             model without weights has the pixel size of the first training image as its reference spacing.
         decoder: Of segmentation and instances, see `rat_timm.dense.Segmenter`.
-        width: Of that decoder, or of the maps of a detector.
+        width: Of that decoder, or of the maps of a detector. Of masked images: of the blocks that predict pixels, a
+            multiple of 32.
         detail: Whether that decoder has two more levels of convolutions at strides 1 and 2.
         detector: Of detection.
+        depth: Of masked images: how many blocks predict pixels.
+        stages: Of images without labels and a hierarchical model: how many stages, counted from the last, pixels are
+            predicted from, or are compared with a teacher.
+        share: Of masked images: the share that is hidden.
+        block: Physical length of the blocks that are hidden; in other levels than the first they are as much longer as
+            pixels are. Default: a place of the last stage, or a patch, but half a crop at most.
+        window: Likewise, of the blocks in which pixels are normalised: within one, how bright it is as a whole need not
+            be predicted. Default: ``block``.
+        hide_level: Probability that one of the ``levels`` is hidden as a whole.
+        teacher: Of distillation: a name that timm knows, or a folder with a saved model.
+        teacher_args: Further keywords of timm's create_model for it.
+        teacher_index: Which of its maps.
+        teacher_spacing: Pixel size, per axis, to which images are brought before the teacher gets them. Default: they
+            are given as they are.
+        planes: Of volumes, for a teacher of images: the axes across which slices are taken.
+        slices: How many of a crop across each of them.
         pretrained: Whether to start from pretrained weights.
         data: "digits", or a folder with train/<class>/* and validation/<class>/*. Of the other tasks: "discs" (drawn),
             "hela", "bacteria" or "cho" (see `training.cells`), or a folder with train/images/*, train/labels/* and
-            the same in validation. Default: "digits" or "discs".
+            the same in validation; images without labels may lie in train and validation themselves. Default: "digits"
+            or "discs".
         size: Pixels along each axis to which images are brought. Default: the model's. Of the other tasks: of random
             crops; default: 128 (2D), 16 x 64 x 64 (3D).
+        images: How many of the training images are used, evenly chosen; of labelled images. Default: all.
         crops: Random crops of each image in an epoch; not of classification.
         foreground: Probability that a crop is chosen among those with a label above 0 in them, rather than among all.
         levels: Pixel sizes of the levels of a pyramid relative to the crop's: with [1, 4] the model also gets an
@@ -87,16 +109,31 @@ class Config:
     """
 
     output: Path
-    task: Literal["classification", "segmentation", "instances", "detection"] = "classification"
+    task: Literal["classification", "segmentation", "instances", "detection", "masked", "distillation"] = (
+        "classification"
+    )
     model: str = "test_rat"
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     decoder: Literal["fpn", "groups"] = "fpn"
     width: int = 64
     detail: bool = True
     detector: Literal["fcos", "mask_rcnn"] = "fcos"
+    depth: int = 2
+    stages: int = 2
+    share: float = 0.75
+    block: float | None = None
+    window: float | None = None
+    hide_level: float = 0.0
+    teacher: str = "rat_vit_small_patch16_dinov3.lvd1689m"
+    teacher_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    teacher_index: int = -1
+    teacher_spacing: list[float] | None = None
+    planes: list[int] = dataclasses.field(default_factory=lambda: [0])
+    slices: int = 4
     pretrained: bool = True
     data: str | None = None
     size: list[int] | None = None
+    images: int | None = None
     crops: int = 8
     foreground: float = 0.5
     levels: list[float] = dataclasses.field(default_factory=lambda: [1])
@@ -140,6 +177,8 @@ class Config:
             self.data = "digits" if self.task == "classification" else "discs"
         if self.levels[0] != 1 or any(level < 1 for level in self.levels):
             raise ValueError(f"levels must begin with 1 and be at least that, got {self.levels}")
+        if self.images is not None and self.images < 1:
+            raise ValueError(f"images must be positive, got {self.images}")
         if self.crops < 1:
             raise ValueError(f"crops must be positive, got {self.crops}")
         if not 0 <= self.foreground <= 1:
@@ -149,8 +188,17 @@ class Config:
         if self.quick:
             self.epochs = 2
         if self.quick and self.task != "classification":
-            self.size = [16, 32, 32] if self.model.endswith("_3d") else [64, 64]
+            self.size = [16, 32, 32] if axes_of(self) == 3 else [64, 64]
             self.batch_size = "auto" if self.batch_size == "auto" else 4
+
+
+def axes_of(config: Config) -> int:
+    """Returns the number of axes of a model's images, as its name, or what was saved of it, says."""
+    name, saved = config.model, {}
+    if name.startswith(SAVED):
+        described = json.loads((Path(name.removeprefix(SAVED)) / "config.json").read_text())
+        name, saved = described["architecture"], described["model_args"]
+    return int({**saved, **config.model_args}.get("spatial_dims", 3 if name.endswith("_3d") else 2))
 
 
 def saved_config(output: Path) -> Config:

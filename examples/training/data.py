@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from rat_timm.data import Sample, read
 from rat_timm.data.errors import ReadError, reading
 from rat_timm.data.readers import is_readable
-from training.config import BEGAN, Config
+from training.config import BEGAN, Config, axes_of
 from training.digits import digits, draw, poses, spacing_of
 from training.processes import count, gather, on_first, rank
 
@@ -143,9 +143,9 @@ class SimilarDigits(Dataset):
         return Sample(self.images[index], self.spacing, None, self.targets[index])
 
 
-def some(data: Dataset) -> Dataset:
-    """Returns up to 32 samples, evenly chosen."""
-    return Subset(data, np.linspace(0, len(data) - 1, min(32, len(data))).astype(int).tolist())
+def some(data: Dataset, most: int = 32) -> Dataset:
+    """Returns up to so many samples, evenly chosen."""
+    return Subset(data, np.linspace(0, len(data) - 1, min(most, len(data))).astype(int).tolist())
 
 
 @contextlib.contextmanager
@@ -207,8 +207,7 @@ class Augmented(Dataset):
 def open_data(config: Config) -> tuple[Dataset, Dataset, list[str]]:
     """Returns the data to train on, those to validate on, and the names of the classes."""
     if config.data == "digits":
-        axes = config.model_args.get("spatial_dims", 3 if config.model.endswith("_3d") else 2)
-        training, validation = SimilarDigits(axes, 0), SimilarDigits(axes, 1)
+        training, validation = (SimilarDigits(axes_of(config), start) for start in (0, 1))
     else:
         training, validation = (Folder(Path(config.data) / part, config) for part in ("train", "validation"))
         if training.classes != validation.classes:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -84,6 +84,8 @@ def shard(model: nn.Module) -> None:
             for block in module:
                 fully_shard(block)
     fully_shard(model)
+    if hasattr(model, "features"):  # what is called beside forward
+        register_fsdp_forward_method(model, "features")
 
 
 class TorchEngine:

@@ -16,7 +16,7 @@ from rat_timm.data.errors import reading
 from rat_timm.data.readers import is_readable
 from rat_timm.data.samples import IGNORED
 from training.cells import MOVIES, Cells
-from training.config import Config
+from training.config import Config, axes_of
 from training.data import PICTURES, load_image
 
 PLAIN = (".tif", ".tiff")  # without OME's metadata
@@ -46,14 +46,45 @@ class FrameFolder(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
+        return _load_pair(*self.pairs[index], self.config)
+
+
+class Images(Dataset):
+    """``images/*``, or all that lies in the folder, and ``labels/*`` of the same name for those that have some.
+
+    Args:
+        root: The folder.
+        config: Says what files do not.
+    """
+
+    def __init__(self, root: Path, config: Config) -> None:
+        self.config = config
+        inside = (root / "images").is_dir()
+        images = _by_name(root / "images" if inside else root)
+        labels = _by_name(root / "labels") if inside and (root / "labels").is_dir() else {}
+        if not images or not labels.keys() <= images.keys():
+            alone = sorted(labels.keys() - images.keys())
+            raise ValueError(f"{root}: must hold images, and labels of the same names alone, got {alone[:3]}")
+        self.names = sorted(images)
+        self.pairs = [(images[name], labels.get(name)) for name in self.names]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
         image, labels = self.pairs[index]
-        sample = _load(image, self.config)
-        target = _load_labels(labels, self.config)
-        if target.shape != sample.image.shape[1:]:
-            raise ValueError(
-                f"{labels}: must have the image's {list(sample.image.shape[1:])} pixels, got {list(target.shape)}"
-            )
-        return sample._replace(target=target)
+        if labels is None:
+            return _load(image, self.config)
+        return _load_pair(image, labels, self.config)
+
+
+def _load_pair(image: Path, labels: Path, config: Config) -> Sample:
+    sample, target = _load(image, config), _load_labels(labels, config)
+    if target.shape != sample.image.shape[1:]:
+        raise ValueError(
+            f"{labels}: must have the image's {list(sample.image.shape[1:])} pixels, got {list(target.shape)}"
+        )
+    return sample._replace(target=target)
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
@@ -171,19 +202,21 @@ class Kept(Dataset):
         return self.kept[index]
 
 
-def open_frames(config: Config, part: str, data: str | None = None) -> Dataset:
+def open_frames(
+    config: Config, part: str, data: str | None = None, folder: Callable[[Path, Config], Dataset] = FrameFolder
+) -> Dataset:
     """Returns whole images with their labels, ``Sample(..., target=labels [*grid])``, and their ``names``.
 
     Args:
         config: Whose data they are.
         part: "train", "validation" or "test".
         data: Other data than the config's.
+        folder: What a folder is read as: `Images` where there need not be labels.
     """
     data = data or str(config.data)
     if data == "discs":
-        axes = config.model_args.get("spatial_dims", 3 if config.model.endswith("_3d") else 2)
-        return Discs(part, axes)
-    return _NamedCells(data, part) if data in MOVIES else FrameFolder(Path(data) / part, config)
+        return Discs(part, axes_of(config))
+    return _NamedCells(data, part) if data in MOVIES else folder(Path(data) / part, config)
 
 
 def are_objects(data: str) -> bool:

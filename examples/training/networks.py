@@ -38,7 +38,7 @@ def create_network(config: Config, channels: int, classes: int, spacing: Sequenc
             detail=config.detail,
             context=len(config.levels) > 1,
             in_chans=channels,
-            **_level_args(config),
+            **level_args(config),
             **backbone_args(config, spacing),
         )
     if len(spacing) != 2:
@@ -58,7 +58,7 @@ def backbone_args(config: Config, spacing: Sequence[float]) -> dict[str, Any]:
     return {"pretrained": config.pretrained, **own, **config.model_args}
 
 
-def _level_args(config: Config) -> dict[str, Any]:
+def level_args(config: Config) -> dict[str, Any]:
     """Returns what tells a hierarchical RAT the pixel sizes of levels that it is trained with."""
     name = config.model.partition(".")[0]
     if len(config.levels) == 1 or name not in FAMILIES["rat"].variants or "level_ratios" in config.model_args:

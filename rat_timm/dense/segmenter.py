@@ -3,20 +3,18 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from ..geometry.grid import Grid, Pyramid, Scalars, Tokens, channels_first, channels_last, fill, per_axis
-from ..geometry.parts import Part, join_parts
-from ..geometry.read import Told, read_images, what_is_told
+from ..geometry.read import Told, what_is_told
 from ..geometry.sample import sample_at
 from ..geometry.types import ImageOrPyramid, MaskLike, OriginLike, SpacingLike
 from ..layers.grouping import CONVS
-from ..layers.sharded import run_parts, tie
 from ..models import RatVit, ResolutionAwareTransformer
+from .backbone import in_parts, make_backbone, parts_for, plain_maps, read_for
 from .decoders import BEYOND, DECODERS, Decoder, DetailLevels, LevelMaps, SimplePyramid, add_context
 from .saving import load_segmenter, save_segmenter
 
@@ -73,7 +71,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"class_names must be {num_classes} strings, one per class, got {class_names!r}")
         self.num_classes, self.width = int(num_classes), int(width)
         self.class_names = None if class_names is None else list(class_names)
-        self.backbone: Any = _without_head(_make(backbone, in_chans, backbone_kwargs))
+        self.backbone = cast(Any, make_backbone(backbone, in_chans, backbone_kwargs))
         _check_decoder(decoder, self.backbone)
         self.decoder_name = decoder
         self.in_chans: int = self.backbone.in_chans
@@ -132,7 +130,7 @@ class Segmenter(nn.Module):
             ValueError: If an argument does not fit the model or another argument.
         """
         told = what_is_told(x, spacing, mask, origin)
-        images = self._read(x, told)
+        images = read_for(self.backbone, x, told)
         image = images.levels[0]
         grid = image.grid if out is None else _output_grid(out, image)
         features = self._features(images, told)
@@ -160,7 +158,7 @@ class Segmenter(nn.Module):
             decoder's finest map. Samples of several sizes are filled up to the largest, and masked there.
         """
         told = what_is_told(x, spacing, mask, origin)
-        features = self._features(self._read(x, told), told)
+        features = self._features(read_for(self.backbone, x, told), told)
         return features._replace(x=features.filled())
 
     def classify(self, features: Tokens) -> Tensor:
@@ -197,24 +195,11 @@ class Segmenter(nn.Module):
         model.load_state_dict(found.state_dict)
         return model.eval()
 
-    def _read(self, x: ImageOrPyramid, told: Told) -> Pyramid:
-        least = (1,) * self.spatial_dims
-        if isinstance(self.backbone, ResolutionAwareTransformer) and not self.backbone.cfg.physical_stem:
-            least = self.backbone.cfg.stem_strides
-        images = read_images(x, told, self.reference_spacing, self.in_chans, least)
-        self.backbone._check_range(told, images)
-        return images
-
     def _features(self, images: Pyramid, told: Told) -> Tokens:
         """Decodes the images of a batch; those that come to sizes of their own at the reference spacing, apart."""
-        parts = self._parts(images, told)
-        decoded = run_parts(self, lambda part: self._decode(part.images, told), parts, _tied)
-        return join_parts([Pyramid([tokens]) for tokens in decoded], [part.rows or [] for part in parts]).levels[0]
-
-    def _parts(self, images: Pyramid, told: Told) -> list[Part]:
-        if isinstance(self.backbone, ResolutionAwareTransformer):
-            return self.backbone.parts_at_reference(images, told)
-        return [Part(None, images)]
+        parts = parts_for(self.backbone, images, told)
+        rows = [part.rows for part in parts]
+        return in_parts(self, lambda part: Pyramid([self._decode(part.images, told)]), parts, rows).levels[0]
 
     def _decode(self, images: Pyramid, told: Told) -> Tokens:
         levels = self._plain_maps(images, told) if self.pyramid else self._stage_maps(images)
@@ -238,27 +223,9 @@ class Segmenter(nn.Module):
     def _plain_maps(self, images: Pyramid, told: Told) -> list[LevelMaps]:
         """Returns the maps that the pyramid makes of a plain transformer's last one, of levels to decode."""
         assert self.pyramid is not None
-        maps, masks = [level.x.movedim(-1, 1) for level in images.levels], images.masks
-        out = self.backbone.forward_intermediates(
-            images.unwrap(maps),
-            1,
-            norm=True,
-            output_dict=True,
-            intermediates_only=True,
-            spacing=told.spacing,
-            mask=None if told.mask is None else images.unwrap(masks),
-            origin=told.origin,
-        )
-        found = [out[name][0] for name in ("image_intermediates", "grids", "masks")]
-        made = zip(*([[each] for each in found] if images.single else found), strict=True)
-        # where there is a norm before the head, maps have not passed it yet
-        levels = [Tokens(self.backbone.fc_norm(x.movedim(1, -1)), grid, mask) for x, grid, mask in made]
+        levels = plain_maps(self.backbone, images, told)
         levels = levels if self.context else levels[:1]
         return [LevelMaps(self.pyramid(tokens, level > 0), []) for level, tokens in enumerate(levels)]
-
-
-def _tied(tokens: Tokens, other: Tokens) -> Tokens:
-    return tokens._replace(x=tie(tokens.x, other.x))
 
 
 def at_grid(tokens: Tokens, image: Tokens, grid: Grid) -> Tensor:
@@ -309,32 +276,6 @@ def _output_grid(out: Grid | Scalars, image: Tokens) -> Grid:
     counts = ((upper - lower) / spacing).amax(dim=0).tolist()
     shape = tuple(max(1, math.floor(count + 0.5 + 1e-6)) for count in counts)
     return Grid(shape, spacing, lower + spacing / 2)
-
-
-def _make(backbone: str | nn.Module, in_chans: int | None, kwargs: dict[str, Any]) -> nn.Module:
-    """Makes the backbone if a name is given, and checks what is given."""
-    if isinstance(backbone, str):
-        kwargs = kwargs if in_chans is None else {**kwargs, "in_chans": in_chans}
-        backbone = timm.create_model(backbone, **{**kwargs, "num_classes": 0})
-    elif kwargs:
-        raise ValueError(f"backbone_kwargs go with a name as backbone, got {sorted(kwargs)} with a model")
-    if not isinstance(backbone, (ResolutionAwareTransformer, RatVit)):
-        raise ValueError(
-            "backbone must be a ResolutionAwareTransformer or a RatVit (rat_timm.models), or the registered name of "
-            f"one, got {type(backbone).__name__}"
-        )
-    if in_chans not in (None, backbone.in_chans):
-        raise ValueError(f"in_chans must be the backbone's {backbone.in_chans}, got {in_chans}")
-    return backbone
-
-
-def _without_head(backbone: Any) -> Any:
-    """Removes what pools and classifies, whose parameters would get no gradient."""
-    if backbone.num_classes:
-        backbone.reset_classifier(0)
-    if getattr(backbone, "attn_pool", None) is not None:
-        backbone.attn_pool = None
-    return backbone
 
 
 def _check_decoder(decoder: str, backbone: nn.Module) -> None:

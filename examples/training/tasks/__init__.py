@@ -10,6 +10,8 @@ TASKS = {
     "segmentation": "Segmentation",
     "instances": "Instances",
     "detection": "Detection",
+    "masked": "Masked",
+    "distillation": "Distillation",
 }
 """Each is in the file of its name, which is imported with the packages that it takes once it is wanted."""
 

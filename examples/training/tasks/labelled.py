@@ -19,7 +19,7 @@ from rat_timm.geometry.grid import Grid, Tokens
 from rat_timm.geometry.sample import sample_at
 from training.config import Config
 from training.crops import Box, Crops, Level, Scenes, Wholes, collate_scenes, overview
-from training.data import Scaling
+from training.data import Scaling, some
 from training.frames import Kept, are_objects, open_frames, typical_length
 from training.networks import create_network, load_network, mean_and_std, save_network, spread
 from training.tasks.base import Call, Measured, SpacingRange
@@ -88,6 +88,8 @@ class Labelled:
         self.config, self.collate = config, collate_scenes
         if facts is None:
             self.training, self.validation = (open_frames(config, part) for part in ("train", "validation"))
+            if config.images is not None:
+                self.training = some(self.training, config.images)
             facts = look_at(self.training, config)
         self.facts = facts
 

@@ -87,7 +87,7 @@ def _of_blocks(
     """Returns the positions of the tokens and the windows for a stage's blocks."""
     kernel = stage.attn_kernel_size
     if kernel is None or (stage.joint_attention and (prefix or len(grids) > 1)):
-        return (_sequence_positions(grids, stage.unit, prefix),), ()
+        return (sequence_positions(grids, stage.unit, prefix),), ()
     wide = [Grid(padded_grid(grid.shape, kernel), *grid[1:]) for grid in grids] if stage.pad_windows else grids
     tokens = [side.positions(field_center([grid]), stage.unit) for side, grid in zip(wide, grids, strict=True)]
     biased = stage.bias_kernel_size is not None
@@ -130,7 +130,7 @@ def grouped(grid: Grid, stage: StageConfig) -> Grid:
     return grid if stage.sga_attention_type is None else grid.conv(*stage.grouping_conv)
 
 
-def _sequence_positions(grids: Sequence[Grid], unit: Sequence[float], prefix: int) -> Positions:
+def sequence_positions(grids: Sequence[Grid], unit: Sequence[float], prefix: int) -> Positions:
     """Lines up prefix and levels: ``[1 or B, N]`` per axis.
 
     Prefix tokens stand at the centre of the field, where the rotation is none.

@@ -21,7 +21,7 @@ from ...timm_api.state_dict import inflate
 from ..vit.model import ANY_SIZE, Intermediates, VitBase, Wanted
 from .patches import patchify, physical_patchify
 from .rotary import Frame, TimmRotary, extend_along_z, rotary_embedding
-from .sequence import PyramidSequence
+from .sequence import PyramidSequence, ValidSequence
 
 
 class RatVit(VitBase, eva.Eva):
@@ -218,6 +218,7 @@ class RatVit(VitBase, eva.Eva):
         is_causal: bool = False,
         *,
         output_dict: bool = False,
+        drop_masked: bool = False,
         spacing: SpacingLike = None,
         mask: MaskLike = None,
         origin: OriginLike = None,
@@ -236,6 +237,8 @@ class RatVit(VitBase, eva.Eva):
             is_causal: See `forward`.
             output_dict: Whether to return a dict: "image_features" (not with ``intermediates_only``),
                 "image_intermediates", and for each of these maps its `Grid` in "grids" and its mask in "masks".
+            drop_masked: Whether blocks are given the valid patches alone. Masked ones take no part either way; without
+                them time falls with their share. How many there are decides sizes: not for compilers.
             spacing: See `forward`.
             mask: See `forward`. Masked places of maps are zero.
             origin: See `forward`.
@@ -251,7 +254,8 @@ class RatVit(VitBase, eva.Eva):
         image = self._plain(x, told, attn_mask, is_causal)
         if image is not None and not isinstance(x, (list, tuple)) and not output_dict:
             return super().forward_intermediates(image, *wanted[:-1], attn_mask=attn_mask, is_causal=is_causal)
-        return self._intermediates(self._encode(x, told, attn_mask, is_causal), wanted)
+        sequence = self._encode(x, told, attn_mask, is_causal)
+        return self._intermediates(ValidSequence.of(sequence) if drop_masked else sequence, wanted)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None

@@ -1,4 +1,4 @@
-"""The tokens of a pyramid: prefix tokens and the patches of all levels in one sequence."""
+"""The tokens of a pyramid: prefix tokens and the patches of all levels in one sequence, or those that are valid."""
 
 from typing import Any, NamedTuple
 
@@ -74,3 +74,57 @@ class PyramidSequence(NamedTuple):
 
     def _unwrap(self, per_level: list) -> Any:
         return per_level[0] if self.single else per_level
+
+
+class ValidSequence(NamedTuple):
+    """Prefix tokens and the valid patches alone; see `rat_timm.models.vit.sequence.VitSequence`.
+
+    Attributes:
+        x: Prefix tokens and patches, ``[B, P + K, C]``, where K is the largest number of valid patches in a sample.
+        valid: Which of the patches are valid, ``[B, K]``: other samples are filled up. None if all are.
+        rope: Of the patches, as in `PyramidSequence`.
+        which: Which patches they are, ``[B, K]``.
+        whole: All patches.
+    """
+
+    x: Tensor
+    valid: Tensor | None
+    rope: Tensor
+    which: Tensor
+    whole: PyramidSequence
+
+    @classmethod
+    def of(cls, whole: PyramidSequence) -> "ValidSequence | PyramidSequence":
+        """Drops what is masked; a sequence without masks stays as it is."""
+        if whole.valid is None:
+            return whole
+        most = max(1, int(whole.valid.sum(dim=1).max()))
+        which = whole.valid.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        valid = whole.valid.gather(1, which)
+        prefix, patches = whole.x[:, : whole.prefix], whole.x[:, whole.prefix :]
+        x = torch.cat((prefix, patches.take_along_dim(which.unsqueeze(-1), dim=1)), dim=1)
+        rows = which.view(*[1] * (whole.rope.ndim - 4), len(which), 1, most, 1)
+        return cls(x, None if bool(valid.all()) else valid, whole.rope.take_along_dim(rows, dim=-2), which, whole)
+
+    def block_args(self, index: int) -> dict[str, Any]:
+        """Returns the rotary embedding of a block."""
+        return self.whole._replace(rope=self.rope).block_args(index)
+
+    def sequences(self, x: Tensor) -> MapOrMaps:
+        """See `PyramidSequence.sequences`."""
+        return self.whole.sequences(self._restored(x))
+
+    def maps(self, x: Tensor, output_fmt: str) -> MapOrMaps:
+        """See `PyramidSequence.maps`."""
+        return self.whole.maps(self._restored(x), output_fmt)
+
+    def places(self, count: int) -> dict[str, Any]:
+        """See `PyramidSequence.places`."""
+        return self.whole.places(count)
+
+    def _restored(self, x: Tensor) -> Tensor:
+        """Puts tokens ``[B, P + K, C]`` back where they were, ``[B, P + N, C]``, among zeros."""
+        prefix = self.whole.prefix
+        patches = x.new_zeros(len(x), self.whole.x.shape[1] - prefix, x.shape[-1])
+        where = self.which.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return torch.cat((x[:, :prefix], patches.scatter(1, where, x[:, prefix:])), dim=1)
