@@ -454,3 +454,9 @@ def test_what_does_not_fit(tmp_path):
     pytest.importorskip("deepspeed")
     with pytest.raises(ValueError, match="parallel must be ddp or fsdp without torchrun, got deepspeed2"):
         trainer.train(Config(tmp_path, parallel="deepspeed2", quick=True))
+
+
+def test_a_folder_of_another_layout_is_an_error(tmp_path):
+    (tmp_path / "cells" / "train" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"data: .*cells must have the folders train and validation"):
+        data.open_data(Config(tmp_path / "run", data=str(tmp_path / "cells")))

@@ -209,7 +209,12 @@ def open_data(config: Config) -> tuple[Dataset, Dataset, list[str]]:
     if config.data == "digits":
         training, validation = (SimilarDigits(axes_of(config), start) for start in (0, 1))
     else:
-        training, validation = (Folder(Path(config.data) / part, config) for part in ("train", "validation"))
+        folders = [Path(config.data) / part for part in ("train", "validation")]
+        if not all(folder.is_dir() for folder in folders):
+            raise ValueError(
+                f"data: {config.data} must have the folders train and validation, each with a folder per class"
+            )
+        training, validation = (Folder(folder, config) for folder in folders)
         if training.classes != validation.classes:
             raise ValueError(f"data: train has the classes {training.classes}, validation {validation.classes}")
         if config.skip_unreadable:

@@ -80,15 +80,16 @@ def _intrinsic(image: dict[str, Any]) -> dict[str, Any]:
     There the levels' transformations name one of ``coordinateSystems``, which holds the axes, and what an image has in
     common leads from it to other systems, which are of no use here.
     """
-    systems, datasets = image.get("coordinateSystems"), image.get("datasets")
+    systems: Any = image.get("coordinateSystems")
+    datasets: Any = image.get("datasets")
     if not _are_dicts(systems) or not _are_dicts(datasets):
         return image
     levels = [(dataset.get("path"), dataset.get("coordinateTransformations")) for dataset in datasets]
     if not all(_are_dicts(parts) and len(parts) == 1 for _, parts in levels):
         return {}
-    outputs = [parts[0].get("output") for _, parts in levels]
+    outputs = [part.get("output") for _, (part,) in levels]
     names = [output.get("name") if isinstance(output, dict) else output for output in outputs]
-    system = next((system for system in systems if [system.get("name")] * len(names) == names), {})
+    system: dict[str, Any] = next((each for each in systems if [each.get("name")] * len(names) == names), {})
     flat = [
         {
             "path": path,
