@@ -90,14 +90,16 @@ class Store:
         """Makes the group and its arrays, which are zero."""
         zarr = import_zarr()
         group = zarr.open_group(str(self.partial / DATA), mode="w", zarr_format=3)
-        local = zarr.open_group(str(self.partial / FOLDER), mode="a", zarr_format=3) if self.has_local else None
         for level in [*range(len(self.factors)), *([LOCAL] if self.has_local else [])]:
             shape = self.level_shape(max(level, 0))
             chunk = tuple(map(min, self.chunk, shape))
             shard = tuple(-(-min(t, n) // c) * c for t, n, c in zip(self.tile, shape, chunk, strict=True))
             lead = () if self.channels is None else (self.channels,)
-            (local if level == LOCAL else group).create_array(
-                _NAME_OF_LOCAL if level == LOCAL else str(level),
+            here, name = group, str(level)
+            if level == LOCAL:
+                here, name = zarr.open_group(str(self.partial / FOLDER), mode="a", zarr_format=3), _NAME_OF_LOCAL
+            here.create_array(
+                name,
                 shape=(*lead, *shape),
                 chunks=(*(1 for _ in lead), *chunk),
                 shards=(*lead, *shard),
