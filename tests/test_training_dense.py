@@ -25,6 +25,7 @@ from rat_timm.geometry.grid import Grid
 from training import batch_size, trainer
 from training.config import Config, saved_config
 from training.crops import Box, Crops, Scenes, Wholes, at_pixel_size, collate_scenes, overview, whole
+from training.data import Scaling
 from training.frames import DISCS, Discs, FrameFolder, Kept, open_frames, typical_length
 from training.networks import ImageAlone, create_network
 from training.tasks import TASKS, Measured, task_class
@@ -456,3 +457,14 @@ def test_an_overview_ends_where_the_image_does():
     assert around.sample.image.shape[1:] == (6, 8)
     assert around.origin.tolist() == [1.0, 5.0]
     assert at_pixel_size(frame, Box([4, 4], [8, 12]), 1).origin.tolist() == [4.5, 4.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_intensities_say_what_scaling_does(dtype, channels):
+    scaling = Scaling(channels, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), "model")
+    low, high = scaling.intensities(dtype)
+    image = (torch.rand(channels, 5, 4) * (1 if dtype.is_floating_point else torch.iinfo(dtype).max)).to(dtype)
+    torch.testing.assert_close(scaling(image), (image.float() - low) / (high - low))
+    assert Scaling(3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), "model").intensities(dtype) is None
+    assert Scaling(channels, (0.4,), (0.2,), "sample").intensities(dtype) is None

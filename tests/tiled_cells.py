@@ -21,6 +21,7 @@ from rat_timm.dense import Segmenter
 from rat_timm.dense.instances import instances
 from rat_timm.predict import predict
 from training.cells import MOVIES, Cells
+from training.data import Scaling
 
 
 def different(found: np.ndarray, expected: np.ndarray) -> tuple[int, int]:
@@ -46,10 +47,11 @@ def main() -> None:
     parser.add_argument("--crop", type=int, help="pixels along each axis, from the middle")
     given = parser.parse_args()
     model = Segmenter.load(given.model).to(getattr(torch, given.dtype))
-    scale = json.loads((given.model / "facts.json").read_text())["length"]
+    facts = json.loads((given.model / "facts.json").read_text())
+    scale, scaling = facts["length"], Scaling(facts["channels"], facts["mean"], facts["std"], "model")
     frames = Cells(given.data, "test")
     for number in given.frames:
-        x, spacing = frames[number].image.to(getattr(torch, given.dtype)), MOVIES[given.data].spacing
+        x, spacing = scaling(frames[number].image).to(getattr(torch, given.dtype)), MOVIES[given.data].spacing
         if given.crop:
             x = x[(slice(None), *(slice((n - given.crop) // 2, (n + given.crop) // 2) for n in x.shape[1:]))]
         begun = time.perf_counter()

@@ -182,9 +182,19 @@ class Scaling:
         if self.intensity == "sample":
             image = image.float()
             return (image - image.mean()) / image.std().clamp(min=1e-6)
-        full = 1.0 if image.dtype.is_floating_point or image.dtype == torch.bool else torch.iinfo(image.dtype).max
         shape = (-1, *[1] * (image.ndim - 1))
-        return (image.float() / full - self.mean.view(shape)) / self.std.view(shape)
+        return (image.float() / _largest(image.dtype) - self.mean.view(shape)) / self.std.view(shape)
+
+    def intensities(self, dtype: torch.dtype) -> tuple[float, float] | None:
+        """Returns which values of a type become 0 and 1; None if channels or images differ in it."""
+        if self.intensity == "sample" or len({*zip(self.mean.tolist(), self.std.tolist(), strict=True)}) > 1:
+            return None
+        low, step = (_largest(dtype) * float(values[0]) for values in (self.mean, self.std))
+        return low, low + step
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
 
 
 class Augmented(Dataset):

@@ -5,7 +5,9 @@ r"""The command ``python -m rat_timm predict``: from a file to a file.
     python -m rat_timm predict cells.ome.tif --model models/cells --output cells.ome.zarr --task instances --scale 8 \
         --intensities 100 4000 --scheduler dask --workers 4
 
-The same command goes on with a run that was interrupted.
+The same command goes on with a run that was interrupted. Pixels go to the model as they are, unless ``--intensities``
+says which values become 0 and 1: what examples/train.py trains gets images so, and ``facts.json`` beside the model has
+these numbers, and ``--scale`` as "length".
 """
 
 import argparse

@@ -42,6 +42,8 @@ class Facts:
         mean: See `Scaling`.
         std: See `Scaling`.
         spacing_range: Smallest and largest pixel size per axis in training and validation, once it is over.
+        intensities: Pixel values of the first image's type that become 0 and 1, which `python -m rat_timm predict`
+            takes; None where channels or images have their own.
     """
 
     channels: int
@@ -52,6 +54,7 @@ class Facts:
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
     spacing_range: SpacingRange = None
+    intensities: tuple[float, float] | None = None
 
 
 def look_at(frames: Dataset, config: Config) -> Facts:
@@ -160,7 +163,8 @@ class Labelled:
         """See `Task`."""
         model = spread(self.network(), weights)
         self.save_model(model, folder)
-        facts = dataclasses.replace(self.facts, spacing_range=spacing_range)
+        intensities = self.scaling.intensities(self.training[0].image.dtype)
+        facts = dataclasses.replace(self.facts, spacing_range=spacing_range, intensities=intensities)
         (folder / FACTS).write_text(json.dumps(dataclasses.asdict(facts), indent=2))
 
     def objects(self, labels: Tensor) -> Tensor:
