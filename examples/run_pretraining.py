@@ -22,9 +22,9 @@ random weights, seeds 0 to 2; fine-tuning takes 40 seconds of a core:
 
 Pretraining was 360 steps, 121 to 132 seconds, once for each movie; it explains 9% of the variance of hidden pixels of
 bacteria in validation, and 38% of HeLa's. With one frame of bacteria, AP at an IoU of 0.75 is lower after it (6.2 and
-14.0% in the mean), with three higher (29.3 and 25.4%). More steps of fine-tuning may make up for what pretraining gives:
-480 on twelve frames of HeLa give 91.4% (examples/cells/README.md). Three labelled frames of HeLa were not run, distillation
-once (bacteria, one frame, seed 0: 40.2%), `distill_slices.py` not.
+14.0% in the mean), with three higher (29.3 and 25.4%). More steps of fine-tuning may make up for what pretraining
+gives: 480 on twelve frames of HeLa give 91.4% (examples/cells/README.md). Three labelled frames of HeLa were not run,
+distillation once (bacteria, one frame, seed 0: 40.2%), `distill_slices.py` not.
 """
 
 import argparse
