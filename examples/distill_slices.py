@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pretrained_features import head
 from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from rat_timm.geometry.grid import Grid
 from rat_timm.pretrain import Distiller, Lesson, MaskedImageModel, Teacher, hide_blocks, lessons, masked_loss
+from studies.head import head
 from studies.results import carry_out
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depths": [1, 1, 2, 1], "in_chans": 1}

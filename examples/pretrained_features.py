@@ -11,10 +11,8 @@ program and the picture say so: then the colours show no more than brightness an
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-import nibabel
 import numpy as np
 import timm
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 import rat_timm  # noqa: F401  (registers the models)
 from rat_timm import Grid
+from studies.head import Volume, head
 
 MODEL = "rat_vit_small_patch16_dinov3.lvd1689m"
 SETTINGS = {
@@ -33,21 +32,6 @@ SETTINGS = {
     "spacing": (2.2, 0.5, 0.5),
     "physical_patches": True,
 }
-
-
-class Volume(NamedTuple):
-    """A volume ``[1, 1, z, y, x]`` between 0 and 1, and its voxel size in mm."""
-
-    image: Tensor
-    spacing: tuple[float, ...]
-
-
-def head() -> Volume:
-    """Loads the first frame of the MR series, axes (z, y, x), anterior side up."""
-    series = nibabel.load(Path(nibabel.__file__).parent / "tests/data/example4d.nii.gz")
-    voxels = torch.from_numpy(series.get_fdata(dtype=np.float32)[..., 0].T.copy())[None, None].flip(-2)
-    spacing = tuple(round(float(size), 3) for size in series.header.get_zooms()[2::-1])
-    return Volume((voxels / voxels.quantile(0.995)).clamp(0, 1), spacing)
 
 
 def network() -> tuple[nn.Module, str]:

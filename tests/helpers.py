@@ -138,3 +138,14 @@ def quick(output, task, **options):
     return importlib.import_module("training.config").Config(
         output, task=task, quick=True, workers=0, device="cpu", **options
     )
+
+
+def write_ome_zarr(place, pixels, spacing, unit="micrometer", chunk=16):
+    """Writes an OME-Zarr 0.5 of one level, as its specification says: what libraries write changes with them."""
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(str(place), mode="w")
+    group.create_array("0", data=pixels, chunks=(chunk,) * pixels.ndim)
+    axes = [{"name": axis, "type": "space", "unit": unit} for axis in "zyx"[-pixels.ndim :]]
+    level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": list(spacing)}]}
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [level]}]}
+    return place

@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
-import zarr
-from ome_zarr.writer import write_multiscale
 from torch import nn
 
 import rat_timm.predict.command  # noqa: F401  # for all runs
+from helpers import write_ome_zarr
 from rat_timm.dense import Segmenter
 
 ENGINES = ("process", "processes", "dask", "tcp", "ray")
@@ -102,11 +101,8 @@ class Ended(NamedTuple):
 def make(folder: Path, size: int) -> list[str]:
     """Writes an image and a model; returns the command but for its output."""
     pixels = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
-    group = zarr.open_group(str(folder / "image.ome.zarr"), mode="w")
-    options: dict[str, Any] = {"axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]}
-    scale = [[{"type": "scale", "scale": [1.0, 1.0]}]]
-    write_multiscale([pixels], group, coordinate_transformations=scale, storage_options={"chunks": (64, 64)}, **options)
-    options = {"embed_dim": (16, 16), "depths": (1, 2), "num_heads": 2, "attn_kernel_size": 3}
+    write_ome_zarr(folder / "image.ome.zarr", pixels, (1.0, 1.0), chunk=64)
+    options: dict[str, Any] = {"embed_dim": (16, 16), "depths": (1, 2), "num_heads": 2, "attn_kernel_size": 3}
     model = Segmenter("test_rat", 2, width=8, in_chans=1, **options)
     nn.init.normal_(model.classifier.weight, std=0.3)
     model.save(folder / "model")

@@ -178,7 +178,7 @@ def test_the_control_brings_images_to_the_training_size(tmp_path):
 
 def test_classifiers_are_evaluated_elsewhere(tmp_path):
     trainer.remember(Config(tmp_path), write=True)
-    with pytest.raises(ValueError, match=r"trained must be a model of labelled images; rat_timm\.evaluation is for"):
+    with pytest.raises(ValueError, match=r"trained must be a model of labelled images, got one of classification"):
         _ = Evaluation(tmp_path, None, "test", (Condition(),)).config
 
 

@@ -41,6 +41,20 @@ def test_table_and_picture(name, expected, run, tmp_path, monkeypatch):
     check_picture(tmp_path / "picture.png")
 
 
+def test_the_study_of_pretraining_runs(run, tmp_path):
+    pytest.importorskip("jsonargparse")
+    run("run_pretraining.py", "--quick", "--output", tmp_path)
+    starts = [line.split(",")[1] for line in (tmp_path / "cells.csv").read_text().splitlines()[1:]]
+    assert starts == ["masked", "scratch", "distilled"]
+
+
+def test_slices_teach_a_network_of_volumes(run, tmp_path):
+    pytest.importorskip("sklearn")
+    run("distill_slices.py", "--quick", "--seeds", 1, "--output", tmp_path)
+    (file,) = tmp_path.glob("*.csv")
+    assert len(file.read_text().splitlines()) > 1
+
+
 def test_the_test_weights_are_trained(run, tmp_path):
     pytest.importorskip("sklearn")
     run("pretrain_test_weights.py", "--quick", "--models", "test_rat", "--folder", tmp_path)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_predict_receptive import segmenter
 
+from helpers import write_ome_zarr
 from rat_timm import data
 from rat_timm.__main__ import parse
 from rat_timm.dense.instances import instances
@@ -390,12 +391,7 @@ def test_an_image_without_a_pixel_size_is_one_line_and_takes_a_spacing(tmp_path,
 
 def test_an_unreadable_chunk_is_one_line_and_what_was_done_stays(tmp_path, saved):
     pixels = np.random.default_rng(0).integers(0, 255, (80, 80)).astype(np.uint8)
-    image = tmp_path / "image.ome.zarr"
-    group = zarr.open_group(str(image), mode="w")
-    group.create_array("0", data=pixels, chunks=(16, 16))
-    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
-    level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1.0, 1.0]}]}
-    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [level]}]}
+    image = write_ome_zarr(tmp_path / "image.ome.zarr", pixels, (1.0, 1.0))
     (chunk,) = image.glob("0/c/0/4")
     good = chunk.read_bytes()
     chunk.write_bytes(b"no chunk")

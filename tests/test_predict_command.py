@@ -10,10 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from ome_zarr.writer import write_multiscale
 from test_predict import call, probabilities, stored
 from test_predict_receptive import segmenter
 
+from helpers import write_ome_zarr
 from hub_client import run
 from hub_server import Repo, environment, serving
 from rat_timm import data
@@ -26,16 +26,6 @@ zarr = pytest.importorskip("zarr")
 SIZE = (64, 80)
 
 
-def write(place, pixels, spacing, unit="micrometer", **options):
-    """Writes an OME-Zarr of levels of two."""
-    group = zarr.open_group(str(place), mode="w")
-    axes = [{"name": axis, "type": "space", "unit": unit} for axis in "zyx"[-pixels.ndim :]]
-    transforms = [[{"type": "scale", "scale": list(spacing)}]]
-    storage = {"chunks": (16,) * pixels.ndim, **options}
-    write_multiscale([pixels], group, axes=axes, coordinate_transformations=transforms, storage_options=storage)
-    return place
-
-
 @pytest.fixture
 def pixels():
     return np.random.default_rng(0).normal(size=SIZE).astype(np.float32)
@@ -43,7 +33,7 @@ def pixels():
 
 @pytest.fixture
 def image(tmp_path, pixels):
-    return write(tmp_path / "image.ome.zarr", pixels, (0.5, 0.5))
+    return write_ome_zarr(tmp_path / "image.ome.zarr", pixels, (0.5, 0.5))
 
 
 @pytest.fixture
@@ -75,7 +65,7 @@ def test_other_dtypes_are_as_far_from_the_truth_as_the_whole_is_with_them(tmp_pa
 
 def test_lengths_are_in_the_unit_that_is_said(tmp_path, pixels, saved):
     """A model whose pixels are of 1 mm sees an image of 500 um at 0.5."""
-    image = write(tmp_path / "image.ome.zarr", pixels, (500.0, 500.0))
+    image = write_ome_zarr(tmp_path / "image.ome.zarr", pixels, (500.0, 500.0))
     call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS, "--unit", "mm")
     np.testing.assert_allclose(stored(tmp_path / "out.ome.zarr"), whole(saved, pixels, 0.5), atol=1e-5)
     assert data.read_grids(tmp_path / "out.ome.zarr", unit="um")[0].spacing.tolist() == [[500.0, 500.0]]
@@ -88,7 +78,7 @@ def test_a_spacing_is_taken_in_place_of_the_file_s(tmp_path, image, pixels, save
 
 def test_a_background_that_is_a_file_masks(tmp_path, image, pixels, saved):
     mask = np.random.default_rng(1).random(SIZE) > 0.3
-    write(tmp_path / "mask.ome.zarr", mask.astype(np.uint8), (0.5, 0.5))
+    write_ome_zarr(tmp_path / "mask.ome.zarr", mask.astype(np.uint8), (0.5, 0.5))
     options = [*ALWAYS, "--background", tmp_path / "mask.ome.zarr"]
     call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *options)
     expected = whole(saved, pixels, 0.5, mask=torch.from_numpy(mask)[None])

@@ -105,13 +105,13 @@ class Manifest:
         if not self._file.is_file() or json.loads(self._file.read_text()) != described:
             raise FileNotFoundError(2, f"{self.partial}: the run has ended, and this is work of it", str(self.partial))
 
-    def keep(self, name: str, value: Any) -> None:
+    def keep(self, name: str, value: Mapping[str, Any]) -> None:
         """Keeps a value as JSON."""
         new = self.folder / f"{name}.new"
         new.write_text(json.dumps(value, indent=1, sort_keys=True))
         os.replace(new, self.folder / name)
 
-    def kept(self, name: str) -> Any:
+    def kept(self, name: str) -> dict[str, Any] | None:
         """Returns a value that was kept; None if there is none."""
         file = self.folder / name
         return json.loads(file.read_text()) if file.is_file() else None

@@ -128,9 +128,9 @@ def _gap(work: Work) -> Difference | None:
     kept = manifest.kept(GAP)
     if kept is None:
         gap = difference(work)
-        kept = [None if gap is None else gap._asdict()]
+        kept = {"difference": None if gap is None else gap._asdict()}
         manifest.keep(GAP, kept)
-    return None if kept[0] is None else Difference(**kept[0])
+    return None if kept["difference"] is None else Difference(**kept["difference"])
 
 
 def _check_output(output: Path) -> None:
