@@ -88,8 +88,10 @@ def pretrain(folder: Path, data: str, start: str) -> tuple[Path, float, float]:
         if start == "distilled":
             teacher, _, spent = pretrain(folder, data, "masked")
             options = {"task": "distillation", "teacher": str(teacher), "teacher_index": -2}
-        epochs = 6 if start == "masked" else 2
-        config = Config(**shared(output, data), **MODEL, **options, batch_size=8, crops=40, epochs=epochs, lr=5e-4)
+        epochs, crops = 6 if start == "masked" else 2, 40
+        if data == QUICK:
+            epochs, crops = 1, 1
+        config = Config(**shared(output, data), **MODEL, **options, batch_size=8, crops=crops, epochs=epochs, lr=5e-4)
         reached = train(config)
         note.write_text(f"{reached} {spent + time.process_time() - began}")
     explained, seconds = map(float, note.read_text().split())
@@ -112,7 +114,7 @@ def fine_tune(folder: Path, experiment: Experiment) -> pd.DataFrame:
         length=8.0,
         images=experiment.labelled,
         foreground=0.9 if experiment.data == "bacteria" else 0.5,
-        crops=4 * STEPS // experiment.labelled,
+        crops=8 if experiment.data == QUICK else 4 * STEPS // experiment.labelled,
         epochs=1,
         warmup_epochs=0,
         seed=experiment.seed,
