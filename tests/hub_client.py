@@ -4,11 +4,13 @@ The processes are forked from one that has imported PyTorch, which takes most of
 """
 
 import contextlib
+import functools
+import importlib
 import io
 import multiprocessing
 import os
-import sys
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 
 
@@ -18,20 +20,21 @@ def run(code: str, variables: dict[str, str]) -> str:
     Raises:
         AssertionError: If the code raises anything, with what.
     """
-    answer = _call("forkserver", code, variables)
-    if answer is None:  # other tests started the forkserver, with more modules
-        answer = _call("spawn", code, variables)
-    assert answer is not None
-    printed, error = answer
+    printed, error = _parent().submit(_fork, code, variables).result()
     assert error is None, error
     return printed
 
 
-def _call(method: str, code: str, variables: dict[str, str]) -> tuple[str, str | None] | None:
-    """Returns what the code printed and raised; None if the process began with huggingface_hub imported."""
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["torch", "torchvision"])
+@functools.cache
+def _parent() -> ProcessPoolExecutor:
+    """What forks clients: multiprocessing's forkserver would have what other tests and packages preload."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, spawn, initializer=importlib.import_module, initargs=("torchvision",))
+
+
+def _fork(code: str, variables: dict[str, str]) -> tuple[str, str | None]:
+    """Returns what the code printed and raised."""
+    context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_execute, args=(code, variables, sender))
     process.start()
@@ -42,9 +45,6 @@ def _call(method: str, code: str, variables: dict[str, str]) -> tuple[str, str |
 
 
 def _execute(code: str, variables: dict[str, str], sender: Connection) -> None:
-    if "huggingface_hub" in sys.modules:
-        sender.send(None)
-        return
     os.environ.update(variables)
     printed, error = io.StringIO(), None
     try:

@@ -95,7 +95,7 @@ def test_a_detector_learns_in_seconds(trained):
 @pytest.mark.parametrize("factor", [0.5, 1.5, 2.0])
 def test_boxes_follow_the_pixel_size(trained, factor):
     """More pixels of the same scene give the same boxes, in those pixels; untold, they do not."""
-    images, targets = discs(8, 2)
+    images, targets = discs(4, 2)
     more, of_more = rescale(images, targets, factor)
     with torch.inference_mode():
         found, expected = trained(more, spacing=1 / factor), trained(images, spacing=1.0)

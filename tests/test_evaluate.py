@@ -196,6 +196,7 @@ def test_other_data(quickly, tmp_path):
 @pytest.fixture
 def cluster(monkeypatch):
     """A Ray cluster that programs find."""
+    interrupt = signal.getsignal(signal.SIGINT)  # Ray Train sets its own, and leaves it
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.train")
     cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -207,6 +208,7 @@ def cluster(monkeypatch):
     yield
     ray.shutdown()
     cluster.shutdown()
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ def test_adaptive_patches_learn_where_digits_are(run, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("pandas")
     file = tmp_path / "picture.png"
-    short = ["--tokens", 9, "--seeds", 1, "--steps", 150, "--canvases", 3000, "--jobs", 1]
+    short = ["--tokens", 9, "--seeds", 1, "--steps", 100, "--canvases", 1500, "--jobs", 1]
     printed = run("adaptive_patches.py", *short, "--picture", file)
     (adaptive,) = re.findall(r"adaptive +[\d.]+ +([\d.]+) ", printed)
     assert float(adaptive) > 16  # one in ten is chance

@@ -197,7 +197,7 @@ def full(monkeypatch, name, after):
     ],
 )
 def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, image, saved, monkeypatch, task, name, after):
-    words = ["--model", saved, "--task", task, "--scale", 2, "--largest", 2, "--tile", 5, "--quiet"]
+    words = ["--model", saved, "--task", task, "--scale", 2, "--largest", 2, "--tile", 10, "--quiet"]
     output = tmp_path / "out.ome.zarr"
     with monkeypatch.context() as patch:
         full(patch, name, after)

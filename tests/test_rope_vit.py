@@ -326,7 +326,7 @@ def test_levels_share_prefix_tokens():
 @pytest.mark.parametrize(("name", "axes"), [*((name, 2) for name in FAMILIES), (FAMILIES[0], 3), (FAMILIES[1], 3)])
 def test_checkpointing_and_compiling_change_nothing(name, axes):
     torch._dynamo.reset()
-    kwargs = {"depth": 2, "img_size": 64 if "16" in name else 56, "num_classes": 3}
+    kwargs = {"depth": 2 if name == FAMILIES[0] else 1, "img_size": 64 if "16" in name else 56, "num_classes": 3}
     if axes == 3:
         kwargs |= {"spatial_dims": 3, "patch_depth": 4}
     model = lively(timm.create_model(f"rat_{name}", **kwargs).double().train())
