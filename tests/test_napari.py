@@ -11,9 +11,10 @@ import torch
 from test_predict_receptive import segmenter
 
 import rat_timm
+from rat_timm.dense import Segmenter
 from rat_timm.napari import predict_layers
 from rat_timm.napari.layers import picture_of
-from rat_timm.napari.widget import numbers
+from rat_timm.napari.widget import numbers, predict_widget
 
 pytest.importorskip("zarr")
 HAS_NAPARI = importlib.util.find_spec("napari") is not None
@@ -218,7 +219,7 @@ PLAIN = {"scale": (0.5, 0.5)}
         ([], {}, "image must be a layer"),
         ([layer(np.zeros((9, 9)))], {}, "spacing must be given: layer 'cells' has scale 1"),
         ([layer(np.zeros((9, 9)), scale=(0.5, 0.5), shear=[0.3])], {}, "image must not be sheared"),
-        ([layer(np.zeros(9), scale=[0.5])], {}, "image must have 2 axes, as the model has, got 1"),
+        ([layer(np.zeros((9, 9)), **PLAIN)], {"axes": 3}, "image must have 3 axes, as the model has, got 2"),
         ([layer(np.zeros((9, 9)), units=("um", "nm"))], {}, "image must have one unit"),
         ([layer(np.zeros((4, 9, 9)), scale=(1, 0.5, 0.5))], {}, "position must be an index for axis 0"),
         ([layer(np.zeros((4, 9, 9)), scale=(1, 0.5, 0.5))], {"position": (4, 0, 0)}, "position must lie in"),
@@ -231,7 +232,7 @@ PLAIN = {"scale": (0.5, 0.5)}
 )
 def test_errors_name_the_argument(layers, options, message):
     with pytest.raises(ValueError, match=message):
-        picture_of(layers, 2, **{"channels": 1, **options})
+        picture_of(layers, **{"axes": 2, "channels": 1, **options})
 
 
 def test_a_mask_that_is_turned_is_an_error():
@@ -263,31 +264,44 @@ def test_numbers_of_a_form():
         numbers("half", "spacing")
 
 
-def test_the_manifest_is_one(monkeypatch):
+def test_the_manifest_is_one():
     npe2 = pytest.importorskip("npe2")
-    manifest = npe2.PluginManifest.from_file(Path(rat_timm.__file__).with_name("napari.yaml"))
+    manifest = npe2.PluginManifest.from_file(MANIFEST)
     (widget,) = manifest.contributions.widgets
     manifest.validate_imports()
     assert manifest.name == "rat-timm"
     assert widget.display_name == "Predict"
 
 
-# What follows opens napari's window, without a screen: QT_QPA_PLATFORM=offscreen pytest tests/test_napari.py
+# What follows is for Qt, without a screen: QT_QPA_PLATFORM=offscreen python -m pytest tests/test_napari.py
+MANIFEST = Path(rat_timm.__file__).with_name("napari.yaml")
+
+
+def test_napari_finds_the_form(request):
+    """In napari's window, which is empty: layers are drawn with OpenGL, which is not there without a screen."""
+    npe2 = pytest.importorskip("npe2")
+    pytest.importorskip("pytestqt")
+    viewer = request.getfixturevalue("make_napari_viewer")()
+    manager = npe2.PluginManager.instance()
+    if "rat-timm" not in manager:
+        manager.register(npe2.PluginManifest.from_file(MANIFEST))
+    _, form = viewer.window.add_plugin_dock_widget("rat-timm", "Predict")
+    assert [form.image.value, form.mask.value, form.task.value] == [None, None, "labels"]
 
 
 @pytest.fixture
 def form(request, tmp_path, monkeypatch):
-    """napari's window with the plugin's form, found as napari finds it."""
-    npe2 = pytest.importorskip("npe2")
+    """napari's viewer and the plugin's form, filled in for an image."""
+    components = pytest.importorskip("napari.components")
     pytest.importorskip("pytestqt")
-    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
-    viewer = request.getfixturevalue("make_napari_viewer")()
-    manager = npe2.PluginManager.instance()
-    if "rat-timm" not in manager:
-        manager.register(npe2.PluginManifest.from_file(Path(rat_timm.__file__).with_name("napari.yaml")))
-    model(2).save(tmp_path / "model")
+    request.getfixturevalue("qtbot")
+    viewer = components.ViewerModel()
+    monkeypatch.setattr("napari.current_viewer", lambda: viewer)
     viewer.add_image(image(2)[0].astype(np.float32), scale=(0.5, 0.5), translate=(3, 4), units="um", name="cells")
-    _, form = viewer.window.add_plugin_dock_widget("rat-timm", "Predict")
+    form = predict_widget()
+    form.image.choices = form.mask.choices = tuple(viewer.layers)
+    form.mask.value = None
+    model(2).save(tmp_path / "model")
     form.model.value = tmp_path / "model"
     return viewer, form
 
@@ -295,25 +309,27 @@ def form(request, tmp_path, monkeypatch):
 def test_the_form_adds_a_layer(form, qtbot):
     viewer, form = form
     form.tile.value = "8"
-    form.call_button.changed.emit(True)
-    assert not form.call_button.enabled
-    qtbot.waitUntil(lambda: len(viewer.layers) == 2, timeout=60_000)
+    worker = form()
+    with qtbot.waitSignal(worker.finished, timeout=60_000):
+        assert len(viewer.layers) == 1
     labels = viewer.layers["cells labels"]
-    np.testing.assert_array_equal(labels.data, expected(2, image(2), (0.5, 0.5)))
+    assert worker.pbar.n == worker.pbar.total == 100
+    x = torch.from_numpy(image(2)).float()[None]
+    with torch.no_grad():
+        wanted = Segmenter.load(form.model.value)(x, spacing=0.5).argmax(dim=1)[0].numpy()
+    assert (labels.data == wanted).mean() > 0.999
     np.testing.assert_allclose(labels.translate, (3, 4))
     np.testing.assert_allclose(labels.scale, (0.5, 0.5))
-    qtbot.waitUntil(lambda: form.call_button.enabled, timeout=10_000)
 
 
 def test_errors_are_one_line_in_napari(form, qtbot):
-    from napari.utils.notifications import notification_manager
-
+    notifications = pytest.importorskip("napari.utils.notifications").notification_manager
     viewer, form = form
     form.task.value = "instances"
-    notification_manager.records.clear()
-    form()
-    qtbot.waitUntil(lambda: form.call_button.enabled, timeout=60_000)
-    (record,) = notification_manager.records
+    notifications.records.clear()
+    with qtbot.waitSignal(form().finished, timeout=60_000):
+        pass
+    (record,) = notifications.records
     assert str(record.message).startswith("rat_timm: scale must be the length")
     assert "\n" not in record.message
     assert len(viewer.layers) == 1
@@ -322,10 +338,10 @@ def test_errors_are_one_line_in_napari(form, qtbot):
 def test_a_prediction_is_cancelled(form, qtbot):
     viewer, form = form
     form.tile.value = "4"
-    form()
-    cancel = form[-1]
-    assert cancel.enabled
-    cancel.changed.emit(True)
-    qtbot.waitUntil(lambda: form.call_button.enabled, timeout=60_000)
+    worker, errors = form(), []
+    worker.errored.connect(errors.append)
+    with qtbot.waitSignal(worker.finished, timeout=60_000):
+        form[-1].changed.emit(True)
+    assert [type(error).__name__ for error in errors] == ["Cancelled"]
+    assert worker.pbar.n == 0
     assert len(viewer.layers) == 1
-    assert not cancel.enabled

@@ -10,8 +10,9 @@ from ..predict.network import TASKS
 from .layers import LayerData, predict_layers
 
 if TYPE_CHECKING:
-    from magicgui.widgets import FunctionGui, PushButton
+    from magicgui.widgets import FunctionGui
     from napari.layers import Image
+    from napari.qt.threading import FunctionWorker
     from napari.viewer import Viewer
 
 _FAULTS = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
@@ -54,7 +55,7 @@ def predict_widget() -> "FunctionGui":
         intensities: str = "",
         scale: float = 0.0,
         tile: str = "",
-    ) -> None:
+    ) -> object:
         options = {
             "task": task,
             "mask": mask,
@@ -65,7 +66,10 @@ def predict_widget() -> "FunctionGui":
             "tile": _one_or_all(numbers(tile, "tile")),
         }
         layers = [image, *(layer for layer in more_channels if layer is not image)]
-        start(form, cancel, napari.current_viewer(), layers, model.as_posix(), options)
+        worker = start(napari.current_viewer(), layers, model.as_posix(), options)
+        cancel.changed.connect(worker.quit)
+        worker.finished.connect(partial(cancel.changed.disconnect, worker.quit))
+        return worker
 
     predict.__annotations__ |= {"image": kind.Image, "mask": kind.Layer | None}  # which widgets choose among
     form = magicgui.magicgui(
@@ -81,7 +85,7 @@ def predict_widget() -> "FunctionGui":
         scale={"tooltip": "length with which a network for instances was trained", "max": 1e9, "step": 0.1},
         tile={"tooltip": "length of what is predicted at once; empty: what fits"},
     )
-    cancel = magicgui.widgets.PushButton(text="Cancel", enabled=False, gui_only=True)
+    cancel = magicgui.widgets.PushButton(text="Cancel", tooltip="ends what runs after the tile in hand", gui_only=True)
     form.append(cancel)
     return form
 
@@ -90,23 +94,17 @@ class Cancelled(Exception):  # noqa: N818
     """Ends a prediction that nobody waits for."""
 
 
-def start(
-    form: "FunctionGui",
-    cancel: "PushButton",
-    viewer: "Viewer",
-    layers: Sequence["Image"],
-    model: str,
-    options: dict[str, Any],
-) -> None:
+def start(viewer: "Viewer", layers: Sequence["Image"], model: str, options: dict[str, Any]) -> "FunctionWorker":
     """Predicts in a thread, whose progress napari shows, and adds the layers.
 
     Args:
-        form: Cannot be called meanwhile.
-        cancel: Ends the prediction after the tile in hand.
         viewer: Where layers are cut along further axes, and where they are added.
         layers: See `predict_layers`.
         model: See `predict_layers`.
         options: See `predict_layers`.
+
+    Returns:
+        The thread's worker; its ``quit`` ends the prediction after the tile in hand.
     """
     threading: Any = import_optional("napari.qt.threading", "napari")
     in_main_thread: Any = import_optional("superqt.utils", "napari").ensure_main_thread
@@ -122,18 +120,12 @@ def start(
             raise Cancelled
         show(100 * done // total)
 
-    def end() -> None:
-        cancel.changed.disconnect(worker.quit)
-        form.call_button.enabled, cancel.enabled = True, False
-
     work = partial(predict_layers, layers, model, position=position, progress=tell, **options)
     worker = threading.create_worker(work, _progress={"desc": "rat_timm"}, _ignore_errors=True)
     worker.returned.connect(partial(add, viewer))
     worker.errored.connect(report)
-    worker.finished.connect(end)
-    cancel.changed.connect(worker.quit)
-    form.call_button.enabled, cancel.enabled = False, True
     worker.start()
+    return worker
 
 
 def add(viewer: "Viewer", made: Sequence[LayerData]) -> None:
