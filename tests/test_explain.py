@@ -162,6 +162,12 @@ def test_attention_over_levels_is_that_of_all_pairs(name, masked, monkeypatch):
     torch.testing.assert_close(attention.shares[0].sum(dim=-1), valid.double())
     torch.testing.assert_close(attention.shares[1].sum(dim=-1), torch.ones(2, *levels[1].shape[2:]).double())
     assert attention.tokens[0].x.std() > 1e-3
+    valid = [
+        torch.ones(2, count) if t.mask is None else t.mask.flatten(1)
+        for t, count in zip(attention.tokens, counts, strict=True)
+    ]
+    even = torch.stack([level.sum(dim=1) for level in valid], dim=1).double()
+    torch.testing.assert_close(attention.even(), even / even.sum(dim=1, keepdim=True))
 
 
 def small_vit():
@@ -178,6 +184,7 @@ def test_attention_over_levels_of_a_plain_rat():
         assert level.shape[-1] == 3
         torch.testing.assert_close(level.sum(dim=-1), torch.ones(level.shape[:-1]).double())
         assert (level > 0).all()
+    assert attention.even().tolist() == 2 * [[20 / 33, 8 / 33, 5 / 33]]  # class token and registers
     masks = [None, torch.zeros(2, 64, 32, dtype=torch.bool)]
     alone = explain.attend_levels(model, levels, spacing=spacing, mask=masks)
     assert (alone.shares[0][..., 1] == 0).all()
@@ -234,7 +241,7 @@ def test_pictures_are_drawn(name, tmp_path):
         explain.plot_levels([x, x], attention),
         explain.plot_class(x, explain.map_class(model, x, 3, stage=2)),
     ]
-    assert [len(figure.axes) for figure in figures] == [2, 7, 3]  # with the colours' bars
+    assert [len(figure.axes) for figure in figures] == [4, 7, 3]  # with the colours' bars
     for figure in figures:
         figure.savefig(tmp_path / "picture.png", dpi=50)
         assert pyplot.imread(tmp_path / "picture.png").std() > 0.1

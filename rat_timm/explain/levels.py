@@ -21,10 +21,23 @@ class LevelAttention(NamedTuple):
     Attributes:
         shares: At each level's pixels, ``[B, *size, levels (+ 1)]``; sums to 1, to 0 where masked.
         tokens: The same for the tokens themselves, ``[B, *grid, levels (+ 1)]`` on their grids.
+        prefix: How many prefix tokens there are.
     """
 
     shares: list[Tensor]
     tokens: list[Tokens]
+    prefix: int
+
+    def even(self) -> Tensor:
+        """Returns the shares if attention were even: those of valid tokens, ``[B, levels (+ 1)]``."""
+        counts = [_valid(level).flatten(1).sum(dim=1) for level in self.tokens]
+        prefix = torch.full_like(counts[0], self.prefix)
+        parts = torch.stack(counts if self.prefix == 0 else [*counts, prefix], dim=1).double()
+        return parts / parts.sum(dim=1, keepdim=True)
+
+
+def _valid(tokens: Tokens) -> Tensor:
+    return torch.ones_like(tokens.x[..., 0], dtype=torch.bool) if tokens.mask is None else tokens.mask
 
 
 class _Call(NamedTuple):
@@ -99,7 +112,7 @@ def attend_levels(
         for share, size, grid, mask in zip(shares, sizes, grids, masks, strict=True)
     ]
     pixels = [at_pixels(*level, image) for level, image in zip(tokens, images.levels, strict=True)]
-    return LevelAttention(pixels, tokens)
+    return LevelAttention(pixels, tokens, prefix)
 
 
 def _shares(call: _Call, counts: list[int]) -> Tensor:
