@@ -93,4 +93,5 @@ def _layer(
     def reshape(tokens: Tensor) -> Tensor:
         return channels_first(fill(tokens[:, prefix:].unflatten(1, tuple(grid)), valid))
 
-    return backbone.blocks[stage].norm1, reshape  # what the last block puts out for patches, no class token sees
+    blocks: Any = backbone.blocks
+    return blocks[stage].norm1, reshape  # what the last block puts out for patches, no class token sees

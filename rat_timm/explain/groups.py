@@ -1,7 +1,7 @@
 """Which tokens went to which group: the assignments of spatial grouping attention, at the image's pixels."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def group_tokens(
     Raises:
         ValueError: If an argument does not fit, or no groupings lead from ``fine`` to ``coarse``.
     """
-    backbone = backbone_of(model)
+    backbone: Any = backbone_of(model)
     if not isinstance(backbone, ResolutionAwareTransformer):
         raise ValueError(f"model must group tokens, which a {type(backbone).__name__} does not")
     if not isinstance(x, Tensor):
@@ -68,14 +68,13 @@ def group_tokens(
     groupings = [i for i, stage in enumerate(backbone.stages) if hasattr(stage.downsample, "sga")]
     chain = _chain(groupings, len(backbone.stages), fine, coarse)
     (image,) = read(backbone, x, spacing, mask).levels
-    out = backbone.forward_intermediates(
+    out: Any = backbone.forward_intermediates(
         x, output_dict=True, return_assignments=True, intermediates_only=True, spacing=spacing, mask=mask
     )
-    assert isinstance(out, dict)
     shares = compose([out["assignments"][groupings.index(stage)] for stage in chain])
     first = out["grids"][chain[0]]
-    stride = backbone.stages[chain[0]].downsample.sga.stride
-    grid = Grid(tuple(shares.shape[1:-1]), first.spacing / first.spacing.new_tensor(stride), first.origin)
+    grouping: Any = backbone.stages[chain[0]].downsample
+    grid = Grid(tuple(shares.shape[1:-1]), first.spacing / first.spacing.new_tensor(grouping.sga.stride), first.origin)
     labels, share = _largest(shares, grid, image)
     return Groups(labels, share, shares, grid, out["grids"][chain[-1]])
 

@@ -91,7 +91,7 @@ def attend_levels(
     """
     backbone = backbone_of(model)
     images = read(backbone, x, spacing, mask, origin)
-    images_given = list(x) if isinstance(x, (list, tuple)) else [x]
+    images_given: list[Any] = list(x) if isinstance(x, (list, tuple)) else [x]
     with _watched(backbone) as watch:
         out: Any = backbone.forward_intermediates(
             images_given, output_dict=True, intermediates_only=True, spacing=spacing, mask=mask, origin=origin
@@ -137,7 +137,9 @@ def _watched(backbone: ResolutionAwareTransformer | RatVit) -> Iterator[_Watch]:
     """Watches the blocks of a backbone, as far as they get tokens as one sequence."""
     watch, handles = _Watch(), []
     layers = [(i, block) for i, stage in enumerate(getattr(backbone, "stages", [])) for block in stage.blocks]
-    layers = layers or list(enumerate(backbone.blocks))
+    if isinstance(backbone, RatVit):
+        blocks: Any = backbone.blocks
+        layers = list(enumerate(blocks))
 
     def end(*_: object) -> None:
         watch.stage = None

@@ -15,6 +15,7 @@ from .levels import LevelAttention
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _GOLDEN = 0.618034  # of the circle of hues: neighbours in number are far apart in colour
 
@@ -67,7 +68,7 @@ def plot_levels(images: Sequence[Tensor], attention: LevelAttention, sample: int
             values = np.ma.masked_equal(_plane(part[..., column]), 0)
             picture = _show(axes[row, 1 + column], values, f"from it to {name}", cmap="RdBu_r", norm=norm)
     bar = figure.colorbar(picture, ax=axes, label="times as much as if even", shrink=0.8)
-    ticks = np.geomspace(low, high, 5)
+    ticks = np.geomspace(low, high, 5).tolist()
     bar.set_ticks(ticks, labels=[f"{tick:.2f}" for tick in ticks], minor=False)
     bar.minorticks_off()
     tokens = torch.cat([level.x[sample].flatten(0, -2) for level in attention.tokens])
@@ -110,7 +111,7 @@ def _figure(rows: int, columns: int, image: Tensor) -> tuple["Figure", np.ndarra
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _show(axes: "Axes", values: np.ndarray, title: str, **options: Any) -> object:
+def _show(axes: "Axes", values: np.ndarray, title: str, **options: Any) -> "AxesImage":
     axes.set(xticks=[], yticks=[], title=title)
     if values.ndim == 2 and not options:
         options = {"cmap": "gray", "vmin": 0, "vmax": 1}
