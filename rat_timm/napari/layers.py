@@ -186,7 +186,7 @@ def _part(layer: "Image", axes: int, channels: int, channel_axis: int | None, po
     lead = layer.ndim - axes
     if lead < 0:
         raise ValueError(f"image must have {axes} axes, as the model has, got {layer.ndim} in layer {layer.name!r}")
-    index: list[Any] = [None if position is None else position[axis] for axis in range(lead)]
+    index: list[Any] = [None if position is None else int(position[axis]) for axis in range(lead)]
     first, factors = [*map(float, (i or 0 for i in index)), *[0.0] * axes], [1.0] * layer.ndim
     place = None if is_rgb else _channel_axis(layer.name, shape[:lead], channels, channel_axis)
     if place is not None:
