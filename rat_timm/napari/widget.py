@@ -10,7 +10,7 @@ from ..predict.network import TASKS
 from .layers import LayerData, predict_layers
 
 if TYPE_CHECKING:
-    from magicgui.widgets import FunctionGui
+    from magicgui.widgets import FunctionGui, PushButton
     from napari.layers import Image
     from napari.qt.threading import FunctionWorker
     from napari.viewer import Viewer
@@ -66,10 +66,7 @@ def predict_widget() -> "FunctionGui":
             "tile": _one_or_all(numbers(tile, "tile")),
         }
         layers = [image, *(layer for layer in more_channels if layer is not image)]
-        worker = start(napari.current_viewer(), layers, model.as_posix(), options)
-        cancel.changed.connect(worker.quit)
-        worker.finished.connect(partial(cancel.changed.disconnect, worker.quit))
-        return worker
+        return start(napari.current_viewer(), cancel, layers, model.as_posix(), options)
 
     predict.__annotations__ |= {"image": kind.Image, "mask": kind.Layer | None}  # which widgets choose among
     form = magicgui.magicgui(
@@ -94,17 +91,20 @@ class Cancelled(Exception):  # noqa: N818
     """Ends a prediction that nobody waits for."""
 
 
-def start(viewer: "Viewer", layers: Sequence["Image"], model: str, options: dict[str, Any]) -> "FunctionWorker":
+def start(
+    viewer: "Viewer", cancel: "PushButton", layers: Sequence["Image"], model: str, options: dict[str, Any]
+) -> "FunctionWorker":
     """Predicts in a thread, whose progress napari shows, and adds the layers.
 
     Args:
         viewer: Where layers are cut along further axes, and where they are added.
+        cancel: Ends the prediction after the tile in hand.
         layers: See `predict_layers`.
         model: See `predict_layers`.
         options: See `predict_layers`.
 
     Returns:
-        The thread's worker; its ``quit`` ends the prediction after the tile in hand.
+        The thread's worker.
     """
     threading: Any = import_optional("napari.qt.threading", "napari")
     in_main_thread: Any = import_optional("superqt.utils", "napari").ensure_main_thread
@@ -124,6 +124,8 @@ def start(viewer: "Viewer", layers: Sequence["Image"], model: str, options: dict
     worker = threading.create_worker(work, _progress={"desc": "rat_timm"}, _ignore_errors=True)
     worker.returned.connect(partial(add, viewer))
     worker.errored.connect(report)
+    cancel.changed.connect(worker.quit)
+    worker.finished.connect(partial(cancel.changed.disconnect, worker.quit))
     worker.start()
     return worker
 
