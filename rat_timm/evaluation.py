@@ -225,4 +225,7 @@ def plot_sensitivity(rows: Sequence[Sensitivity], name: str = "metric") -> "Figu
     axes.set_xlabel("pixel size that is told / true pixel size")
     axes.set_ylabel(name)
     axes.legend()
+    best = max(rows, key=lambda row: row.metric)
+    where = "without a pixel size" if best.factor is None else f"at {best.factor:g} times the true pixel size"
+    axes.set_title(f"The {name} is highest, {best.metric:.3g}, {where}")
     return figure

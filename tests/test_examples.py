@@ -41,6 +41,15 @@ def test_table_and_picture(name, expected, run, tmp_path, monkeypatch):
     check_picture(tmp_path / "picture.png")
 
 
+def test_explanations_are_drawn(run, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("pytorch_grad_cam")
+    assert "48 groups; 100.0% of 16 digits" in run("explain.py", "--output", tmp_path, "--digits", 16)
+    image = pytest.importorskip("matplotlib.image")
+    files = ("class.png", "groups.png", "levels.png", "spacing.png")
+    assert all(image.imread(tmp_path / file).std() > 0.1 for file in files)
+
+
 def test_the_study_of_pretraining_runs(run, tmp_path):
     pytest.importorskip("jsonargparse")
     run("run_pretraining.py", "--quick", "--output", tmp_path)

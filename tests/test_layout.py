@@ -31,6 +31,8 @@ ALLOWED = {
     "pretrain": {"geometry", "ops", "layers", "models", "dense"},
     "predict": {"geometry", "layers", "models", "data", "dense", "timm_api"},
     "huggingface": {"data", "geometry"},
+    "explain": {"dense", "evaluation", "geometry", "models", "ops"},
+    "napari": {"data", "geometry", "predict"},
     "__main__": {"cost", "predict", "timm_api"},
 }
 

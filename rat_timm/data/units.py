@@ -101,7 +101,7 @@ def convert(sizes: Mapping[str, Length], axes: Sequence[str], unit: str, file: s
         ValueError: If ``unit`` or ``assumed`` is no length.
     """
     for name, asked in (("unit", unit), ("assumed_unit", assumed)):
-        if not _is_length(asked) and (name, asked) != ("assumed_unit", None):
+        if not is_length(asked) and (name, asked) != ("assumed_unit", None):
             given = next((size.unit for size in sizes.values() if size.unit), assumed)
             raise ValueError(f"{name} must be a length, got {given!r:.80} to be given in {asked!r:.80}; {_ALLOWED}")
     return [_convert(sizes.get(axis, Length(None, None)), axis, unit, file, assumed) for axis in axes]
@@ -115,7 +115,7 @@ def _convert(size: Length, axis: str, unit: str, file: str, assumed: str | None)
         raise ReadError(
             f"{file}: pixel size {value:g} along {axis} has no unit: say which with assumed_unit, or give spacing"
         )
-    if not _is_length(written):
+    if not is_length(written):
         raise ReadError(f"{file}: unit along {axis} must be a length, got {written!r:.80}; {_ALLOWED}")
     metres = value * float(_METRES[written])
     if not math.isfinite(metres) or not SMALLEST <= metres <= LARGEST:
@@ -141,12 +141,13 @@ def metres_of(unit: str) -> float:
     Raises:
         ValueError: If it is no length.
     """
-    if not _is_length(unit):
+    if not is_length(unit):
         raise ValueError(f"unit must be a length, got {unit!r:.80}; {_ALLOWED}")
     return float(_METRES[unit])
 
 
-def _is_length(unit: object) -> TypeGuard[str]:
+def is_length(unit: object) -> TypeGuard[str]:
+    """Tells whether a text is the name or symbol of a length."""
     return isinstance(unit, str) and unit in _METRES
 
 

@@ -1,7 +1,7 @@
 """What a user asks of a prediction."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, TypeAlias
@@ -56,7 +56,8 @@ class Options:
         scheduler: See `rat_timm.predict.engines.run`.
         resume: Whether to go on where an interrupted run stopped; otherwise it begins again.
         preview: A PNG file, for a picture of a slice with what was predicted.
-        progress: Whether to say what is done, with a progress bar.
+        progress: Whether to say what is done, with a progress bar. A function instead is called, in this process, with
+            how many places of the output are done and how many are to be, after each tile; what it raises ends the run.
         max_bytes: What a part that is read may take in memory.
     """
 
@@ -88,7 +89,7 @@ class Options:
     scheduler: str | None = None
     resume: bool = True
     preview: str | PathLike | None = None
-    progress: bool = True
+    progress: bool | Callable[[int, int], object] = True
     max_bytes: int | None = 16 * 2**30
 
     def __post_init__(self) -> None:

@@ -96,7 +96,8 @@ def predict(
     network = dataclasses.replace(network, levels=1 + len(wanted))
     plan = _plan(network, masked.grid, options)
     wanted = [] if plan.is_whole and options.levels is None else wanted
-    job = _job(network, model, levels, masked, plan, dataclasses.replace(options, levels=wanted), output, said)
+    asked = dataclasses.replace(options, levels=wanted, progress=False)  # functions cannot be sent to workers
+    job = _job(network, model, levels, masked, plan, asked, output, said)
     work, manifest = Work(job, network), Manifest(job.store.partial)
     if not manifest.begin(said, options.resume):
         job.store.create()
@@ -104,7 +105,7 @@ def predict(
             (manifest.folder / folder).mkdir(exist_ok=True)
         manifest.write(said)
     gap = None if plan.is_exact else _gap(work)
-    if options.progress:
+    if options.progress is True:
         print(_forecast(work, gap), file=sys.stderr, flush=True)
     left = manifest.left("tile-", plan.count)
     begun = time.perf_counter()
@@ -306,11 +307,15 @@ def _forecast(work: Work, gap: Difference | None) -> str:
 def _compute(work: Work, tiles: Sequence[int], options: Options, workers: engines.Workers) -> None:
     """Computes tiles; in this process, reads ahead and writes behind."""
     plan = work.job.plan
-    total = sum(plan.box(tile).size for tile in tiles)
-    with tqdm(total=total, unit="px", unit_scale=True, disable=not options.progress, desc="predict") as bar:
+    total, count = sum(plan.box(tile).size for tile in tiles), 0
+    with tqdm(total=total, unit="px", unit_scale=True, disable=options.progress is not True, desc="predict") as bar:
 
         def done(tile: int) -> None:
+            nonlocal count
+            count += plan.box(tile).size
             bar.update(plan.box(tile).size)
+            if callable(options.progress):
+                options.progress(count, total)
 
         if options.scheduler is None and not options.workers:
             work.expect(tiles)

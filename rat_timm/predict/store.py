@@ -192,6 +192,11 @@ class Store:
         manifest.remove()
 
 
+def read_whole(output: Path) -> np.ndarray:
+    """Reads level 0 of a prediction that is written as OME-Zarr, ``[*shape]`` or ``[channels, *shape]``."""
+    return np.asarray(import_zarr().open_array(str(output / "0"), mode="r")[:])
+
+
 def _axes(shape: Sequence[int]) -> str:
     return "zyx"[-len(shape) :]
 
