@@ -31,7 +31,8 @@ ALLOWED = {
     "pretrain": {"geometry", "ops", "layers", "models", "dense"},
     "predict": {"geometry", "layers", "models", "data", "dense", "timm_api"},
     "huggingface": {"data", "geometry"},
-    "__main__": {"cost", "predict", "timm_api"},
+    "monai": {"data", "dense", "evaluation"},
+    "__main__": {"cost", "monai", "predict", "timm_api"},
 }
 
 
