@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ _Writer: Any = import_optional("monai.data", "monai").NibabelWriter
 class SpacingInferer(_Inferer):
     """Calls networks with the spacing that the affine matrices of images say.
 
-    Pixel sizes are those along the array's own axes, however these are turned or flipped in the world. A network's map of
-    an image's own pixels comes out as a ``MetaTensor`` with the image's metadata; other outputs come out as they are.
+    Pixel sizes are those along the array's own axes, however these are turned or flipped in the world. A network's map
+    of an image's own pixels comes out as a ``MetaTensor`` with the image's metadata; other outputs come as they are.
 
     Args:
         unit: Of the network's reference spacing.
@@ -82,7 +82,7 @@ class SpacingInferer(_Inferer):
         """Returns the spacing ``[B, axes]`` of images ``[B, C, *grid]``, in the order of their own axes."""
         affine = getattr(inputs, "affine", None)
         if affine is not None and affine.ndim == 2:  # of one image to which an axis was added, or of all
-            row = metatensor_spacing(inputs[0], self.unit, self.assumed_unit)
+            row = metatensor_spacing(cast(Any, inputs[0]), self.unit, self.assumed_unit)
             return torch.as_tensor(row).expand(len(inputs), -1)
         return torch.as_tensor(metatensor_spacing(inputs, self.unit, self.assumed_unit))
 
