@@ -31,6 +31,7 @@ ALLOWED = {
     "pretrain": {"geometry", "ops", "layers", "models", "dense"},
     "predict": {"geometry", "layers", "models", "data", "dense", "timm_api"},
     "huggingface": {"data", "geometry"},
+    "huggingface_training": {"geometry"},
     "monai": {"data", "dense", "evaluation"},
     "__main__": {"cost", "monai", "predict", "timm_api"},
 }
