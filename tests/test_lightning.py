@@ -9,9 +9,10 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("pycocotools")
 pytorch = pytest.importorskip("lightning.pytorch")
 
+from train_lightning import TaskData, TaskModule
+
 from helpers import call, quick
 from rat_timm.dense import Segmenter
-from train_lightning import TaskData, TaskModule
 from training.tasks import task_class
 
 pytestmark = pytest.mark.usefixtures("one_thread")
