@@ -33,6 +33,7 @@ ALLOWED = {
     "huggingface": {"data", "geometry"},
     "huggingface_training": {"geometry"},
     "monai": {"data", "dense", "evaluation"},
+    "nnunet": {"dense", "geometry", "nnunet"},
     "__main__": {"cost", "monai", "predict", "timm_api"},
 }
 

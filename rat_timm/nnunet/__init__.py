@@ -1,4 +1,4 @@
-r"""nnU-Net v2 with a resolution-aware network: its planning, data, augmentation, losses and prediction stay as they are.
+r"""nnU-Net v2 with a resolution-aware network; planning, data, augmentation, losses and prediction stay nnU-Net's.
 
     pip install nnunetv2
     pip install rat-timm  # afterwards: it brings timm up to date, of which nnunetv2 asks for an older one
@@ -7,11 +7,11 @@ r"""nnU-Net v2 with a resolution-aware network: its planning, data, augmentation
     nnUNetv2_train 1 3d_fullres 0 -p nnUNetResEncUNetMPlans -tr nnUNetTrainerRat
     nnUNetv2_predict -d 1 -c 3d_fullres -f 0 -p nnUNetResEncUNetMPlans -tr nnUNetTrainerRat -i IMAGES -o PREDICTIONS
 
-``nnUNetTrainerRat`` trains a `rat_timm.dense.Segmenter` on ``rat_tiny`` or ``rat_tiny_3d``, ``nnUNetTrainerRatSmall`` and
-``nnUNetTrainerRatBase`` on larger ones. The reference spacing is the plan's. nnU-Net resamples all cases to it, so that
-the spacing of a batch is the plan's too; where a plan leaves cases as they are (``nnUNetPlannerResEncL_noResampling``),
-each sample of a batch is told its own, and ``nnUNetv2_predict`` must be replaced by `RatPredictor`, since nnU-Net's own
-hands pixels alone to networks.
+``nnUNetTrainerRat`` trains a `rat_timm.dense.Segmenter` on ``rat_tiny`` or ``rat_tiny_3d``, ``nnUNetTrainerRatSmall``
+and ``nnUNetTrainerRatBase`` on larger ones. The reference spacing is the plan's. nnU-Net resamples all cases to it, so
+that the spacing of a batch is the plan's too; where a plan leaves cases as they are
+(``nnUNetPlannerResEncL_noResampling``), each sample of a batch is told its own, and ``nnUNetv2_predict`` must be
+replaced by `RatPredictor`, since nnU-Net's own hands pixels alone to networks.
 
 (The pages of nnU-Net's dependency dynamic-network-architectures ask for ``timm<1.0.23``, and this package for a newer
 one. pip says so and installs it nevertheless; both worked together where this was tested, with nnunetv2 2.8.1.)
