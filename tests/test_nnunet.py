@@ -1,6 +1,6 @@
 """nnU-Net plans, trains, validates and predicts with a resolution-aware network; only where nnunetv2 is installed.
 
-It takes longer to install than a run of CI may take: ``pip install nnunetv2`` and then this package.
+CI does not install it: with it comes an older timm. ``pip install nnunetv2``, then this package, then this file: 90 s.
 """
 
 import copy
@@ -15,7 +15,6 @@ nnunetv2 = pytest.importorskip("nnunetv2")
 import nibabel
 
 import rat_timm
-from helpers import record_images
 
 SPACINGS = ((2.0, 0.5, 0.5), (2.0, 0.5, 0.5), (1.0, 0.8, 0.8), (2.0, 0.5, 0.6), (3.0, 0.4, 0.5))  # z, y, x
 PLANNERS = {"resampled": "nnUNetPlannerResEncM", "native": "nnUNetPlannerResEncL_noResampling"}

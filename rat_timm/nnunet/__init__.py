@@ -13,8 +13,8 @@ that the spacing of a batch is the plan's too; where a plan leaves cases as they
 (``nnUNetPlannerResEncL_noResampling``), each sample of a batch is told its own, and ``nnUNetv2_predict`` must be
 replaced by `RatPredictor`, since nnU-Net's own hands pixels alone to networks.
 
-(The pages of nnU-Net's dependency dynamic-network-architectures ask for ``timm<1.0.23``, and this package for a newer
-one. pip says so and installs it nevertheless; both worked together where this was tested, with nnunetv2 2.8.1.)
+(nnU-Net's dependency dynamic-network-architectures asks for ``timm<1.0.23``, and this package for a newer one, so that
+there is no extra for both. In two commands pip warns and installs them; with nnunetv2 2.8.1 and timm 1.0.31 they work.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,6 +78,7 @@ class nnUNetTrainerRat(nnUNetTrainer):  # noqa: N801  (nnU-Net finds trainers by
 
     variants: ClassVar[dict[int, str]] = {2: "rat_tiny", 3: "rat_tiny_3d"}
     options: ClassVar[dict[str, Any]] = {}
+    dataset_class: Any
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class nnUNetTrainerRat(nnUNetTrainer):  # noqa: N801  (nnU-Net finds trainers by
         self._own_spacing: dict[str, tuple[float, ...]] = {}
 
     @classmethod
-    def build_network_architecture(  # type: ignore[override]
+    def build_network_architecture(
         cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
