@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -213,20 +211,22 @@ def test_a_full_disk_is_one_line_and_what_was_done_stays(tmp_path, image, saved,
     assert np.array_equal(stored(output), stored(tmp_path / "whole.ome.zarr"))
 
 
-def test_an_interrupt_is_one_line(tmp_path, image, saved):
-    """As from the keyboard."""
-    command = [sys.executable, "-m", "rat_timm", "predict", image, "--model", saved]
-    output = tmp_path / "out.ome.zarr"
-    words = [*command, "--output", output, "--tile", 1, "--quiet"]
-    process = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True)
-    done = tmp_path / "out.ome.zarr.partial" / ".predict" / "done"
-    while process.poll() is None and not (done.is_dir() and any(done.iterdir())):
-        pass
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+def test_an_interrupt_is_one_line(tmp_path, image, saved, monkeypatch, capsys):
+    """As from the keyboard, after the first tile."""
+    write, output = Store.write, tmp_path / "out.ome.zarr"
+
+    def interrupted(*given):
+        write(*given)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Store, "write", interrupted)
+    with pytest.raises(SystemExit) as end:
+        call(image, "--model", saved, "--output", output, "--tile", 5, "--quiet")
+    assert end.value.code == 130
+    said = capsys.readouterr().err
     assert said.startswith("rat_timm predict: interrupted (what was done stays in ")
     assert said.count("\n") == 1
+    assert not output.exists()
 
 
 def test_paths_may_be_relative_where_workers_began_elsewhere(tmp_path, image, saved, monkeypatch):
