@@ -100,6 +100,18 @@ def test_what_is_not_a_map_of_the_pixels_comes_as_it_is():
     torch.testing.assert_close(made, torch.tensor([SPACING[2]]))
 
 
+def test_several_maps_come_back_in_the_images_order():
+    x = image(3)
+    out = SpacingInferer(reverse_axes=True)(
+        x[None], lambda x, spacing: {"maps": (x, x[..., ::2]), "class": x[:, :, 0, 0, 0]}
+    )
+    assert torch.equal(out["maps"][0].as_tensor(), x.as_tensor()[None])
+    assert torch.equal(out["maps"][0].affine, x.affine)
+    assert torch.equal(out["maps"][1], x.as_tensor()[None, :, ::2])
+    assert type(out["maps"][1]) is type(out["class"]) is torch.Tensor
+    assert out["class"].shape == (1, 1)
+
+
 def test_images_without_spacing_or_unit_are_an_error():
     with pytest.raises(ValueError, match="image must be a MetaTensor with an affine matrix, got Tensor"):
         SpacingInferer()(torch.zeros(1, 1, 8, 8), segmenter(2))

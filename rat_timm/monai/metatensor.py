@@ -1,6 +1,6 @@
 """MetaTensors into networks that take the spacing, and out of them; files that keep their unit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,8 +22,8 @@ _Writer: Any = import_optional("monai.data", "monai").NibabelWriter
 class SpacingInferer(_Inferer):
     """Calls networks with the spacing that the affine matrices of images say.
 
-    Pixel sizes are those along the array's own axes, however these are turned or flipped in the world. A network's map
-    of an image's own pixels comes out as a ``MetaTensor`` with the image's metadata; other outputs come as they are.
+    Pixel sizes are those along the array's own axes, however these are turned or flipped in the world. What a network
+    makes of an image's own pixels comes out as a ``MetaTensor`` with the image's metadata, also in lists and dicts.
 
     Args:
         unit: Of the network's reference spacing.
@@ -74,9 +74,7 @@ class SpacingInferer(_Inferer):
                 spacing=spacing,
                 **self.options,
             )
-        if not isinstance(out, Tensor) or out.shape[2:] != image.shape[2:]:
-            return out
-        return import_optional("monai.utils", "monai").convert_to_dst_type(self._turned(out), inputs, out.dtype)[0]
+        return self._brought_back(out, inputs)
 
     def spacing(self, inputs: "MetaTensor") -> Tensor:
         """Returns the spacing ``[B, axes]`` of images ``[B, C, *grid]``, in the order of their own axes."""
@@ -85,6 +83,19 @@ class SpacingInferer(_Inferer):
             row = metatensor_spacing(cast(Any, inputs[0]), self.unit, self.assumed_unit)
             return torch.as_tensor(row).expand(len(inputs), -1)
         return torch.as_tensor(metatensor_spacing(inputs, self.unit, self.assumed_unit))
+
+    def _brought_back(self, out: Any, inputs: "MetaTensor") -> Any:
+        """Returns an output in the image's own order of axes; maps of its pixels as ``MetaTensor``."""
+        if isinstance(out, Mapping):
+            return {name: self._brought_back(part, inputs) for name, part in out.items()}
+        if isinstance(out, (list, tuple)):
+            return [self._brought_back(part, inputs) for part in out]
+        if not isinstance(out, Tensor) or out.ndim != inputs.ndim:
+            return out
+        out = self._turned(out)
+        if out.shape[2:] != inputs.shape[2:]:
+            return out
+        return import_optional("monai.utils", "monai").convert_to_dst_type(out, inputs, out.dtype)[0]
 
     def _turned(self, x: Tensor) -> Tensor:
         """Brings ``[B, C, *grid]`` from the image's order to the network's, and back."""

@@ -13,6 +13,11 @@ that the spacing of a batch is the plan's too; where a plan leaves cases as they
 (``nnUNetPlannerResEncL_noResampling``), each sample of a batch is told its own, and ``nnUNetv2_predict`` must be
 replaced by `RatPredictor`, since nnU-Net's own hands pixels alone to networks.
 
+On crops of 160 x 160 pixels of the HeLa nuclei of `examples/cells` (19 for training), 60 steps of two patches gave a
+Dice of 0.953 on 16 crops of other frames with ``nnUNetTrainerRat`` (28.4 M parameters, 1.1 s of a core per step), and
+0.870 with nnU-Net's own ResEnc-M under its own settings (71.8 M, 2.5 s); one seed. So few steps tell that both work and
+how RAT begins, not which is better in the end: nnU-Net's schedule has 250 000.
+
 (nnU-Net's dependency dynamic-network-architectures asks for ``timm<1.0.23``, and this package for a newer one, so that
 there is no extra for both. In two commands pip warns and installs them; with nnunetv2 2.8.1 and timm 1.0.31 they work.)
 """
