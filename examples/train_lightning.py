@@ -60,6 +60,11 @@ class TaskData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Opens the data, with the mean and deviation of the module's model."""
+        processes = self.trainer.world_size
+        if self.config.batch_size % processes:
+            raise ValueError(
+                f"batch_size must be a multiple of the {processes} processes, got {self.config.batch_size}"
+            )
         self.training, self.validation = self.task.samples(self.trainer.lightning_module.model)
 
     def train_dataloader(self) -> DataLoader:
