@@ -1,6 +1,7 @@
-r"""The command line: ``python -m rat_timm list``, ``convert FILE ...``, ``run SCRIPT ...`` and ``predict IMAGE ...``.
+r"""The command line: ``python -m rat_timm`` and ``list``, ``convert``, ``run``, ``predict`` or ``export-bundle``.
 
-``predict`` goes from an image to an image (`rat_timm.predict.command`).
+``predict`` goes from an image to an image (`rat_timm.predict.command`), and ``export-bundle`` makes a bundle for MONAI
+of a segmenter's folder (`rat_timm.monai`).
 
 ``convert`` makes a folder with safetensors, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, of weights
 that others have published as a pickle (`rat_timm.timm_api.convert`):
@@ -117,6 +118,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     running = commands.add_parser("run", help="register the models and run a script, such as timm's validate.py")
     running.add_argument("script", type=Path)
     running.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    _add_bundle(commands.add_parser("export-bundle", help="make a bundle for MONAI of a segmenter"))
     if arguments[:1] == ["predict"]:  # whose packages take a while to import
         from .predict import command
 
@@ -124,6 +126,30 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     else:
         commands.add_parser("predict", help="predict an image, tile by tile")
     return parser.parse_args(arguments)
+
+
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `rat_timm.monai.export_bundle`."""
+    parser.add_argument("folder", type=Path, help="what Segmenter.save wrote")
+    parser.add_argument("--output", required=True, type=Path, help="the bundle's folder, which must not be there")
+    parser.add_argument("--task", default="labels", help="labels or probabilities")
+    parser.add_argument("--unit", default="um", help="of the model's reference spacing")
+    parser.add_argument("--assumed-unit", help="of files that do not state theirs")
+    parser.add_argument("--intensities", type=float, nargs=2, help="pixel values that become 0 and 1")
+    parser.add_argument("--roi-size", type=int, nargs="+", help="voxels of windows; default: whole images")
+    parser.add_argument("--axes", default="zyx", help="as the model was trained: zyx (this package), xyz (MONAI)")
+    parser.add_argument("--licence", type=Path, help="a file with that of the weights")
+    parser.add_argument("--authors", default="")
+
+
+def _export_bundle(given: argparse.Namespace) -> None:
+    from .monai import export_bundle
+
+    options = {name: value for name, value in vars(given).items() if name not in ("command", "folder", "output")}
+    try:
+        print(export_bundle(given.folder, given.output, **options))
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"rat_timm export-bundle: {error}") from error
 
 
 def main() -> None:
@@ -135,6 +161,8 @@ def main() -> None:
         from .predict import command
 
         command.run(given)
+    elif given.command == "export-bundle":
+        _export_bundle(given)
     elif given.command == "convert":
         print(f"local-dir:{convert(given.source, given.like, given.output)}")
     else:

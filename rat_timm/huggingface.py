@@ -1,18 +1,22 @@
-"""Classes for transformers: a classifier whose ``Trainer`` keeps the geometry, a processor of volumes, a backbone.
+"""Classes for transformers: a classifier, a processor and a pipeline that know the geometry of images, a backbone.
 
 What is saved with `rat_timm.hub` is opened by transformers' own classes too:
 ``AutoModelForImageClassification``, which hands ``spacing``, ``mask`` and ``origin`` on when it is called with them,
 and ``TimmBackbone.from_pretrained("local-dir:FOLDER")``. Three things they do not do:
 
 - ``Trainer`` drops the columns of a data set that the model's ``forward`` does not name, before a callback could
-  see them. `RatForImageClassification` names them; with transformers' own class,
-  ``TrainingArguments(remove_unused_columns=False)`` keeps all columns.
-- Their image processor knows images alone, and resizes them. `RatImageProcessor` takes volumes, and keeps pixels.
+  see them. `RatForImageClassification` names them. With transformers' own classes,
+  `rat_timm.huggingface_training.RatTrainer` keeps them, as does ``TrainingArguments(remove_unused_columns=False)``.
+- Their image processor knows images alone, and resizes them. `RatImageProcessor` takes volumes, and keeps pixels. Their
+  pipeline hands no spacing on; `RatPipeline` does.
 - Their config of a backbone has no room for the model's keywords, and ``AutoBackbone.from_pretrained`` takes no
-  folders. `RatBackboneConfig` keeps them, and `RatBackbone` opens folders.
+  folders. `RatBackboneConfig` keeps them, and ``RatBackbone.from_pretrained`` opens folders.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
@@ -34,9 +38,11 @@ _timm_backbone = import_optional("transformers.models.timm_backbone", "transform
 _transformers: Any = import_optional("transformers", "transformers")
 _Classifier: Any = _timm_wrapper.TimmWrapperForImageClassification
 _Processor: Any = _timm_wrapper.TimmWrapperImageProcessor
+_Pipeline: Any = _transformers.ImageClassificationPipeline
 _Backbone: Any = _timm_backbone.TimmBackbone
 _BackboneConfig: Any = _timm_backbone.TimmBackboneConfig
 
+CONFIG = "config.json"
 Picture: TypeAlias = Tensor | np.ndarray | Image.Image
 
 
@@ -85,8 +91,8 @@ class RatImageProcessor(_Processor):
         logits = model(**processor(volume, spacing=(2.0, 0.5, 0.5))).logits
 
     No pixel is resized: images of different sizes and spacings go together. Smaller images are filled up at the far
-    ends, and a mask says so. ``transformers.pipeline`` hands no spacing on: say that of all images once,
-    ``RatImageProcessor(processor.pretrained_cfg, spacing=0.5)``. (It casts spacings to the model's dtype.)
+    ends, and a mask says so. Where all images have one spacing, say it once, and transformers' own pipelines take it:
+    ``RatImageProcessor(processor.pretrained_cfg, spacing=0.5)``. (They cast it to the model's dtype.)
 
     Args:
         pretrained_cfg: Of a model: ``mean``, ``std`` and ``input_size``, whose length tells how many axes there are.
@@ -167,6 +173,34 @@ def _rows(spacing: Any, batch: int, axes: int) -> Tensor:
     return rows.expand(batch, axes)
 
 
+class RatPipeline(_Pipeline):
+    """transformers' pipeline of image classification, whose call takes the spacing.
+
+    classify = pipeline("image-classification", model=model, image_processor=processor, pipeline_class=RatPipeline)
+    classify(image, spacing=0.5)
+    """
+
+    def _sanitize_parameters(self, spacing: SpacingLike = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+        before, call, after = super()._sanitize_parameters(**kwargs)
+        return (before if spacing is None else {**before, "spacing": spacing}), call, after
+
+    def preprocess(
+        self, image: str | Picture, timeout: float | None = None, spacing: SpacingLike = None
+    ) -> "BatchFeature":
+        """Makes a batch of an image.
+
+        Args:
+            image: As `RatImageProcessor` takes it, or the address of a picture.
+            timeout: Seconds, for addresses.
+            spacing: Physical pixel size in array-axis order (z, y, x).
+        """
+        if isinstance(image, str):
+            image = import_optional("transformers.image_utils", "transformers").load_image(image, timeout=timeout)
+        features = self.image_processor(images=image, spacing=spacing, return_tensors="pt")
+        features["pixel_values"] = features["pixel_values"].to(self.dtype)
+        return features
+
+
 class RatBackboneConfig(_BackboneConfig):
     """transformers' config of a timm backbone, and the model's keywords in ``model_args``."""
 
@@ -177,7 +211,7 @@ class RatBackboneConfig(_BackboneConfig):
 class RatBackbone(_Backbone):
     """transformers' timm backbone, which is made with ``config.model_args``; its call takes the geometry of images.
 
-    What it saves is opened by ``RatBackbone.from_pretrained``; ``AutoBackbone.from_pretrained`` looks on the Hub alone.
+    ``AutoBackbone.from_pretrained`` looks on the Hub alone; ``RatBackbone.from_pretrained`` opens folders.
     """
 
     config_class = RatBackboneConfig
@@ -186,9 +220,30 @@ class RatBackbone(_Backbone):
         super().__init__(config, **{**(config.model_args or {}), **kwargs})
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "RatBackbone":
-        """Opens a folder or repository that ``save_pretrained`` wrote; transformers' own takes names of timm here."""
-        return super(_Backbone, cls).from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, name: str | PathLike, *args: Any, **kwargs: Any) -> "RatBackbone":
+        """Opens what ``save_pretrained`` or `rat_timm.hub.save` wrote; transformers' own takes names of timm here.
+
+        Args:
+            name: A folder, or of what ``save_pretrained`` wrote also a repository.
+            *args: Of transformers' ``from_pretrained``.
+            **kwargs: Likewise; of what `rat_timm.hub.save` wrote, keywords of `RatBackboneConfig` (``out_indices``).
+
+        Raises:
+            ValueError: If weights or config are damaged.
+        """
+        folder = Path(str(name).removeprefix("local-dir:"))
+        described = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+        if "architecture" not in described:
+            return super(_Backbone, cls).from_pretrained(str(name), *args, **kwargs)
+        own = {key: value for key, value in described.get("model_args", {}).items() if key != "num_classes"}
+        stated = {
+            "num_channels": own.pop("in_chans", described["pretrained_cfg"]["input_size"][0]),
+            "output_stride": own.pop("output_stride", None),
+            "model_args": own,
+        }
+        config = RatBackboneConfig(backbone=described["architecture"], **{**stated, **kwargs})
+        weights = {"source": "local-dir", "file": str(folder)}
+        return cls(config, pretrained=True, pretrained_cfg_overlay=weights).eval()
 
 
 _transformers.AutoConfig.register(RatBackboneConfig.model_type, RatBackboneConfig, exist_ok=True)

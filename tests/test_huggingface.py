@@ -17,7 +17,14 @@ from transformers import (
 
 from helpers import record_images
 from rat_timm import hub
-from rat_timm.huggingface import RatBackbone, RatBackboneConfig, RatForImageClassification, RatImageProcessor
+from rat_timm.huggingface import (
+    RatBackbone,
+    RatBackboneConfig,
+    RatForImageClassification,
+    RatImageProcessor,
+    RatPipeline,
+)
+from rat_timm.huggingface_training import GeometryCheck, RatTrainer
 
 SIZES = {"test_rat": (3, 20, 24), "test_rat_3d": (1, 6, 10, 12)}
 
@@ -75,6 +82,38 @@ def test_trainer_keeps_the_geometry(folder, tmp_path, monkeypatch, model_class, 
     assert image.mask.all()
 
 
+@pytest.mark.parametrize("model_class", [RatForImageClassification, AutoModelForImageClassification])
+def test_our_trainer_keeps_the_geometry_of_any_model(model_class, folder, tmp_path, monkeypatch):
+    model = model_class.from_pretrained(folder)
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=2, max_steps=1, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    trainer = RatTrainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
+    seen = record_images(monkeypatch)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    logits = trainer.predict(Rows()).predictions
+    assert all(image.levels[0].grid.spacing.unique(dim=0).tolist() == [[0.5, 2.0]] for image in seen)
+    assert all(image.levels[0].mask.all() for image in seen)
+    rows = [Rows()[index] for index in range(4)]
+    x, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+    expected = model.timm_model.eval()(x, spacing=[0.5, 2.0], mask=torch.ones(4, 32, 32, dtype=torch.bool)).detach()
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(expected, labels)), rel=1e-4)
+
+
+def test_a_check_warns_of_columns_that_trainer_drops(folder, tmp_path, recwarn):
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=2, max_steps=1, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    for model_class, warned in ((RatForImageClassification, 0), (AutoModelForImageClassification, 1)):
+        model = model_class.from_pretrained(folder)
+        Trainer(model, arguments, train_dataset=Rows(), callbacks=[GeometryCheck()]).train()
+        told = [str(each.message) for each in recwarn if "Trainer drops the columns" in str(each.message)]
+        assert len(told) == warned
+    assert "['spacing', 'mask'], which TimmWrapperForImageClassification.forward does not name" in told[0]
+
+
 def test_trainer_drops_what_transformers_class_does_not_name(folder, tmp_path, monkeypatch):
     """Why `RatForImageClassification` exists: should this fail, it may go."""
     image = train(AutoModelForImageClassification.from_pretrained(folder), tmp_path / "out", monkeypatch)
@@ -128,6 +167,31 @@ def test_a_pipeline_carries_the_spacing(saved):
         given.append(Image.fromarray(image.transpose(1, 2, 0)))
     for one in given:
         assert [row["score"] for row in scores(one)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pipelines_call_takes_the_spacing(saved):
+    folder, image = saved
+    model = RatForImageClassification.from_pretrained(folder)
+    torch.nn.init.normal_(model.timm_model.get_classifier().weight)
+    processor = RatImageProcessor.from_pretrained(folder)
+    classify = pipeline("image-classification", model=model, image_processor=processor, pipeline_class=RatPipeline)
+    sharp = [0.2, 0.3, 0.4][: image.ndim - 1]
+    for given in ({}, {"spacing": 0.25}, {"spacing": sharp, "top_k": 1}):
+        told = {name: value for name, value in given.items() if name == "spacing"}
+        scores = model.timm_model.eval()(expected_pixels(image)[None], **told).softmax(-1)[0]
+        expected = scores.sort(descending=True).values.tolist()[: given.get("top_k", 2)]
+        assert [row["score"] for row in classify(image, **given)] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_a_pipeline_in_half_precision_keeps_the_spacing_exact(folder, monkeypatch):
+    seen = record_images(monkeypatch)
+    model = RatForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)
+    processor = RatImageProcessor.from_pretrained(folder)
+    classify = pipeline("image-classification", model=model, image_processor=processor, pipeline_class=RatPipeline)
+    classify(torch.rand(3, 32, 32), spacing=0.1234567)
+    image = seen[-1].levels[0]
+    assert image.x.dtype == torch.bfloat16
+    assert image.grid.spacing.flatten().tolist() == pytest.approx([0.1234567] * 2, rel=1e-6)
 
 
 def test_transformers_finds_the_processor_of_volumes(tmp_path):
@@ -185,3 +249,26 @@ def test_a_backbones_config_keeps_its_keywords(tmp_path):
         assert [tuple(m.shape) for m in call(x, spacing=0.25).feature_maps] == [(1, 64, 2, 3), (1, 128, 1, 1)]
     for a, b in zip(backbone(x).feature_maps, again(x).feature_maps, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_backbones_open_saved_folders(name, tmp_path):
+    model = timm.create_model(name, num_classes=3, spacing=0.5, iters=1).eval()
+    hub.save(model, tmp_path / "hub")
+    x = torch.randn(1, SIZES[name][0], *[32] * (len(SIZES[name]) - 1))
+    expected = [model.forward_intermediates(x, [1, 3], intermediates_only=True, spacing=0.25)]
+    for folder in (tmp_path / "hub", f"local-dir:{tmp_path / 'hub'}"):
+        backbone = RatBackbone.from_pretrained(folder, out_indices=[1, 3])
+        expected.append(backbone(x, spacing=0.25).feature_maps)
+    backbone.save_pretrained(tmp_path / "own")
+    expected.append(RatBackbone.from_pretrained(tmp_path / "own").eval()(x, spacing=0.25).feature_maps)
+    for maps in expected[1:]:
+        for one, other in zip(expected[0], maps, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_transformers_auto_class_opens_no_folders(tmp_path):
+    """Why ``RatBackbone.from_pretrained`` opens them: should this fail, it may go."""
+    RatBackbone(RatBackboneConfig(backbone="test_rat")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Repo id must"):
+        AutoBackbone.from_pretrained(str(tmp_path))

@@ -33,7 +33,10 @@ ALLOWED = {
     "huggingface": {"data", "geometry"},
     "explain": {"dense", "evaluation", "geometry", "models", "ops"},
     "napari": {"data", "geometry", "predict"},
-    "__main__": {"cost", "predict", "timm_api"},
+    "huggingface_training": {"geometry"},
+    "monai": {"data", "dense", "evaluation"},
+    "nnunet": {"dense", "geometry", "nnunet"},
+    "__main__": {"cost", "monai", "predict", "timm_api"},
 }
 
 

@@ -32,6 +32,15 @@ def test_it_follows_monais_transforms(transform, expected):
     assert metatensor_spacing(done) == pytest.approx(expected, rel=1e-6)
 
 
+def test_images_that_are_turned_out_of_the_plane():
+    """A slice of a turned volume: its axes have a part along the third axis of the world."""
+    turn = np.array([[0.6, 0, -0.8], [0, 1, 0], [0.8, 0, 0.6]]) @ np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([0.5, -0.25, 2.0])
+    image = MetaTensor(torch.rand(1, 4, 6), affine=torch.from_numpy(affine), meta={"unit": "mm"})
+    assert metatensor_spacing(image) == pytest.approx((0.5, 0.25))
+
+
 def test_volumes_that_monai_reads(tmp_path):
     affine = np.diag([3.0, 5.0, 7.0, 1.0])
     for unit, name in (("micron", "a.nii"), ("unknown", "b.nii")):

@@ -61,7 +61,9 @@ def metatensor_spacing(
             f"{file}: image must be [channels, *grid], or a batch with an affine matrix for each sample, "
             f"got {list(image.shape)} with one matrix {list(affine.shape)}"
         )
-    sizes = import_optional("monai.data.utils", "data").affine_to_spacing(affine.double(), len(axes)).tolist()
+    # of images too with all their three components: they may be slices that are turned out of the plane
+    measure = import_optional("monai.data.utils", "data").affine_to_spacing
+    sizes = measure(affine.double(), len(affine) - 1).tolist()[: len(axes)]
     written = _written_unit(image.meta)
     return tuple(
         convert({a: Length(s, written) for a, s in zip(axes, sizes, strict=True)}, axes, unit, file, assumed_unit)
