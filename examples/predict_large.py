@@ -14,6 +14,7 @@ out, so that halos count against all of them.
 
 import argparse
 import json
+import math
 import multiprocessing
 import resource
 import shutil
@@ -91,7 +92,7 @@ def by_model(image: Path, model: Path, output: Path, options: dict[str, Any]) ->
     """Windows in memory, each of the shape of one in the middle."""
     plan, network = _plan(image, model, options)
     windows = list(plan.windows(plan.box(plan.count // 2), network))
-    seen, own = windows[len(windows) // 2].seen.shape, windows[len(windows) // 2].box.size
+    seen, own = windows[len(windows) // 2].seen.shape, math.prod(plan.edge)
     grid = Grid.create(seen, plan.working.spacing[0].tolist())
     x = torch.randn(1, network.in_chans, *seen)
     times: list[float] = []

@@ -29,12 +29,12 @@ from ..geometry.grid import Grid
 from .network import Network
 from .source import rescaling
 
-EDGES = {1: 4096, 2: 512, 3: 96}
+EDGES = {1: 4096, 2: 512, 3: 64}
 """Pixels of a window's own part along each axis, by the number of axes."""
 CHUNKS = {1: 4096, 2: 256, 3: 64}
 """Pixels of a chunk of the output along each axis."""
 MOST_PIXELS = 1 << 22
-"""Of a window: a longer halo than fits is shortened."""
+"""Of a window, and of what it is compared with: longer halos than fit are shortened."""
 TILE_BYTES = 1 << 28
 """Of the sums of a tile."""
 
