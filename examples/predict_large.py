@@ -72,7 +72,8 @@ def make_model(folder: Path, axes: int, classes: int, quick: bool) -> None:
     """Saves an untrained model of windows and sparse groupings, which does not look further than its tiles can."""
     torch.manual_seed(0)
     step = MOVIES["hela" if axes == 2 else "cho"].spacing
-    options: dict[str, Any] = {"embed_dim": (32, 64), "depths": (1, 1), "attn_kernel_size": 3 if axes == 3 else 5}
+    options: dict[str, Any] = {"embed_dim": (32, 64), "depths": (1, 1)}
+    options |= {"attn_kernel_size": 3, "width": 16} if axes == 3 else {"attn_kernel_size": 5}
     if quick:
         options |= {"embed_dim": (16, 16), "num_heads": 2, "width": 8}
     Segmenter("test_rat" if axes == 2 else "test_rat_3d", classes, in_chans=1, spacing=step, **options).save(folder)

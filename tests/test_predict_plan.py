@@ -101,7 +101,9 @@ def test_windows_of_volumes_fit_in_memory():
 def test_what_windows_are_compared_with_fits_in_memory(size):
     """Also for windows that someone made as large as they may be."""
     name = "test_rat" if len(size) == 2 else "test_rat_3d"
-    plan, network = planned(size, model=segmenter(name, attn_kernel_size=(3, 0)), tile=MOST_PIXELS ** (1 / len(size)) / 2)
+    plan, network = planned(
+        size, model=segmenter(name, attn_kernel_size=(3, 0)), tile=MOST_PIXELS ** (1 / len(size)) / 2
+    )
     window = next(plan.windows(plan.box(plan.count // 2), network))
     longer = compared_with(plan, window, network)
     assert window.seen.size < longer.size
