@@ -1,0 +1,108 @@
+"""Sphinx's settings for the book, whose pages sphinx-gallery runs: `.ci/docs FOLDER` builds it beside the API pages.
+
+The sources are copied first, since sphinx-gallery writes beside them; this file stays where it is (`sphinx -c`).
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+from docutils import nodes  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from sphinx.application import Sphinx  # noqa: E402
+from sphinx_gallery.scrapers import figure_rst, matplotlib_scraper  # noqa: E402
+
+BOOK = Path(__file__).resolve().parent
+EXAMPLES = BOOK.parent
+sys.path[:0] = [str(BOOK), str(EXAMPLES)]  # what pages import: `book`, and the packages of the examples
+
+import rat_timm  # noqa: E402
+
+project = "rat_timm"
+author = copyright = "rat_timm contributors"  # noqa: A001
+release = rat_timm.__version__
+extensions = ["myst_parser", "sphinx_gallery.gen_gallery"]
+html_theme = "furo"
+html_title = "rat_timm: the book"
+html_show_sphinx = html_copy_source = False
+exclude_patterns = ["pages/*"]
+myst_heading_anchors = 3
+suppress_warnings = ["config.cache"]  # of the functions below
+MEASURED = ("cells/README.md", "context_study/README.md", "resolution_study/README.md", "benchmarks.md")
+LOOK = {
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "axes.titlesize": "medium",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "image.cmap": "gray",
+    "image.interpolation": "nearest",
+}
+
+
+def set_look(gallery_conf: dict[str, Any], page: str) -> None:
+    """Sets how figures look, before each page."""
+    plt.rcParams.update(LOOK)
+
+
+def scrape(block: Any, variables: dict[str, Any], gallery_conf: dict[str, Any]) -> str:
+    """Shows the figures of a block: pyplot's, and those that are returned, as those of `rat_timm.explain` are."""
+    shown = matplotlib_scraper(block, variables, gallery_conf)
+    mine = variables["example_globals"]
+    figures = {name: value for name, value in mine.items() if isinstance(value, Figure) and value.number is None}
+    paths = []
+    for (name, figure), path in zip(figures.items(), variables["image_path_iterator"], strict=False):
+        figure.savefig(path)
+        paths.append(path)
+        del mine[name]  # it is shown once
+    return shown + (figure_rst(paths, gallery_conf["src_dir"]) if paths else "")
+
+
+sphinx_gallery_conf = {
+    "examples_dirs": "pages",
+    "gallery_dirs": "built",
+    "filename_pattern": r"plot_",
+    "copyfile_regex": r"index\.rst",
+    "abort_on_example_error": True,
+    "run_stale_examples": True,
+    "download_all_examples": False,
+    "show_signature": False,
+    "capture_repr": (),
+    "image_scrapers": (scrape,),
+    "reset_modules": ("matplotlib", set_look),
+}
+
+
+def copy_measured(app: Sphinx, config: Any) -> None:
+    """Copies what was measured into the book, with its pictures and tables."""
+    for name in MEASURED:
+        source, target = EXAMPLES / name, Path(app.srcdir, "measured", name)
+        if source.name == "README.md":
+            shutil.copytree(source.parent, target.parent, ignore=shutil.ignore_patterns("*.py", "*.sh", "__pycache__"))
+        else:
+            shutil.copy(source, target)
+
+
+def api(
+    name: str, rawtext: str, text: str, lineno: int, inliner: Any, options: Any = None, content: Any = None
+) -> tuple[list[nodes.Node], list[nodes.Node]]:
+    """The role that links a module's or an object's API page, which lies beside the book: ``rat_timm.dense``."""
+    environment = inliner.document.settings.env
+    up = "../" * (environment.docname.count("/") + 1)
+    parts = text.split(".")
+    is_object = parts[-1][:1].isupper() or len(parts) > 2
+    module, anchor = (parts[:-1], f"#{parts[-1]}") if is_object else (parts, "")
+    target = f"{up}{'/'.join(module)}.html{anchor}"
+    return [nodes.reference(rawtext, "", nodes.literal(text, text), refuri=target)], []
+
+
+def setup(app: Sphinx) -> None:
+    """Adds the role and the measured pages."""
+    app.add_role("api", api)
+    app.connect("config-inited", copy_measured)
