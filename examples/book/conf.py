@@ -5,6 +5,7 @@ The sources are copied first, since sphinx-gallery writes beside them; this file
 
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ LOOK = {
 }
 
 
-def set_look(gallery_conf: dict[str, Any], page: str) -> None:
-    """Sets how figures look, before each page."""
+def begin_page(gallery_conf: dict[str, Any], page: str) -> None:
+    """Sets how figures look."""
     plt.rcParams.update(LOOK)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # PyTorch's, of checkpoints of one process
 
 
 def scrape(block: Any, variables: dict[str, Any], gallery_conf: dict[str, Any]) -> str:
@@ -75,7 +77,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "capture_repr": (),
     "image_scrapers": (scrape,),
-    "reset_modules": ("matplotlib", set_look),
+    "reset_modules": ("matplotlib", begin_page),
 }
 
 
@@ -92,13 +94,12 @@ def copy_measured(app: Sphinx, config: Any) -> None:
 def api(
     name: str, rawtext: str, text: str, lineno: int, inliner: Any, options: Any = None, content: Any = None
 ) -> tuple[list[nodes.Node], list[nodes.Node]]:
-    """The role that links a module's or an object's API page, which lies beside the book: ``rat_timm.dense``."""
+    """The role that links the API page of a module or of an object, which lies beside the book: ``rat_timm.dense``."""
     environment = inliner.document.settings.env
-    up = "../" * (environment.docname.count("/") + 1)
-    parts = text.split(".")
-    is_object = parts[-1][:1].isupper() or len(parts) > 2
-    module, anchor = (parts[:-1], f"#{parts[-1]}") if is_object else (parts, "")
-    target = f"{up}{'/'.join(module)}.html{anchor}"
+    up, parts, anchor = "../" * (environment.docname.count("/") + 1), text.split("."), ""
+    if not Path(environment.app.outdir.parent, *parts).with_suffix(".html").exists():  # no module
+        parts, anchor = parts[:-1], f"#{parts[-1]}"
+    target = f"{up}{'/'.join(parts)}.html{anchor}"
     return [nodes.reference(rawtext, "", nodes.literal(text, text), refuri=target)], []
 
 

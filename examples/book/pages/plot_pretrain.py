@@ -20,11 +20,11 @@ from training.cells import MOVIES, Cells
 movie = MOVIES["hela"]
 size = {"axes": "YX", "PhysicalSizeY": movie.spacing[0], "PhysicalSizeX": movie.spacing[1]}
 for part in ("train", "validation"):
-    Path("mine", part).mkdir(parents=True, exist_ok=True)
+    Path("unlabelled", part).mkdir(parents=True, exist_ok=True)
     frames = Cells("hela", part)
     for index in range(2):
         pixels = frames[index].image[0, 200:392, 300:556].numpy()
-        tifffile.imwrite(f"mine/{part}/{index}.ome.tif", pixels, metadata=size)
+        tifffile.imwrite(f"unlabelled/{part}/{index}.ome.tif", pixels, metadata=size)
 
 # %%
 # Hide and predict
@@ -37,7 +37,7 @@ for part in ("train", "validation"):
 from book import pick, run
 
 run(
-    "python examples/pretrain.py --data mine --output runs/pretrained --model test_rat --size '[64, 64]' --block 8 "
+    "python examples/pretrain.py --data unlabelled --output runs/pretrained --model test_rat --size '[64, 64]' --block 8 "
     f"--width 64 --depth 1 --crops 24 --batch_size 8 --epochs {pick(3, 100)} --lr 2e-3 --share 0.5 --flip true --workers 0"
 )
 

@@ -53,7 +53,7 @@ weights.write_bytes(damaged)
 try:
     timm.create_model("local-dir:digits", pretrained=True)
 except ValueError as error:
-    print(error)
+    print(str(error).replace(f"{Path.cwd()}/", ""))
 
 # %%
 # To the Hub
@@ -66,4 +66,4 @@ except ValueError as error:
 # Segmenters have ``segmenter.save(folder)`` and ``Segmenter.load(folder)``, which the training program and ``predict``
 # use too. Weights that others published as pickles come in by ``python -m rat_timm convert``.
 #
-# Next: :doc:`plot_speed`. Reference: :api:`rat_timm.hub`.
+# Next: :doc:`plot_speed`. Reference: :api:`rat_timm.timm_api.hub`.

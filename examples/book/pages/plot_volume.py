@@ -27,15 +27,15 @@ print("a series of five slices:", list(series.pixels.shape), "spacing", series.s
 scan = data.read(folder / "CT_small.dcm", unit="mm")
 figure, axes = plt.subplots(figsize=(4.4, 3.6))
 height, width = (n * step for n, step in zip(scan.pixels.shape[-2:], scan.spacing[-2:], strict=True))
-shown = axes.imshow(scan.pixels[0, 0], extent=(0, width, height, 0), vmin=-1000, vmax=1000)
+shown = axes.imshow(scan.pixels.squeeze(), extent=(0, width, height, 0), vmin=-1000, vmax=1000)
 axes.set(title="A slice of a real CT, in its own units", xlabel="mm", ylabel="mm")
 figure.colorbar(shown, label="Hounsfield units")
 
 # %%
 # Volumes with labels
 # -------------------
-# No package ships a labelled CT either, so these are drawn: a body with two lungs, whose air is hardly brighter than the
-# air around the body, and noise. The training program wants folders ``images`` and ``labels``; it divides whole numbers
+# No package ships a labelled CT either, so these are drawn: a body with two lungs, whose air is a little brighter than
+# the air around the body, and noise. The training program wants folders ``images`` and ``labels``; it divides whole numbers
 # by the largest of their type, so that Hounsfield units are better stored as floating-point numbers near 1.
 
 import nibabel
@@ -62,7 +62,7 @@ def make_patient(part, name, spacing, seed):
 
     body = ball((0, 0, 0), (200, 60, 84))
     lungs = ball((0, 0, -38), (40, 36, 26)) | ball((0, 0, 38), (38, 34, 27))
-    density = np.where(lungs, -0.85, np.where(body, 0.04, -1.0)) + chance.normal(0, 0.08, size)
+    density = np.where(lungs, -0.75, np.where(body, 0.04, -1.0)) + chance.normal(0, 0.05, size)
     save(density.astype(np.float32), spacing, Path("patients", part, "images", name))
     save(lungs.astype(np.uint8), spacing, Path("patients", part, "labels", name))
 
@@ -81,7 +81,8 @@ from book import pick, run
 
 run(
     "python examples/train.py --task segmentation --data patients --output runs/lungs --model test_rat_3d --unit mm "
-    f"--size '[12, 24, 24]' --crops 16 --batch_size 4 --epochs {pick(3, 30)} --width 16 --lr 3e-3 --workers 0"
+    f"--pretrained false --size '[12, 24, 24]' --crops 20 --batch_size 2 --epochs {pick(2, 40)} --warmup_epochs 0 "
+    f"--width 16 --lr 5e-3 --workers 0"
 )
 run(
     "python -m rat_timm predict patients/test/images/4.nii.gz --model runs/lungs/model --output lungs.nii.gz "
@@ -95,7 +96,7 @@ image, true = (nibabel.load(f"patients/test/{part}/4.nii.gz") for part in ("imag
 found = nibabel.load("lungs.nii.gz")
 assert np.allclose(found.affine, image.affine)
 lungs, right = (np.asarray(volume.dataobj) == 1 for volume in (found, true))
-print("voxels of", found.header.get_zooms(), f"mm: Dice {2 * (lungs & right).sum() / (lungs.sum() + right.sum()):.1%}")
+print(f"voxels of {[float(step) for step in found.header.get_zooms()]} mm: Dice {2 * (lungs & right).sum() / (lungs.sum() + right.sum()):.1%}")
 
 figure, row = plt.subplots(1, 2, figsize=(9, 3.2))
 zooms, middle = image.header.get_zooms(), image.shape[1] // 2
