@@ -3,6 +3,7 @@
 The sources are copied first, since sphinx-gallery writes beside them; this file stays where it is (`sphinx -c`).
 """
 
+import logging
 import shutil
 import sys
 import warnings
@@ -50,6 +51,7 @@ LOOK = {
 def begin_page(gallery_conf: dict[str, Any], page: str) -> None:
     """Sets how figures look."""
     plt.rcParams.update(LOOK)
+    logging.getLogger().setLevel(logging.WARNING)  # some of the packages that pages import lower it
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # PyTorch's, of checkpoints of one process
 
 
@@ -57,7 +59,7 @@ def scrape(block: Any, variables: dict[str, Any], gallery_conf: dict[str, Any]) 
     """Shows the figures of a block: pyplot's, and those that are returned, as those of `rat_timm.explain` are."""
     shown = matplotlib_scraper(block, variables, gallery_conf)
     mine = variables["example_globals"]
-    figures = {name: value for name, value in mine.items() if isinstance(value, Figure) and value.number is None}
+    figures = {name: value for name, value in mine.items() if isinstance(value, Figure) and getattr(value, "number", None) is None}
     paths = []
     for (name, figure), path in zip(figures.items(), variables["image_path_iterator"], strict=False):
         figure.savefig(path)
@@ -70,7 +72,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "pages",
     "gallery_dirs": "built",
     "filename_pattern": r"plot_",
-    "copyfile_regex": r"index\.rst",
+    "nested_sections": False,
     "abort_on_example_error": True,
     "run_stale_examples": True,
     "download_all_examples": False,

@@ -12,7 +12,7 @@ from training.digits import digits, draw, poses
 SHORT = {
     "balls": "model: test_rat_3d\npretrained: false\nsize: [8, 16, 16]\nwidth: 16\ncrops: 20\nbatch_size: 2\nepochs: 1\n"
     "warmup_epochs: 0\nema_decay: 0.5\nlr: 0.005\nworkers: 0\n",
-    "pictures": "size: [32, 32]\nbatch_size: 8\nepochs: 3\nwarmup_epochs: 0\nema_decay: 0.5\nworkers: 0\n",
+    "pictures": "size: [32, 32]\nscale: [1.0, 1.0]\nbatch_size: 8\nepochs: 2\nlr: 0.003\nwarmup_epochs: 0\nema_decay: 0.5\nworkers: 0\n",
 }
 KINDS = (2, 7)
 

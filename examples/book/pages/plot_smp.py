@@ -3,7 +3,7 @@ If you use segmentation_models_pytorch
 ======================================
 
 Its networks take any encoder of timm's, these too, under ``tu-`` and their name. ``WithGeometry`` tells the encoder the
-pixel size, takes images of any size, and gives maps of their own pixels.
+pixel size of an image, takes images of any size, and gives maps of their own pixels.
 
 Install: ``python -m pip install segmentation-models-pytorch`` and ``python -m pip install '.[data]'``.
 """

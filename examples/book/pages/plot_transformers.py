@@ -2,8 +2,8 @@
 If you use transformers
 =======================
 
-What is saved here is opened by transformers' ``AutoModelForImageClassification``. The classes of
-``rat_timm.huggingface`` also hand on the pixel size, and resize nothing.
+Classes for transformers hand the pixel size of an image on to the network, and resize nothing. What is saved here is also
+opened by its own ``AutoModelForImageClassification``, which takes ``spacing`` when it is called.
 
 Install: ``python -m pip install '.[transformers,train]'``.
 """

@@ -81,8 +81,8 @@ from book import pick, run
 
 run(
     "python examples/train.py --task segmentation --data patients --output runs/lungs --model test_rat_3d --unit mm "
-    f"--pretrained false --size '[12, 24, 24]' --crops 20 --batch_size 2 --epochs {pick(2, 40)} --warmup_epochs 0 "
-    f"--width 16 --lr 5e-3 --workers 0"
+    f"--pretrained false --size '[12, 24, 24]' --crops 16 --batch_size 2 --epochs {pick(2, 40)} --warmup_epochs 0 "
+    "--width 16 --lr 5e-3 --ema_decay 0.7 --workers 0 --model_args '{embed_dim: 16, num_heads: 1, depths: [1, 1, 1]}'"
 )
 run(
     "python -m rat_timm predict patients/test/images/4.nii.gz --model runs/lungs/model --output lungs.nii.gz "
