@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 
@@ -63,6 +64,12 @@ def pytest_collection_modifyitems(items):
     items[:] = [item for w in range(workers) for item in (*long[w::workers], *rest[w * share : (w + 1) * share])]
 
 
+def pytest_collection_finish():
+    """Spares every later garbage collection what was imported, which stays."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -78,21 +85,29 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def quickly(tmp_path_factory):
-    """Trains a task with --quick, once for all workers of pytest; returns the folder."""
+def once(tmp_path_factory):
+    """Returns ``once(name, make)``: a folder that ``make(folder)`` fills, once for all workers of pytest."""
     filelock = pytest.importorskip("filelock")
-    from helpers import quick
-    from training import trainer
-
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
 
-    def train(task):
-        output = shared / f"quick-{task}"
-        with filelock.FileLock(f"{output}.lock"):
-            if not (output / "model" / "facts.json").exists():
+    def filled(name, make):
+        folder, made = shared / name, shared / f"{name}.made"
+        with filelock.FileLock(shared / f"{name}.lock"):
+            if not made.exists():
+                folder.mkdir()
                 torch.set_num_threads(1)
-                trainer.train(quick(output, task))
-        return output
+                make(folder)
+                made.touch()
+        return folder
 
-    return train
+    return filled
+
+
+@pytest.fixture(scope="session")
+def quickly(once):
+    """Trains a task with --quick, once for all workers of pytest; returns the folder."""
+    from helpers import quick
+    from training import trainer
+
+    return lambda task: once(f"quick-{task}", lambda folder: trainer.train(quick(folder, task)))

@@ -62,9 +62,7 @@ def small_mask_rcnn(backbone="test_rat", **options):
     return mask_rcnn(backbone, 2, 32, (16, 24, 32, 64, 128), **{**sizes, **options})
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """An FCOS that knows discs at the reference spacing."""
+def train_on_discs(folder):
     torch.manual_seed(0)
     detector = fcos("test_rat", 2, 32)
     images, targets = discs(64, 0)
@@ -77,7 +75,15 @@ def trained():
         sum(losses.values()).backward()
         optimizer.step()
         schedule.step()
-    return detector.eval()
+    torch.save(detector.state_dict(), folder / "weights.pt")
+
+
+@pytest.fixture(scope="session")
+def trained(once):
+    """An FCOS that knows discs at the reference spacing."""
+    detector = fcos("test_rat", 2, 32).eval()
+    detector.load_state_dict(torch.load(once("discs", train_on_discs) / "weights.pt"))
+    return detector
 
 
 def test_a_detector_learns_in_seconds(trained):

@@ -6,8 +6,9 @@ from test_predict_receptive import segmenter
 
 from rat_timm.geometry.box import Box
 from rat_timm.geometry.grid import Grid
+from rat_timm.predict.measure import compared_with
 from rat_timm.predict.network import Network
-from rat_timm.predict.plan import make_plan
+from rat_timm.predict.plan import MOST_PIXELS, make_plan
 
 GLOBAL = {"attn_kernel_size": (3, 0)}
 
@@ -84,3 +85,26 @@ def test_the_lattice_does_not_depend_on_tiles(options, monkeypatch):
 def test_lengths_are_checked(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a positive length or 2 of them"):
         planned((50, 50), **{name: value})
+
+
+def test_windows_of_volumes_fit_in_memory():
+    """A model that looks further than a window may be: no window is larger, nor what it is compared with."""
+    plan, network = planned((512, 1024, 1024), model=segmenter("test_rat_3d", attn_kernel_size=3, depths=(1, 8)))
+    assert not plan.is_exact
+    window = next(plan.windows(plan.box(plan.count // 2), network))
+    longer = compared_with(plan, window, network)
+    assert 2 * window.seen.size < longer.size <= MOST_PIXELS
+    assert longer & window.seen == window.seen
+
+
+@pytest.mark.parametrize("size", [(5000, 5000), (512, 512, 512)])
+def test_what_windows_are_compared_with_fits_in_memory(size):
+    """Also for windows that someone made as large as they may be."""
+    name = "test_rat" if len(size) == 2 else "test_rat_3d"
+    plan, network = planned(
+        size, model=segmenter(name, attn_kernel_size=(3, 0)), tile=MOST_PIXELS ** (1 / len(size)) / 2
+    )
+    window = next(plan.windows(plan.box(plan.count // 2), network))
+    longer = compared_with(plan, window, network)
+    assert window.seen.size < longer.size
+    assert longer.size <= max(MOST_PIXELS, 1.6 * window.seen.size)

@@ -54,16 +54,17 @@ def write_images(root, labelled=()):
             Image.fromarray(stripes).save(root / "labels" / f"{name}.png")
 
 
-@pytest.fixture(scope="module")
-def stripes(tmp_path_factory):
-    """Trained on stripes, whose hidden blocks can be told."""
-    folder = tmp_path_factory.mktemp("stripes")
+def train_on_stripes(folder):
     write_images(folder / "data" / "train")
     write_images(folder / "data" / "validation", "abc")
-    torch.set_num_threads(1)
     options = {"size": [32, 32], "batch_size": 6, "crops": 16, "epochs": 2, "lr": 3e-3, "block": 8.0, "share": 0.5}
     trainer.train(short(folder / "run", "masked", data=str(folder / "data"), spacing=[0.5, 0.5], **options))
-    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def stripes(once):
+    """Trained on stripes, whose hidden blocks can be told."""
+    return once("stripes", train_on_stripes) / "run"
 
 
 def test_masked_images_are_learned(stripes):

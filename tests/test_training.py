@@ -1,7 +1,6 @@
 """`examples/training`: what it learns, how it goes on, and that processes together do what one does."""
 
 import fcntl
-import os
 import re
 import shutil
 import time
@@ -22,7 +21,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("monai")
-filelock = pytest.importorskip("filelock")
+pytest.importorskip("filelock")
 pytest.importorskip("tensorboard")
 tifffile = pytest.importorskip("tifffile")
 
@@ -41,15 +40,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory):
-    """One process, three epochs of the shipped weights on digits that are alike; once for all workers of pytest."""
-    shared = tmp_path_factory.getbasetemp()
-    output = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "uninterrupted"
-    with filelock.FileLock(f"{output}.lock"):
-        if not (output / "model" / "config.json").exists():
-            torch.set_num_threads(1)
-            trainer.train(Config(output, checkpoint_every=3, **DIGITS))
-    return output
+def uninterrupted(once):
+    """One process, three epochs of the shipped weights on digits that are alike."""
+    return once("uninterrupted", lambda folder: trainer.train(Config(folder, checkpoint_every=3, **DIGITS)))
 
 
 def test_pretrained_weights_beat_random_ones_at_equal_steps(uninterrupted, tmp_path):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..geometry.box import Box
-from .plan import Plan, Window
+from .network import Network
+from .plan import MOST_PIXELS, Plan, Window
 from .work import Work, finished
 
 _SAMPLES = 8
@@ -38,7 +39,7 @@ class Difference(NamedTuple):
 
 
 def difference(work: Work, windows: int = _SAMPLES) -> Difference | None:
-    """Compares windows with themselves, seen with a halo longer by a window's own part.
+    """Compares windows with themselves, seen with longer halos (`compared_with`).
 
     Values are probabilities, of objects the foreground's and the distance's tanh, and features over their largest.
 
@@ -50,11 +51,9 @@ def difference(work: Work, windows: int = _SAMPLES) -> Difference | None:
         None if there is no window with data.
     """
     plan = work.job.plan
-    step = (plan.out.spacing / plan.working.spacing)[0].tolist()
-    longer = [h + math.ceil(e * s) for h, e, s in zip(plan.halo, plan.edge, step, strict=True)]
     usual, most, means, changes = [], [], [], []
     for window in _spread(plan, work, windows):
-        seen = plan.seen(window.box, work.network, longer)
+        seen = compared_with(plan, window, work.network)
         one, other = (_alone(work, window, box) for box in (window.seen, seen))
         if one is None or other is None:
             continue
@@ -66,6 +65,17 @@ def difference(work: Work, windows: int = _SAMPLES) -> Difference | None:
     if not most:
         return None
     return Difference(_FACTOR * max(usual), max(most), float(np.mean(means)), float(np.mean(changes)), len(most))
+
+
+def compared_with(plan: Plan, window: Window, network: Network) -> Box:
+    """Returns the pixels that a window is compared with: its halo longer by its own part, or by what fits in memory."""
+    step = (plan.out.spacing / plan.working.spacing)[0].tolist()
+    for eighths in range(8, 0, -1):
+        more = [math.ceil(eighths * e * s / 8) for e, s in zip(plan.edge, step, strict=True)]
+        seen = plan.seen(window.box, network, [h + m for h, m in zip(plan.halo, more, strict=True)])
+        if seen.size <= MOST_PIXELS:
+            break
+    return seen
 
 
 def _spread(plan: Plan, work: Work, count: int) -> Iterator[Window]:

@@ -9,9 +9,10 @@ the whole output, whatever the tiles are, so that tiles do not change what comes
     blended  | w0|  w 1  |  w 2  |  w 3  |  w 4  |  w 5  | w6|        each with a shorter halo; weights fall and rise
 
 Where the halo is as long as the model looks, a window's values are those of the whole image. Where it is not, the
-values of two windows differ at their seam, and are blended: weights fall from one to the other over the halo. Tiles
-then end in the middle of windows, which both tiles compute, so that neither waits for the other and no sum of logits is
-kept for the whole image: that is what blending costs, (n + 1) windows for n along each axis of a tile.
+values of two windows differ at their seam, and are blended: weights fall from one to the other over half of the halo on
+either side. Tiles then end in the middle of windows, which both tiles compute, so that neither waits for the other and
+no sum of logits is kept for the whole image: that is what blending costs, (n + 1) windows for n along each axis of a
+tile.
 """
 
 import math
@@ -29,13 +30,13 @@ from ..geometry.grid import Grid
 from .network import Network
 from .source import rescaling
 
-EDGES = {1: 4096, 2: 512, 3: 96}
+EDGES = {1: 4096, 2: 512, 3: 64}
 """Pixels of a window's own part along each axis, by the number of axes."""
 CHUNKS = {1: 4096, 2: 256, 3: 64}
 """Pixels of a chunk of the output along each axis."""
 MOST_PIXELS = 1 << 22
-"""Of a window: a longer halo than fits is shortened."""
-TILE_BYTES = 1 << 28
+"""Of a window, and of what it is compared with: longer halos than fit are shortened."""
+TILE_BYTES = 1 << 29
 """Of the sums of a tile."""
 
 
@@ -164,17 +165,20 @@ class Plan:
         return tuple(min(int(h * s / 2), e // 4) for h, s, e in zip(self.halo, step, self.edge, strict=True))
 
     def _window(self, place: Sequence[int], network: Network) -> Window:
-        start, stop, rise, fall = zip(*(self._side(axis, at) for axis, at in enumerate(place)), strict=True)
-        box = Box(start, stop)
-        return Window(box, self.seen(box, network), rise, fall)
+        start, stop, before, after = zip(*(self._side(axis, at) for axis, at in enumerate(place)), strict=True)
+        box = Box(
+            tuple(a - b for a, b in zip(start, before, strict=True)),
+            tuple(a + b for a, b in zip(stop, after, strict=True)),
+        )
+        seen = self.seen(Box(start, stop), network)
+        return Window(box, seen, tuple(2 * b for b in before), tuple(2 * b for b in after))
 
     def _side(self, axis: int, at: int) -> tuple[int, int, int, int]:
-        """Returns where a window's values have weight along an axis, and how far weights rise and fall."""
-        first, edge, over = self._first(axis), self.edge[axis], self.overlap[axis]
-        before, after = (over if at else 0), (over if at < self.lattice[axis] - 1 else 0)
+        """Returns where a window's own part lies along an axis, and how far before and after it has weight."""
+        first, edge, over, last = self._first(axis), self.edge[axis], self.overlap[axis], self.lattice[axis] - 1
         start = first + (at - 1) * edge if at else 0
-        stop = first + at * edge if at < self.lattice[axis] - 1 else self.region.shape[axis]
-        return start - before, stop + after, 2 * before, 2 * after
+        stop = first + at * edge if at < last else self.region.shape[axis]
+        return start, stop, (over if at else 0), (over if at < last else 0)
 
     def seen(self, box: Box, network: Network, halo: Sequence[int] | None = None) -> Box:
         """Returns the pixels that the model sees for a box of the region; ``halo`` in place of the plan's."""
