@@ -1,7 +1,7 @@
 """What the pages share: the book's one setting, and commands that run in the process that builds it.
 
-`RAT_BOOK=long` builds the long form, whose trainings are as long as results take; otherwise they are as short as can be,
-which is what CI runs.
+`RAT_BOOK=long` builds the long form, whose trainings take as long as results do. Otherwise they are as short as can be,
+which CI runs.
 """
 
 import os

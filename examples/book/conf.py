@@ -3,31 +3,35 @@
 The sources are copied first, since sphinx-gallery writes beside them; this file stays where it is (`sphinx -c`).
 """
 
+import functools
 import logging
 import shutil
 import sys
 import warnings
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import matplotlib
 
 matplotlib.use("agg")
 
-from docutils import nodes  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from sphinx.application import Sphinx  # noqa: E402
-from sphinx_gallery.scrapers import figure_rst, matplotlib_scraper  # noqa: E402
+from docutils import nodes
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+from sphinx_gallery.scrapers import figure_rst, matplotlib_scraper
 
 BOOK = Path(__file__).resolve().parent
 EXAMPLES = BOOK.parent
 sys.path[:0] = [str(BOOK), str(EXAMPLES)]  # what pages import: `book`, and the packages of the examples
 
-import rat_timm  # noqa: E402
+import rat_timm
 
 project = "rat_timm"
-author = copyright = "rat_timm contributors"  # noqa: A001
+author = copyright = "rat_timm contributors"
 release = rat_timm.__version__
 extensions = ["myst_parser", "sphinx_gallery.gen_gallery"]
 html_theme = "furo"
@@ -59,7 +63,11 @@ def scrape(block: Any, variables: dict[str, Any], gallery_conf: dict[str, Any]) 
     """Shows the figures of a block: pyplot's, and those that are returned, as those of `rat_timm.explain` are."""
     shown = matplotlib_scraper(block, variables, gallery_conf)
     mine = variables["example_globals"]
-    figures = {name: value for name, value in mine.items() if isinstance(value, Figure) and getattr(value, "number", None) is None}
+    figures = {
+        name: value
+        for name, value in mine.items()
+        if isinstance(value, Figure) and getattr(value, "number", None) is None
+    }
     paths = []
     for (name, figure), path in zip(figures.items(), variables["image_path_iterator"], strict=False):
         figure.savefig(path)
@@ -78,6 +86,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_signature": False,
     "capture_repr": (),
+    "inspect_global_variables": False,
     "image_scrapers": (scrape,),
     "reset_modules": ("matplotlib", begin_page),
 }
@@ -105,7 +114,51 @@ def api(
     return [nodes.reference(rawtext, "", nodes.literal(text, text), refuri=target)], []
 
 
+class Targets(HTMLParser):
+    """The local links of a page, and the places in it that links may name.
+
+    Attributes:
+        links: What they say.
+        places: Their names.
+    """
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.places: set[str] = set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Sees a tag."""
+        given = dict(attrs)
+        self.places.update(name for name in (given.get("id"), given.get("name")) if name)
+        link = given.get("href") or given.get("src")
+        if link and "://" not in link and not link.startswith(("mailto:", "data:")):
+            self.links.append(link)
+
+
+def check_links(app: Sphinx, exception: Exception | None) -> None:
+    """Checks that every local link of the book leads somewhere, to the API pages too.
+
+    Raises:
+        ExtensionError: If one does not.
+    """
+    if exception is not None or app.builder.name != "html":
+        return
+    read = functools.lru_cache(maxsize=None)(Targets)
+    broken = []
+    for page in sorted(Path(app.outdir).rglob("*.html")):
+        for link in read(page).links:
+            path, _, place = unquote(link).partition("#")
+            target = (page.parent / path.partition("?")[0]).resolve() if path else page
+            missing = not target.exists() or (place and target.suffix == ".html" and place not in read(target).places)
+            broken += [f"{page.relative_to(app.outdir)}: {link}"] if missing else []
+    if broken:
+        raise ExtensionError("links to what is not there:\n" + "\n".join(broken))
+
+
 def setup(app: Sphinx) -> None:
-    """Adds the role and the measured pages."""
+    """Adds the role, the measured pages, and the check of links."""
     app.add_role("api", api)
     app.connect("config-inited", copy_measured)
+    app.connect("build-finished", check_links)

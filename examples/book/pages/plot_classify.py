@@ -36,6 +36,7 @@ for axes, side in zip(row, (16, 32, 96), strict=True):
         chance, digit = model(image, spacing=spacing).softmax(-1)[0].max(0)
     axes.imshow(image[0, 0], extent=(0, 32, 32, 0))
     axes.set(title=f"{side} x {side} pixels: {chance:.0%} a {digit}", xlabel="units")
+figure.suptitle("One digit in few and in many pixels is one digit")
 
 # %%
 # What the pixel size is worth

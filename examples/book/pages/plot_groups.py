@@ -29,8 +29,8 @@ picture = explain.plot_groups(page, groups)
 # %%
 # A group is not a square
 # -----------------------
-# The tokens that four neighbouring groups are made of. With equal shares each would be a soft square; where ink is, they
-# follow it.
+# The tokens that four neighbouring groups are made of. A strided convolution takes the same of every square; here
+# shares differ with what is in the image (lines: the digits).
 
 from matplotlib import pyplot as plt
 
@@ -39,8 +39,9 @@ extent = (0, 128, 64, 0)
 figure, axes = plt.subplots(2, 2, figsize=(9, 5))
 for index, panel in enumerate(axes.flat):
     number = (height // 4 + index // 2) * width + width // 4 + index % 2
-    shown = panel.imshow(groups.shares[0, ..., number], extent=extent, cmap="viridis", vmin=0, vmax=1)
-    panel.contour(page[0, 0], levels=[float(page.mean())], colors="white", linewidths=0.7, extent=extent, origin="upper")
+    shown = panel.imshow(groups.shares[0, ..., number], extent=extent, cmap="viridis", vmin=0, vmax=0.4)
+    ink = {"levels": [float(page.mean())], "colors": "white", "linewidths": 0.7, "linestyles": "solid"}
+    panel.contour(page[0, 0], extent=extent, origin="upper", **ink)
     panel.set(title=f"group {number}", xlabel="x (units)", ylabel="y (units)", xlim=(0, 64), ylim=(48, 0))
 figure.colorbar(shown, ax=axes, label="share of a token", shrink=0.8)
 print(f"{groups.shares.shape[-1]} groups; a token's largest share is {groups.shares.amax(-1).mean():.0%} on average")

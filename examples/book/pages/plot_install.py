@@ -8,7 +8,8 @@ The package is installed from a checkout, with Python 3.10 or newer::
 
 Extras bring what a part needs: ``data`` reads files, ``dense`` segments, ``predict`` goes through large images,
 ``train`` and ``lightning`` train, ``explain`` draws what a network looks at, ``napari``, ``monai`` and ``transformers``
-are for these tools. ``python -m pip install '.[train,predict,explain]'`` is all that the first steps of this book ask for.
+are for these tools. ``python -m pip install '.[train,predict,explain]'`` is all that the first steps of this book ask
+for.
 
 On a GPU, ``python -m pip install --no-build-isolation natten``, after PyTorch, adds NATTEN's kernels for attention.
 """

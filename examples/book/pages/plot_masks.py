@@ -2,8 +2,8 @@
 What is masked changes nothing
 ==============================
 
-Scans have corners without data, slides have glass, frames have scratches. A mask (True = valid) says which pixels count.
-What stands in the others has no influence, not by a bit, even if it is NaN.
+Scans have corners without data, slides have glass, frames have scratches. A mask (True = valid) says which pixels
+count. What stands in the others has no influence, not by a bit, even if it is NaN.
 """
 
 # %%
@@ -13,6 +13,8 @@ What stands in the others has no influence, not by a bit, even if it is NaN.
 
 import torch
 from matplotlib import pyplot as plt
+
+from matplotlib.colors import LogNorm
 
 from rat_timm.dense import Segmenter
 from training.cells import MOVIES, Cells
@@ -40,17 +42,18 @@ row[0].imshow(filled["noise"][0, 0], extent=(0, width, height, 0), vmin=0, vmax=
 row[0].set(title="noise in place of data", xlabel="µm")
 for axes, logits, name in ((row[1], unmasked, "not told"), (row[2], masked, "masked")):
     change = (logits["noise"] - logits["zeros"]).abs().amax(1)[0]
-    shown = axes.imshow(change, extent=(0, width, height, 0), cmap="magma", vmin=0, vmax=float(change.max()) or 1.0)
+    shown = axes.imshow(change, extent=(0, width, height, 0), cmap="magma", norm=LogNorm(1e-5, 1))
+    axes.set_facecolor("black")  # no change at all
     axes.set(title=f"{name}: logits change by up to {change.max():.2g}", xlabel="µm")
     figure.colorbar(shown, ax=axes, label="change", shrink=0.7)
 
 # %%
 # Why it holds
 # ------------
-# Masks travel with the tokens. A convolution takes zeros for what is masked, attention gives it no weight, a group takes
-# nothing of it, norms and means leave it out, and resampling gives it no weight either. A coarse token is valid if any
-# pixel under it is. Batches of images of different sizes are filled up and masked in the same way (``data.collate``),
-# and pretraining hides blocks by masks (:doc:`plot_pretrain`).
+# Masks travel with the tokens. A convolution takes zeros for what is masked, attention gives it no weight, a group
+# takes nothing of it, norms and means leave it out, and resampling gives it no weight either. A coarse token is valid
+# if any pixel under it is. Batches of images of different sizes are filled up and masked in the same way
+# (``data.collate``), and pretraining hides blocks by masks (:doc:`plot_pretrain`).
 #
 # Only plain convolutions of ``others`` do not know masks: in networks of other libraries
 # (:doc:`plot_smp`), the backbone's part holds and their decoders' does not.

@@ -11,30 +11,32 @@ Install: ``python -m pip install '.[monai,train]'``.
 # %%
 # From labelled volumes to a prediction on your file
 # --------------------------------------------------
-# ``my_volumes`` is a folder with ``train/images/*.nii.gz``, ``train/labels/*.nii.gz`` and the same in ``validation``. (Here
-# they are small drawn balls, and ``short_volumes.yaml`` makes the training a short one: leave it out, and choose a ``--model``.
+# ``scans`` is a folder with ``train/images/*.nii.gz``, ``train/labels/*.nii.gz`` and the same in ``validation``. (Here
+# they are small drawn balls, and ``short.yaml`` makes the training a short one: leave it out, and choose a ``--model``.
 # ``run`` does what a shell does with the command.)
 
 # sphinx_gallery_start_ignore
 from stand_ins import make_balls
 
-make_balls("my_volumes")
+make_balls("scans")
 # sphinx_gallery_end_ignore
 from book import run
-from monai.transforms import LoadImage, SaveImage
+from monai.transforms import LoadImage, SaveImage, ScaleIntensityRange
 
-run("python examples/train.py --task segmentation --data my_volumes --output runs/my_volumes --unit mm --config short_volumes.yaml")
+run("python examples/train.py --task segmentation --data scans --output runs/scans --unit mm --config short.yaml")
 
 # %%
-# Arrays of NIfTI files are (x, y, z) in MONAI, and (z, y, x) in the training program: hence ``reverse_axes``.
+# Arrays of NIfTI files are (x, y, z) in MONAI, and (z, y, x) in the training program: hence ``reverse_axes``. Which
+# intensities become 0 and 1 is in ``runs/scans/model/facts.json``.
 
 from rat_timm.dense import Segmenter
 from rat_timm.monai import SpacingInferer
 
-image = LoadImage("NibabelReader", ensure_channel_first=True)("my_volumes/test/images/mine.nii.gz")
-logits = SpacingInferer(unit="mm", reverse_axes=True)(image[None], Segmenter.load("runs/my_volumes/model"))
+image = LoadImage("NibabelReader", ensure_channel_first=True)("scans/test/images/mine.nii.gz")
+scaled = ScaleIntensityRange(0.1, 0.35, 0, 1)(image)
+logits = SpacingInferer(unit="mm", reverse_axes=True)(scaled[None], Segmenter.load("runs/scans/model"))
 SaveImage(output_dir="found", output_dtype="uint8", print_log=False)(logits[0].argmax(0, keepdim=True))
-print(list(image.shape), "voxels of", image.pixdim.tolist(), "mm: a ball of", int(logits.argmax(1).sum() * image.pixdim.prod()), "mm3")
+print("voxels of", image.pixdim.tolist(), "mm:", int(logits.argmax(1).sum() * image.pixdim.prod()), "mm3 of ball")
 
 # %%
 # What was saved has the affine matrix of the file. Large volumes: ``SpacingInferer(..., roi_size=96, overlap=0.5)`` is
@@ -44,7 +46,7 @@ print(list(image.shape), "voxels of", image.pixdim.tolist(), "mm: a ball of", in
 # -----------
 # Two commands, the second of which is MONAI's own::
 #
-#     python -m rat_timm export-bundle runs/my_volumes/model --output bundle --unit mm
+#     python -m rat_timm export-bundle runs/scans/model --output bundle --unit mm
 #     python -m monai.bundle run --config_file bundle/configs/inference.json --bundle_root bundle \
 #         --dataset_dir scans --output_dir predictions
 #

@@ -9,9 +9,9 @@ in the unit of the pixel size.
 # %%
 # Pixels and tokens lie at their centres
 # --------------------------------------
-# A ``Grid`` says where pixels are: their number, their spacing, and where the first one's centre is. It also knows what a
-# convolution does to it, so that tokens lie where their kernels look. Below, an overview of 4 units per pixel, a crop of
-# it of 1 unit, and the crop's tokens after two convolutions of stride 2, as in the stem.
+# A ``Grid`` says where pixels are: their number, their spacing, and where the first one's centre is. It also knows
+# what a convolution does to it, so that tokens lie where their kernels look. Below, an overview of 4 units per pixel,
+# a crop of it of 1 unit, and the crop's tokens after two convolutions of stride 2, as in the stem.
 
 from matplotlib import pyplot as plt
 
@@ -39,9 +39,9 @@ figure.legend(loc="outside lower center", ncols=3)
 # %%
 # Attention turns by distance
 # ---------------------------
-# Rotary spatial embeddings turn pairs of a query's and a key's channels by angles that grow with the place, so that their
-# product depends on how far apart both are: in units, along any direction. Here one row of tokens is rotated on grids of
-# three spacings. All queries and keys are alike, so that the products are those of the rotations alone.
+# Rotary spatial embeddings turn pairs of a query's and a key's channels by angles that grow with the place, so that
+# their product depends on how far apart both are: in units, along any direction. Here one row of tokens is rotated on
+# grids of three spacings. All queries and keys are alike, so that the products are those of the rotations alone.
 
 import torch
 
@@ -62,7 +62,8 @@ left.legend()
 
 # %%
 # A place has one phase, whatever the pixel size and whichever image of a pyramid shows it. Distances are divided by one
-# length per layer, the spacing of its tokens at the model's own pixel size, so that frequencies suit what the layer sees.
+# length per layer, the spacing of its tokens at the model's own pixel size, so that frequencies suit what the layer
+# sees.
 #
 # This is not all: kernels of convolutions count pixels. See :doc:`plot_reference`. Reference: :api:`rat_timm.geometry`,
 # :api:`rat_timm.layers`.

@@ -2,8 +2,8 @@
 Pretrain on your own images
 ===========================
 
-There are no pretrained weights of RAT, and labels are few. Images without labels are many: parts of them are hidden, and
-the network learns to predict these.
+There are no pretrained weights of RAT, and labels are few. Images without labels are many: parts of them are hidden,
+and the network learns to predict these.
 """
 
 # %%
@@ -37,8 +37,9 @@ for part in ("train", "validation"):
 from book import pick, run
 
 run(
-    "python examples/pretrain.py --data unlabelled --output runs/pretrained --model test_rat --size '[64, 64]' --block 8 "
-    f"--width 64 --depth 1 --crops 16 --batch_size 8 --epochs {pick(3, 100)} --lr 2e-3 --share 0.5 --flip true --workers 0"
+    "python examples/pretrain.py --data unlabelled --output runs/pretrained --model test_rat --size '[64, 64]' "
+    "--block 8 --share 0.5 --width 64 --depth 1 --crops 16 --batch_size 8 --lr 2e-3 --flip true --workers 0 "
+    f"--epochs {pick(3, 100)}"
 )
 
 # %%
@@ -63,7 +64,8 @@ print(f"loss {loss[0]:.2f} at the first step, {loss[-1]:.2f} at the last of {len
 # -------------
 # What is saved is an ordinary model, which knows the pixel sizes that it has seen::
 #
-#     python examples/train.py --output runs/mine --task instances --data labelled --model local-dir:runs/pretrained/model
+#     python examples/train.py --output runs/mine --data labelled --task instances \
+#         --model local-dir:runs/pretrained/model
 
 import timm
 
@@ -73,8 +75,8 @@ model = timm.create_model("local-dir:runs/pretrained/model", pretrained=True, nu
 print(model.spacing_range, model.num_features, "features")
 
 # %%
-# Is it worth it? In the repository, ``examples/run_pretraining.py`` says what was measured on two movies: it helped with
-# three labelled frames of bacteria, with one it gave no answer, nor did it for HeLa. ``--task distillation`` learns the
-# maps of a teacher instead, slices of volumes from a teacher of images, say.
+# Is it worth it? In the repository, ``examples/run_pretraining.py`` says what was measured on two movies: it helped
+# with three labelled frames of bacteria, with one it gave no answer, nor did it for HeLa. ``--task distillation``
+# learns the maps of a teacher instead, slices of volumes from a teacher of images, say.
 #
 # Next: :doc:`plot_publish`. Reference: :api:`rat_timm.pretrain`.

@@ -18,14 +18,16 @@ from rat_timm import hub
 
 model = timm.create_model("test_rat", pretrained=True).eval()
 names = [f"digit {number}" for number in range(10)]
-hub.save(model, "digits", label_names=names, spacing_range=(0.5, 2.0), description="Handwritten digits, 32 units wide.")
-for file in sorted(Path("digits").iterdir()):
+hub.save(
+    model, "saved/digits", label_names=names, spacing_range=(0.5, 2.0), description="Handwritten digits, 32 units wide."
+)
+for file in sorted(Path("saved/digits").iterdir()):
     print(f"{file.name}: {file.stat().st_size} bytes")
 
 # %%
 # The card is what people see on the Hub. It is written once: change it as you like, it stays when you save again.
 
-print(Path("digits/README.md").read_text())
+print(Path("saved/digits/README.md").read_text())
 
 # %%
 # And back
@@ -34,7 +36,7 @@ print(Path("digits/README.md").read_text())
 
 import warnings
 
-again = timm.create_model("local-dir:digits", pretrained=True).eval()
+again = timm.create_model("local-dir:saved/digits", pretrained=True).eval()
 image = torch.rand(1, 3, 32, 32)
 with torch.inference_mode():
     print("the same:", torch.equal(model(image, spacing=1.0), again(image, spacing=1.0)))
@@ -46,12 +48,12 @@ print(caught[0].message)
 # %%
 # A damaged file is an error that says what to do. Only safetensors are opened, never pickles.
 
-weights = Path("digits/model.safetensors")
+weights = Path("saved/digits/model.safetensors")
 damaged = bytearray(weights.read_bytes())
 damaged[-1] ^= 1
 weights.write_bytes(damaged)
 try:
-    timm.create_model("local-dir:digits", pretrained=True)
+    timm.create_model("local-dir:saved/digits", pretrained=True)
 except ValueError as error:
     print(str(error).replace(f"{Path.cwd()}/", ""))
 

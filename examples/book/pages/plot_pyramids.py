@@ -9,8 +9,8 @@ origin, and all tokens lie in one coordinate system.
 # %%
 # Tokens of two levels
 # --------------------
-# Stained tissue (scikit-image's; its pixel is the unit): the whole at 4 units per pixel, and a crop of it as it is. Dots
-# are the tokens of the third stage: the crop has many small ones in the part that it shows.
+# Stained tissue (scikit-image's; its pixel is the unit): the whole at 4 units per pixel, and a crop of it as it is.
+# Dots are the tokens of the third stage: the crop has many small ones in the part that it shows.
 
 import timm
 import torch
@@ -40,20 +40,21 @@ for level, color, name in ((1, "tab:blue", "overview"), (0, "tab:red", "crop")):
     axes.scatter(x, y, s=20 if level else 6, c=color, label=f"{name}: {grid.shape[0]} x {grid.shape[1]} tokens")
     print(f"{name}: spacing {grid.spacing[0].tolist()}, first token at {grid.origin[0].tolist()}")
 axes.set(title="Each token knows where it is", xlabel="x (units)", ylabel="y (units)")
-axes.legend(loc="upper left")
+figure.legend(loc="outside lower center", ncols=2)
 
 # %%
 # Where levels meet
 # -----------------
-# In the last stage all tokens of all levels attend to each other, by their physical distance. In the stages before, each
-# level attends to itself. A ``Segmenter(..., context=True)`` also adds what is decoded of the overview to the crop's
-# pixels, by position. What the crop's classes gain can be asked: the overview is shown moved, and the answer changes.
+# In the last stage all tokens of all levels attend to each other, by their physical distance. In the stages before,
+# each level attends to itself. A ``Segmenter(..., context=True)`` also adds what is decoded of the overview to the
+# crop's pixels, by position. What the crop's classes gain can be asked: the overview is shown moved, and the answer
+# changes.
 
 from rat_timm.dense import Segmenter
 
 torch.manual_seed(0)
 network = Segmenter("test_rat", num_classes=2, width=16, context=True).eval()  # random weights
-moves, changes = (0, 4, 16, 64, 128), []
+moves, answers = (0, 4, 16, 64, 128), []
 with torch.inference_mode():
     for move in moves:
         logits = network(
@@ -61,8 +62,8 @@ with torch.inference_mode():
             spacing=[(1.0, 1.0), (4.0, 4.0)],
             origin=[(130.5, 250.5), (2.0, 2.0 + move)],
         )
-        first = logits if move == 0 else first
-        changes.append(float((logits - first).abs().mean() / first.std()))
+        answers.append(logits)
+changes = [float((answer - answers[0]).abs().mean() / answers[0].std()) for answer in answers]
 figure, axes = plt.subplots(figsize=(5.5, 3.2))
 axes.plot(moves, changes, "o-")
 axes.set(title="A wrong origin is a wrong overview", xlabel="overview said to be off by (units)")

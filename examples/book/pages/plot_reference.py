@@ -2,8 +2,8 @@
 Images come to one pixel size
 =============================
 
-A kernel of three pixels sees a nucleus at one pixel size and a speck of it at another. So images whose pixel size is told
-are brought to the network's reference pixel size in front of the first convolution.
+A kernel of three pixels sees a nucleus at one pixel size and a speck of it at another. So images whose pixel size is
+told are brought to the network's reference pixel size in front of the first convolution.
 """
 
 # %%
@@ -35,14 +35,12 @@ for column, (factor, pixels) in zip(rows.T, files.items(), strict=True):
         height, width = (n * step for n, step in zip(pixels.shape[2:], spacing, strict=True))
         axes.imshow(image, extent=(0, width, height, 0), vmin=0, vmax=1)
         axes.set(title=f"{name}: {image.shape[0]} x {image.shape[1]} pixels", xlabel="µm")
-for axes, name in zip(rows[0], (0.32, 0.645, 2.58)):
-    axes.set_xlabel("µm")
 
 # %%
 # What it is worth
 # ----------------
-# The digit model, whose images had pixels of 0.5 to 2 units in training, is given fields of view of 32 units in 10 to 64
-# pixels. With ``physical_stem=False`` the same weights see pixels as they are, and positions alone are physical.
+# The digit model, whose images had pixels of 0.5 to 2 units in training, is given fields of view of 32 units in 10 to
+# 64 pixels. With ``physical_stem=False`` the same weights see pixels as they are, and positions alone are physical.
 
 import timm
 

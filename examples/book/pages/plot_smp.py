@@ -2,8 +2,8 @@
 If you use segmentation_models_pytorch
 ======================================
 
-Its networks take any encoder of timm's, these too, under ``tu-`` and their name. ``WithGeometry`` tells the encoder the
-pixel size of an image, takes images of any size, and gives maps of their own pixels.
+Its networks take any encoder of timm's, and so these, under their names with ``tu-`` in front. ``WithGeometry`` tells
+the encoder the pixel size of an image, takes images of any size, and gives maps of their own pixels.
 
 Install: ``python -m pip install segmentation-models-pytorch`` and ``python -m pip install '.[data]'``.
 """
@@ -36,7 +36,7 @@ print(list(scan.pixels.shape), "pixels of", scan.spacing, "um:", list(logits.sha
 # Your training loop stays what it is, but for ``spacing=``. Or let ``examples/train.py --model smp:unet-convnext_atto``
 # train a network of yours in the same way as these, to compare.
 #
-# What is masked changes nothing in the encoder alone: the decoders of smp do not know masks. ``rat_timm.dense.Segmenter``
-# does.
+# What is masked changes nothing in the encoder alone: the decoders of smp do not know masks.
+# ``rat_timm.dense.Segmenter`` does.
 #
 # Reference: :api:`rat_timm.adapters`.

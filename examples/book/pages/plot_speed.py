@@ -2,8 +2,8 @@
 Speed
 =====
 
-How long it takes goes with the number of pixels at the network's own pixel size, and no faster. On GPUs it is slower than
-networks of plain windows. This page measures the first with a small network; the second was measured elsewhere.
+How long it takes goes with the number of pixels at the network's own pixel size, and no faster. On GPUs it is slower
+than networks of plain windows. This page measures the first with a small network; the second was measured elsewhere.
 """
 
 # %%
@@ -61,7 +61,12 @@ def classify(spacing):
 
 
 several = torch.linspace(0.9, 1.1, 8)[:, None].expand(8, 2)
-for name, spacing in (("pixels of 0.5", 0.5), ("pixels of 1", 1.0), ("pixels of 2", 2.0), ("eight pixel sizes", several)):
+for name, spacing in (
+    ("pixels of 0.5", 0.5),
+    ("pixels of 1", 1.0),
+    ("pixels of 2", 2.0),
+    ("eight pixel sizes", several),
+):
     print(f"eight images with {name}: {1000 * classify(spacing):.0f} ms")
 
 # %%
@@ -72,7 +77,8 @@ for name, spacing in (("pixels of 0.5", 0.5), ("pixels of 1", 1.0), ("pixels of 
 # - Few classes of sizes: ``training_transform(size)`` makes crops of one size, ``factors=`` many.
 # - ``out=`` of a ``Segmenter`` at coarser pixels than the image's, and a coarser reference ``spacing``: half as many
 #   pixels per axis are a quarter of the cost, if what is looked for can still be seen.
-# - Large images: ``python -m rat_timm predict``, with ``--background`` for what need not be computed, and ``--workers``.
+# - Large images: ``python -m rat_timm predict``, with ``--background`` for what need not be computed, and
+# ``--workers``.
 #
 # :doc:`What was measured </measured/benchmarks>`: beside Swin on a CPU nearly as fast, on a GPU far slower, compiled or
 # not. ``bash examples/gpu_day.sh FOLDER`` measures on your GPU, ``python examples/benchmark.py`` what you ask for.
