@@ -82,13 +82,7 @@ axes.legend()
 #
 #     python examples/train.py --output runs/mine --model rat_tiny --pretrained false --data mine --unit um
 #
-# Without ``--data`` it tells apart digits that look alike, in half a minute, or in seconds with ``--quick true``.
-
-from book import run
-
-run(f"python examples/train.py --output runs/digits --workers 0 --quick {pick('true', 'false')}")
-mine = timm.create_model("local-dir:runs/digits/model", pretrained=True).eval()
-print(mine.num_classes, "classes")
-
-# %%
+# What it saves, ``timm.create_model("local-dir:runs/mine/model", pretrained=True)`` opens. :doc:`plot_transformers` trains
+# a small one.
+#
 # Next: :doc:`plot_segment`. Reference: :api:`rat_timm.data`, :api:`rat_timm.evaluation`.

@@ -39,7 +39,7 @@ from book import pick, run
 run(
     "python examples/pretrain.py --data unlabelled --output runs/pretrained --model test_rat --size '[64, 64]' "
     "--block 8 --share 0.5 --width 64 --depth 1 --crops 16 --batch_size 8 --lr 2e-3 --flip true --workers 0 "
-    f"--epochs {pick(3, 100)}"
+    f"--epochs {pick(2, 100)}"
 )
 
 # %%

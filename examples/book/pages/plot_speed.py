@@ -78,7 +78,7 @@ for name, spacing in (
 # - ``out=`` of a ``Segmenter`` at coarser pixels than the image's, and a coarser reference ``spacing``: half as many
 #   pixels per axis are a quarter of the cost, if what is looked for can still be seen.
 # - Large images: ``python -m rat_timm predict``, with ``--background`` for what need not be computed, and
-# ``--workers``.
+#   ``--workers``.
 #
 # :doc:`What was measured </measured/benchmarks>`: beside Swin on a CPU nearly as fast, on a GPU far slower, compiled or
 # not. ``bash examples/gpu_day.sh FOLDER`` measures on your GPU, ``python examples/benchmark.py`` what you ask for.
