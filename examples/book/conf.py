@@ -57,6 +57,7 @@ def begin_page(gallery_conf: dict[str, Any], page: str) -> None:
     plt.rcParams.update(LOOK)
     logging.getLogger().setLevel(logging.WARNING)  # some of the packages that pages import lower it
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # PyTorch's, of checkpoints of one process
+    warnings.filterwarnings("ignore", "NvImgCodecPydicomReader")  # MONAI's, without a package that it could use
 
 
 def scrape(block: Any, variables: dict[str, Any], gallery_conf: dict[str, Any]) -> str:

@@ -64,6 +64,6 @@ def make_pictures(folder: str) -> None:
             Path(folder, part, str(kind)).mkdir(parents=True, exist_ok=True)
             for index, picture in enumerate(draw(images, (64, 64), pose)):
                 save_image(picture, Path(folder, part, str(kind), f"{index}.png"))
-    coarse = draw(images[-1:], (40, 40), poses(1, 2, 0, 0, torch.Generator()))
+    coarse = draw(images[-1:], (32, 32), poses(1, 2, 0, 0, torch.Generator()))
     save_image(coarse, f"{folder}.png")
     Path("short.yaml").write_text(SHORT_PICTURES)

@@ -82,7 +82,7 @@ axes.legend()
 #
 #     python examples/train.py --output runs/mine --model rat_tiny --pretrained false --data mine --unit um
 #
-# What it saves, ``timm.create_model("local-dir:runs/mine/model", pretrained=True)`` opens. :doc:`plot_transformers` trains
-# a small one.
+# What it saves, ``timm.create_model("local-dir:runs/mine/model", pretrained=True)`` opens. :doc:`plot_transformers`
+# trains a small one.
 #
 # Next: :doc:`plot_segment`. Reference: :api:`rat_timm.data`, :api:`rat_timm.evaluation`.

@@ -43,6 +43,9 @@ run(
 )
 
 # %%
+# Below zero is worse than the mean: after the few steps of the book's short form nothing is learned yet.
+
+# %%
 # What TensorBoard shows of it (``tensorboard --logdir runs``), after the last epoch:
 
 from io import BytesIO

@@ -33,7 +33,7 @@ from rat_timm.huggingface import RatForImageClassification, RatImageProcessor, R
 model = RatForImageClassification.from_pretrained("runs/photos/model")
 processor = RatImageProcessor.from_pretrained("runs/photos/model")
 classify = pipeline("image-classification", model, image_processor=processor, pipeline_class=RatPipeline)
-for answer in classify("photos.png", spacing=0.8, top_k=2):
+for answer in classify("photos.png", spacing=1.0, top_k=2):
     print(f"{answer['label']}: {answer['score']:.0%}")
 
 # %%
