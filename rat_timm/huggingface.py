@@ -180,6 +180,11 @@ class RatPipeline(_Pipeline):
     classify(image, spacing=0.5)
     """
 
+    def check_model_type(self, supported_models: "list[str] | Mapping[Any, Any]") -> None:
+        """See transformers, which does not know `RatForImageClassification` by its name and would list all it knows."""
+        if not isinstance(self.model, RatForImageClassification):
+            super().check_model_type(supported_models)
+
     def _sanitize_parameters(self, spacing: SpacingLike = None, **kwargs: Any) -> tuple[dict, dict, dict]:
         before, call, after = super()._sanitize_parameters(**kwargs)
         return (before if spacing is None else {**before, "spacing": spacing}), call, after

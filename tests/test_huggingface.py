@@ -183,6 +183,14 @@ def test_a_pipelines_call_takes_the_spacing(saved):
         assert [row["score"] for row in classify(image, **given)] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+def test_a_pipeline_of_ours_does_not_list_all_others(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.pipelines.base.logger.error", said.append)
+    model, processor = RatForImageClassification.from_pretrained(folder), RatImageProcessor.from_pretrained(folder)
+    pipeline("image-classification", model=model, image_processor=processor, pipeline_class=RatPipeline)
+    assert said == []
+
+
 def test_a_pipeline_in_half_precision_keeps_the_spacing_exact(folder, monkeypatch):
     seen = record_images(monkeypatch)
     model = RatForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)

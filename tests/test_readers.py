@@ -153,6 +153,20 @@ def test_levels_of_a_pyramid_in_ome_tiff(tmp_path):
         read(path, level=2)
 
 
+@pytest.mark.parametrize("level", [0, 1])
+def test_parts_of_levels_of_a_pyramid_in_ome_tiff(level, tmp_path):
+    pytest.importorskip("zarr")
+    path, image = tmp_path / "a.ome.tif", np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    metadata = {"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25}
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(image, subifds=1, metadata=metadata, photometric="rgb")
+        tiff.write(image[::2, ::2], subfiletype=1, photometric="rgb")
+    region = (slice(3, 20), slice(5, 40))
+    scan = read(path, level=level, region=region)
+    expected = image[:: 1 + level, :: 1 + level][region]
+    assert np.array_equal(scan.pixels, np.moveaxis(expected, -1, 0))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -122,7 +122,7 @@ def _load(source: Source, number: int, level: int, part: Index, max_bytes: int |
             pixels = tiff.asarray(key=chosen.ravel().tolist(), series=number, level=level)
             return pixels.reshape(*chosen.shape, *series.keyframe.shape)
         zarr = import_zarr()
-        with series.aszarr() as store:
+        with series.aszarr(multiscales=False) as store:  # level 0 of a pyramid is all of it otherwise
             return np.asarray(zarr.open_array(store, mode="r")[part])
 
 

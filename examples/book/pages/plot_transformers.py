@@ -1,0 +1,52 @@
+"""
+If you use transformers
+=======================
+
+Classes for transformers hand the pixel size of an image on to the network, and resize nothing. What is saved here is
+also opened by its own ``AutoModelForImageClassification``, which takes ``spacing`` when it is called.
+
+Install: ``python -m pip install '.[transformers,train]'``.
+"""
+
+# %%
+# From a folder of pictures to an answer on yours
+# -----------------------------------------------
+# ``photos`` has ``train/<class>/*`` and ``validation/<class>/*``. PNG and JPEG do not say how large a pixel is, so
+# ``--spacing`` does; OME-TIFF, NIfTI and DICOM do. (Here they are two of the digits, and ``short.yaml`` makes the
+# training a short one: leave it out, and choose a ``--model``. ``run`` does what a shell does with the command.)
+
+# sphinx_gallery_start_ignore
+from stand_ins import make_pictures
+
+make_pictures("photos")
+# sphinx_gallery_end_ignore
+from book import run
+from transformers import pipeline
+
+run("python examples/train.py --data photos --output runs/photos --spacing '[0.5, 0.5]' --config short.yaml")
+
+# %%
+# The pipeline is transformers' own. Pictures of any size are taken as they are, with their pixel size:
+
+from rat_timm.huggingface import RatForImageClassification, RatImageProcessor, RatPipeline
+
+model = RatForImageClassification.from_pretrained("runs/photos/model")
+processor = RatImageProcessor.from_pretrained("runs/photos/model")
+classify = pipeline("image-classification", model, image_processor=processor, pipeline_class=RatPipeline)
+for answer in classify("photos.png", spacing=1.0, top_k=2):
+    print(f"{answer['label']}: {answer['score']:.0%}")
+
+# %%
+# Weights on the Hub open in the same way: ``from_pretrained("me/digits")`` of what ``rat_timm.hub.push`` wrote
+# (:doc:`plot_publish`).
+#
+# Trainer
+# -------
+# transformers' ``Trainer`` drops the columns of a data set that a model's ``forward`` does not name, the pixel size
+# among them. ``RatForImageClassification`` names it; around other networks,
+# ``rat_timm.huggingface_training.RatTrainer`` keeps it. Detectors take ``RatBackbone``.
+#
+# There are no pretrained weights of RAT: for pictures like ImageNet's, transformers' own models are better, or
+# ``rat_vit_*``, which are timm's DINOv3 with physical positions.
+#
+# Reference: :api:`rat_timm.huggingface`, :api:`rat_timm.huggingface_training`.
