@@ -34,7 +34,7 @@ ALLOWED = {
     "explain": {"dense", "evaluation", "geometry", "models", "ops"},
     "napari": {"data", "geometry", "predict"},
     "huggingface_training": {"geometry"},
-    "monai": {"data", "dense", "evaluation"},
+    "monai": {"data", "dense", "evaluation", "predict"},
     "nnunet": {"dense", "geometry", "nnunet"},
     "__main__": {"cost", "monai", "predict", "timm_api"},
 }

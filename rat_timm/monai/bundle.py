@@ -12,6 +12,7 @@ import torch
 from ..data.units import metres_of
 from ..dense.segmenter import Segmenter
 from ..optional import import_optional
+from ..predict.facts import open_intensities, read_facts
 
 TASKS = ("labels", "probabilities")
 AXES = ("zyx", "xyz")
@@ -56,7 +57,8 @@ def export_bundle(
         task: "labels", the likeliest class of each pixel, or "probabilities".
         unit: Of the model's reference spacing.
         assumed_unit: Of pixel sizes of files that do not state theirs; None makes them an error.
-        intensities: Pixel values that become 0 and 1, as in training. Default: pixels go to the model as they are.
+        intensities: Pixel values that become 0 and 1, as in training. Default: those that the folder says, see
+            `rat_timm.predict.facts`; pixels go to the model as they are if it says none.
         roi_size: Voxels of overlapping windows along the axes of files. Default: images are predicted as a whole.
         axes: In which order the model was trained: "zyx" as `rat_timm.data.read` has it, or "xyz", as MONAI has it.
         licence: A file with the weights' licence.
@@ -75,6 +77,8 @@ def export_bundle(
     if output.exists():
         raise FileExistsError(f"output {output} exists: delete it or give another name")
     model = Segmenter.load(folder)
+    if intensities is None:
+        intensities = open_intensities(read_facts(folder))
     if roi_size is not None and len(roi_size) != model.spatial_dims:
         raise ValueError(f"roi_size must be {model.spatial_dims} numbers, as the model has axes, got {list(roi_size)}")
     text = _NO_LICENCE if licence is None else Path(licence).read_text()

@@ -20,6 +20,7 @@ from ..data.readers import read_grids
 from ..data.units import is_length, metres_of
 from ..geometry.grid import Grid, per_axis
 from ..predict import Options, predict
+from ..predict.facts import as_trained
 from ..predict.network import Network, load_model
 from ..predict.store import read_whole
 
@@ -272,7 +273,7 @@ def predict_layers(
     Raises:
         ValueError: If an argument does not fit.
     """
-    given = Options(**{"progress": False, **options})
+    given = as_trained(Options(**{"progress": False, **options}), model)
     network = Network(load_model(model), given.task, given.stage)
     picture = picture_of(layers, network.axes, network.in_chans, given.unit, given.spacing, channel_axis, position)
     changes: dict[str, Any] = {"spacing": None}

@@ -6,8 +6,8 @@ r"""The command ``python -m rat_timm predict``: from a file to a file.
         --intensities 100 4000 --scheduler dask --workers 4
 
 The same command goes on with a run that was interrupted. Pixels go to the model as they are, unless ``--intensities``
-says which values become 0 and 1: what examples/train.py trains gets images so, and ``facts.json`` beside the model has
-these numbers, and ``--scale`` as "length".
+or ``facts.json`` in the model's folder says which values become 0 and 1; that file, which examples/train.py writes, has
+``--scale`` too.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--out", type=float, nargs="+", help="the output's pixel size; default: the image's pixels")
     lengths.add_argument("--tile", type=float, nargs="+", help="what one call of the model predicts")
     lengths.add_argument("--halo", type=float, nargs="+", help="how far it sees beyond; default: all that matters")
-    lengths.add_argument("--scale", type=float, help="with which a network for instances was trained")
+    lengths.add_argument("--scale", type=float, help="length in the training of instances; default: as trained")
     lengths.add_argument("--largest", type=float, help="diameter of the largest object; default: 10 times --scale")
     lengths.add_argument("--depth", type=float)
     lengths.add_argument("--smoothing", type=float)
@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--background", type=_background, help="a pixel value, or an image that is not zero where valid"
     )
-    parser.add_argument("--intensities", type=float, nargs=2, help="pixel values that become 0 and 1")
+    parser.add_argument(
+        "--intensities", type=float, nargs=2, help="pixel values that become 0 and 1; default: as trained"
+    )
     parser.add_argument("--stage", type=int, default=-1, help="of a hierarchical backbone, for features")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", help="default: cuda if there is one")

@@ -34,7 +34,8 @@ class Options:
         out: Pixel size of the output. Default: the image's own pixels; for features of a backbone, its map's places.
         background: A number: windows without a pixel above it, in any channel, are not computed. A file: an image that
             is not zero where pixels are valid, of any pixel size; others influence nothing and become 0.
-        intensities: Pixel values that become 0 and 1, as in training. Default: pixels go to the model as they are.
+        intensities: Pixel values that become 0 and 1, as in training. Default: those that the model's folder says
+            (`rat_timm.predict.facts`); pixels go to the model as they are if it says none, and with (0, 1).
         levels: What the model sees beside a window, as further levels of a pyramid: pixel sizes, at which a window of
             as many pixels around it is seen, and "overview", the whole field. Default: "overview" for models that look
             at everything, where the image is larger than a window; nothing for others.
@@ -42,7 +43,8 @@ class Options:
         halo: How far it sees beyond. Default: as far as the model looks, if that is bounded and fits.
         batch_size: Windows in a call of the model.
         stage: Of a hierarchical backbone, for its features.
-        scale: The length with which a network for instances was trained, which "instances" needs.
+        scale: The length with which a network for instances was trained, which "instances" needs. Default: what the
+            model's folder says.
         threshold: See `rat_timm.dense.instances`.
         depth: See `rat_timm.dense.instances`.
         smoothing: See `rat_timm.dense.instances`.
@@ -104,8 +106,6 @@ class Options:
                 raise ValueError(f"levels must be pixel sizes and {OVERVIEW!r}, got {context!r}")
         if self.intensities is not None and not self.intensities[0] < self.intensities[1]:
             raise ValueError(f"intensities must be two numbers, the lower first, got {self.intensities}")
-        if self.task == "instances" and self.scale is None:
-            raise ValueError("scale must be the length with which the network for instances was trained, got None")
         if self.largest is not None and not 0 <= self.largest < math.inf:
             raise ValueError(f"largest must be a length, got {self.largest}")
         if self.scale is not None:

@@ -21,6 +21,7 @@ from ..geometry.box import Box
 from ..geometry.grid import Grid, Tokens, exact_dtype, per_axis
 from ..optional import import_optional
 from . import engines
+from .facts import as_trained
 from .manifest import Manifest, image_digest, model_digest
 from .measure import Difference, difference, tile_memory, window_memory
 from .network import Network, load_model
@@ -80,7 +81,7 @@ def predict(
         FileExistsError: If there is an output.
         OSError: If it cannot be written.
     """
-    options = dataclasses.replace(options or Options(), **changes)
+    options = as_trained(dataclasses.replace(options or Options(), **changes), model)
     output = Path(output)
     _check_output(output)
     _check_preview(options.preview)

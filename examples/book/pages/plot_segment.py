@@ -100,10 +100,9 @@ for axes, factor in zip(row, (0.5, 1, 2), strict=True):
 #
 #     python examples/train.py --output runs/mine --task instances --data mine --model rat_tiny --pretrained false
 #     python examples/evaluate.py --trained runs/mine --output runs/mine/test --factors 0.5 1 2
-#     python -m rat_timm predict mine.ome.tif --model runs/mine/model --output nuclei.ome.zarr \
-#         --task instances --scale 8
+#     python -m rat_timm predict mine.ome.tif --model runs/mine/model --output nuclei.ome.zarr --task instances
 #
-# What ``predict`` should take for 0 and 1 (``--intensities``) and the length (``--scale``) are in ``facts.json``,
-# beside the model. ``--task segmentation`` is for classes of pixels, ``--task detection`` for boxes.
+# What ``predict`` takes for 0 and 1 (``--intensities``) and the length (``--scale``) are in ``facts.json``, beside the
+# model. ``--task segmentation`` is for classes of pixels, ``--task detection`` for boxes.
 #
 # Next: :doc:`plot_volume`. Reference: :api:`rat_timm.dense`.

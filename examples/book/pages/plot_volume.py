@@ -76,9 +76,7 @@ make_patient("test", "4.nii.gz", (3, 4, 4), 4)
 # Train, and predict from a file to a file
 # ----------------------------------------
 # (``run`` does what a shell does with the command.) Networks are given intensities as in training: which of the file's
-# become 0 and 1 is in ``facts.json``, beside the model.
-
-import json
+# become 0 and 1 is in ``facts.json``, beside the model, where ``predict`` reads it.
 
 from book import pick, run
 
@@ -87,10 +85,9 @@ run(
     f"--pretrained false --size '[12, 24, 24]' --crops 16 --batch_size 2 --epochs {pick(2, 40)} --warmup_epochs 0 "
     "--width 16 --lr 5e-3 --ema_decay 0.7 --workers 0 --model_args '{embed_dim: 16, num_heads: 1, depths: [1, 1, 1]}'"
 )
-low, high = json.loads(Path("runs/bones/model/facts.json").read_text())["intensities"]
 run(
     "python -m rat_timm predict patients/test/images/4.nii.gz --model runs/bones/model --output bones.nii.gz "
-    f"--unit mm --intensities {low} {high} --quiet"
+    "--unit mm --quiet"
 )
 
 # %%

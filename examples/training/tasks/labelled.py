@@ -17,6 +17,7 @@ from rat_timm.data import Batch, Sample
 from rat_timm.evaluation import sliding_window
 from rat_timm.geometry.grid import Grid, Tokens
 from rat_timm.geometry.sample import sample_at
+from rat_timm.predict.facts import FACTS
 from training.config import Config
 from training.crops import Box, Crops, Level, Scenes, Wholes, collate_scenes, overview
 from training.data import Scaling, some
@@ -24,7 +25,6 @@ from training.frames import Kept, are_objects, open_frames, typical_length
 from training.networks import create_network, load_network, mean_and_std, save_network, spread
 from training.tasks.base import Call, Measured, SpacingRange
 
-FACTS = "facts.json"
 SIZES = {2: [128, 128], 3: [16, 64, 64]}  # of crops
 OVERLAP = 0.25  # of neighbouring windows
 
