@@ -476,7 +476,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
         bias: What is added to the logits, broadcastable to ``[B, heads, M, N]``.
         dropout_p: Probability of dropping an attention weight.
     """
-    if dropout_p > 0.0 or not query.requires_grad or not _explicit_is_best(query, key, bias):
+    # with no heads, into which an empty batch may be folded, PyTorch 2.11 ends the process: it divides by zero
+    is_explicit = query.numel() == 0 or (
+        dropout_p == 0.0 and query.requires_grad and _explicit_is_best(query, key, bias)
+    )
+    if not is_explicit:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
     logits = (query * query.shape[-1] ** -0.5) @ key.mT
     logits = logits if bias is None else logits + bias
