@@ -9,6 +9,9 @@ teacher's maps than ridge regression does from the 8 x 8 pixels of a place, in i
 R2 is over places and channels, about the channels' means. It is an answer if the student's is larger with each of
 three seeds.
 
+**Answer**: yes, if not by much. R2 of the student and of ridge regression: 0.703 and 0.659, 0.739 and 0.699, 0.754 and
+0.665. Each seed takes two minutes of a core. One volume proves little.
+
 Results are rows of FOLDER/slices.csv; seconds are those of one core.
 """
 

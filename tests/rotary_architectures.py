@@ -13,7 +13,9 @@ from pathlib import Path
 import timm
 from timm.models import eva
 
-TABLE = Path(__file__).parents[1] / "rat_timm/models/rope_vit/architectures.json"
+import rat_timm
+
+TABLE = Path(rat_timm.__file__).parent / "models/rope_vit/architectures.json"
 MAX_PARAMETERS = 2e9
 EMBEDDINGS = ("RotaryEmbeddingCat", "RotaryEmbeddingMixed", "RotaryEmbeddingDinoV3")
 NOT_OF_ARCHITECTURES = ("pretrained_filter_fn", "feature_cfg")

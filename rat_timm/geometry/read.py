@@ -42,9 +42,13 @@ class Told(NamedTuple):
 
 
 class _Innermost(threading.local):
-    """What a thread's innermost context tells. No `ContextVar`: PyTorch 2.11 does not compile what reads one."""
+    """What a thread's innermost context tells.
 
-    told: Told | None = None
+    PyTorch 2.11 does not compile what reads a `ContextVar`, and a default of the class hides what an instance has.
+    """
+
+    def __init__(self) -> None:
+        self.told: Told | None = None
 
 
 _INNERMOST = _Innermost()

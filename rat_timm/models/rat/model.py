@@ -479,7 +479,7 @@ def stage_inputs(cfg: RatConfig, images: Pyramid) -> list[StageInput]:
     else:
         places = follow()
     whole = [None] * len(masks)
-    if cfg.mask_token or masks.count(None) == len(masks):
+    if cfg.mask_token or all(mask is None for mask in masks):
         return [StageInput(here, whole, whole) for here in places]
     return pool_masks(places, masks, cfg)
 

@@ -366,7 +366,7 @@ class Stage(nn.Module):
             parts, masks = [prefix, *parts], [None, *masks]
         sizes = [part.shape[1] for part in parts]
         mask = None
-        if masks.count(None) < len(masks):
+        if any(one is not None for one in masks):
             mask = join_masks(masks, [part.shape[:-1] for part in parts])
         sequence = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         sequence = self._run_blocks(sequence, at.places.tokens[0], mask, None, True, at.places.entries)
@@ -500,7 +500,7 @@ class Head(nn.Module):
         maps = [x] if isinstance(x, Tensor) else x
         features = [level.movedim(1, -1) for level in maps]
         masks = masks or [None] * len(maps)
-        if list(masks) != [None] * len(masks):
+        if len(masks) != len(maps) or any(mask is not None for mask in masks):
             _check_masks(features, masks)
         if self.pool_type == "":
             classified = [self._classify(level, pre_logits) for level in features]
