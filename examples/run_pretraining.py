@@ -27,10 +27,10 @@ and their mean difference from random weights (smallest to largest); bold is wha
 | | | 1.2 (-1.8 to 6.1) | 1.96 (0.1 to 4.3) |
 
 Fine-tuning takes 40 seconds of a core. Masked modelling was 360 steps, 121 to 132 seconds, once for each movie; it
-explains 9% of the variance of hidden pixels of bacteria in validation, and 38% of HeLa's. Distillation came on top, 168 and 176
-seconds. Seeds are of fine-tuning alone. At an IoU of 0.75 one labelled frame of bacteria is worse after either (6.2 and
-7.4%, 14.0% from scratch). More steps of fine-tuning may make up for what pretraining gives: 480 on twelve frames of HeLa
-give 91.4% (examples/cells/README.md).
+explains 9% of the variance of hidden pixels of bacteria in validation, and 38% of HeLa's. Distillation came on top,
+168 and 176 seconds. Seeds are of fine-tuning alone. At an IoU of 0.75 one labelled frame of bacteria is worse after
+either (6.2 and 7.4%, 14.0% from scratch). More steps of fine-tuning may make up for what pretraining gives: 480 on
+twelve frames of HeLa give 91.4% (examples/cells/README.md).
 """
 
 import argparse
