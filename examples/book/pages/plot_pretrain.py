@@ -78,8 +78,8 @@ model = timm.create_model("local-dir:runs/pretrained/model", pretrained=True, nu
 print(model.spacing_range, model.num_features, "features")
 
 # %%
-# Is it worth it? In the repository, ``examples/run_pretraining.py`` says what was measured on two movies: it helped
-# with three labelled frames of bacteria, with one it gave no answer, nor did it for HeLa. ``--task distillation``
-# learns the maps of a teacher instead, slices of volumes from a teacher of images, say.
+# Is it worth it? In the repository, ``examples/run_pretraining.py`` says what was measured on two movies: with three
+# labelled frames it helped for bacteria, and gave no answer for HeLa; a network that learned the pretrained one's maps
+# (``--task distillation``) was ahead for both. With one labelled frame neither was an answer.
 #
 # Next: :doc:`plot_publish`. Reference: :api:`rat_timm.pretrain`.
