@@ -73,7 +73,10 @@ def make_model(folder: Path, axes: int, classes: int, quick: bool) -> None:
     torch.manual_seed(0)
     step = MOVIES["hela" if axes == 2 else "cho"].spacing
     options: dict[str, Any] = {"embed_dim": (32, 64), "depths": (1, 1)}
-    options |= {"attn_kernel_size": 3, "width": 16} if axes == 3 else {"attn_kernel_size": 5}
+    if axes == 3:  # groups of their own cell only, so that windows with all that the model looks at fit
+        options |= {"attn_kernel_size": 3, "neighborhood_kernel": 1, "width": 8}
+    else:
+        options |= {"attn_kernel_size": 5}
     if quick:
         options |= {"embed_dim": (16, 16), "num_heads": 2, "width": 8}
     Segmenter("test_rat" if axes == 2 else "test_rat_3d", classes, in_chans=1, spacing=step, **options).save(folder)

@@ -40,7 +40,7 @@ def test_weights_sum_to_one_and_tiles_cover_the_region(size, tile, options):
 def test_tiles_are_shards_of_whole_chunks_and_windows_start_at_strides():
     plan, network = planned((700, 600), spacing=0.5, tile=300.0)
     assert all(t % c == 0 for t, c in zip(plan.tile, plan.chunk, strict=True))
-    assert plan.chunk == (256, 256)
+    assert plan.chunk == (200, 200)
     for number in range(plan.count):
         for window in plan.windows(plan.box(number), network):
             assert all(n % s == 0 for n, s in zip(window.seen.start, plan.stride, strict=True))

@@ -33,7 +33,7 @@ from .source import rescaling
 EDGES = {1: 4096, 2: 512, 3: 64}
 """Pixels of a window's own part along each axis, by the number of axes."""
 CHUNKS = {1: 4096, 2: 256, 3: 64}
-"""Pixels of a chunk of the output along each axis."""
+"""At most so many pixels of a chunk of the output along each axis."""
 MOST_PIXELS = 1 << 22
 """Of a window, and of what it is compared with: longer halos than fit are shortened."""
 TILE_BYTES = 1 << 29
@@ -219,7 +219,7 @@ def make_plan(
     """
     spacing, axes = network.spacing(image), len(out.shape)
     step, working = out.spacing[0].tolist(), rescaling(image, spacing)[1]
-    lengths = _lengths(tile, "tile", axes, step) or _default_edge(network, spacing, step)
+    lengths = _lengths(tile, "tile", axes, step) or _default_edge(network, working, spacing, step)
     chunk, edge = zip(*map(_chunk_and_edge, lengths, region.shape, [CHUNKS[axes]] * axes), strict=True)
     own = [length * s / w for length, s, w in zip(lengths, step, spacing, strict=True)]
     pixels = _lengths(halo, "halo", axes, spacing, least=0)
@@ -256,20 +256,22 @@ def _lengths(
     return tuple(max(least, math.ceil(v / s - 1e-6)) for v, s in zip(values, step, strict=True))
 
 
-def _default_edge(network: Network, spacing: Sequence[float], step: Sequence[float]) -> tuple[int, ...]:
-    """Returns a window's own part in output places: twice as long where the halo is long and fits."""
+def _default_edge(network: Network, image: Grid, spacing: Sequence[float], step: Sequence[float]) -> tuple[int, ...]:
+    """Returns a window's own part in output places: up to twice as long where the halo is long and fits."""
     axes = len(step)
     edge = EDGES[axes]
-    reach = max(network.reach)
-    if not network.unbounded and 2 * reach > edge and (2 * edge + 2 * reach) ** axes <= MOST_PIXELS:
-        edge *= 2
+    reach, stride = max(network.reach), max(network.stride(image))
+    if not network.unbounded and 4 * reach > edge:
+        fitting = round(MOST_PIXELS ** (1 / axes)) - 2 * reach
+        edge = max(edge, min(2 * edge, fitting // stride * stride))
     return tuple(max(1, round(edge * s / o)) for s, o in zip(spacing, step, strict=True))
 
 
 def _chunk_and_edge(edge: int, n: int, chunk: int) -> tuple[int, int]:
+    """Returns the length of a chunk, and that of a window's own part, a whole number of them."""
     edge = min(edge, n)
-    chunk = min(chunk, edge)
-    return chunk, -(-edge // chunk) * chunk
+    count = -(-edge // chunk)
+    return -(-edge // count), count * -(-edge // count)
 
 
 def _is_exact(halo: Sequence[int] | None, reach: Sequence[int], own: Sequence[float], shape: Sequence[int]) -> bool:
