@@ -5,8 +5,8 @@
     python examples/predict_large.py --output large --model runs/hela/model --classes 2
 
 The image is made of real frames (`training.cells`) by mirroring, with the pixel size of their file. Each measurement
-runs in a process of its own: time, and the most memory that it had, beside that after its imports. "model" are windows
-in memory, of the shape that prediction uses, one after the other for half a minute: what the model can do without
+runs in a process of its own: time, and the most memory that it had, beside that after its imports. "model" are
+random ones of prediction's windows, in memory, one after the other for half a minute: what the model can do without
 files. It is measured before and after the prediction, since a machine has faster and slower minutes. MONAI's
 ``sliding_window_inference`` gets the image in memory, the same windows and the same step. Pixels are those that come
 out, so that halos count against all of them.
@@ -22,7 +22,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -93,19 +92,21 @@ def by_prediction(image: Path, model: Path, output: Path, options: dict[str, Any
 
 
 def by_model(image: Path, model: Path, output: Path, options: dict[str, Any]) -> dict[str, float]:
-    """Windows in memory, each of the shape of one in the middle."""
+    """Random windows of the plan, in memory."""
     plan, network = _plan(image, model, options)
-    windows = list(plan.windows(plan.box(plan.count // 2), network))
-    seen, own = windows[len(windows) // 2].seen.shape, math.prod(plan.edge)
-    grid = Grid.create(seen, plan.working.spacing[0].tolist())
-    x = torch.randn(1, network.in_chans, *seen)
-    times: list[float] = []
-    with torch.inference_mode():
-        while len(times) < 3 or sum(times) < LASTING:
-            begun = time.perf_counter()
+    windows, random = list(plan.windows(Box.whole(plan.region.shape), network)), np.random.default_rng(0)
+    pixels, seconds = [], []
+    while len(seconds) < 3 or sum(seconds) < LASTING:
+        window = windows[random.integers(len(windows))]
+        grid = Grid.create(window.seen.shape, plan.working.spacing[0].tolist())
+        x = torch.randn(1, network.in_chans, *grid.shape)
+        begun = time.perf_counter()
+        with torch.inference_mode():
             network([x], [[grid]], [None])
-            times.append(time.perf_counter() - begun)
-    return {"pixels": own, "seconds": mean(times[1:])}
+        seconds.append(time.perf_counter() - begun)
+        sides = zip(window.box.shape, window.rise, window.fall, strict=True)
+        pixels.append(math.prod(n - (rise + fall) / 2 for n, rise, fall in sides))
+    return {"pixels": sum(pixels[1:]), "seconds": sum(seconds[1:])}  # the first warms up
 
 
 def by_monai(image: Path, model: Path, output: Path, options: dict[str, Any]) -> dict[str, float]:

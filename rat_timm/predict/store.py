@@ -202,24 +202,24 @@ def _axes(shape: Sequence[int]) -> str:
 
 
 def _cells(values: np.ndarray, lead: int, step: Sequence[int]) -> np.ndarray:
-    """``[*lead, *size]`` -> ``[*lead, *size / step, places in a cell]``."""
-    shape = list(values.shape[:lead])
-    for n, s in zip(values.shape[lead:], step, strict=True):
-        shape += [n // s, s]
-    cells = values.reshape(shape)
-    outer = [*range(lead), *range(lead, len(shape), 2)]
-    cells = cells.transpose([*outer, *range(lead + 1, len(shape), 2)])
-    return cells.reshape(*cells.shape[: len(outer)], -1)
+    """``[*lead, *size]`` -> ``[places in a cell, *lead, *size / step]``."""
+    places = (tuple(slice(at, None, s) for at, s in zip(place, step, strict=True)) for place in np.ndindex(*step))
+    return np.stack([values[(*[slice(None)] * lead, *place)] for place in places])
 
 
 def _mean(cells: np.ndarray) -> np.ndarray:
-    return cells.mean(axis=-1, dtype=np.float32).astype(cells.dtype)
+    return cells.mean(axis=0, dtype=np.float32).astype(cells.dtype)
 
 
 def _most_frequent(cells: np.ndarray) -> np.ndarray:
     """Returns the value that most places of a cell have; the first of several."""
-    count = sum((cells[..., [k]] == cells).astype(np.uint8) for k in range(cells.shape[-1]))
-    return np.take_along_axis(cells, count.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    values, differ = cells[0].copy(), np.zeros(cells.shape[1:], bool)
+    for place in cells[1:]:
+        differ |= place != values
+    mixed = cells[:, differ]  # few: borders of things
+    count = (mixed[:, None] == mixed).sum(axis=1, dtype=np.uint8)
+    values[differ] = np.take_along_axis(mixed, count.argmax(axis=0)[None], axis=0)[0]
+    return values
 
 
 def _planes(store: Store) -> Iterator[np.ndarray]:
