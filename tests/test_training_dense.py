@@ -468,3 +468,30 @@ def test_intensities_say_what_scaling_does(dtype, channels):
     torch.testing.assert_close(scaling(image), (image.float() - low) / (high - low))
     assert Scaling(3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), "model").intensities(dtype) is None
     assert Scaling(channels, (0.4,), (0.2,), "sample").intensities(dtype) is None
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (3.0, 1.0, 1.0)])
+def test_hounsfield_units_are_scaled_by_the_training_images(spacing):
+    """Air, tissue and bone: divided by 32767 they would all be nearly zero, which is said."""
+    torch.manual_seed(0)
+    size = (4, 20, 30)[-len(spacing) :]
+    images = [torch.randint(-1000, 1500, (1, *size), dtype=torch.int16) for _ in range(3)]
+    frames = [Sample(image, torch.tensor(spacing), target=(image[0] > 200).long()) for image in images]
+    with pytest.warns(UserWarning, match=r"pixels are torch.int16, and are divided by 32767: --intensity data"):
+        assert look_at(frames, Config("x", "segmentation", length=4.0)).mean == ()
+    facts = look_at(frames, Config("x", "segmentation", length=4.0, intensity="data"))
+    values = torch.stack(images).double()
+    assert facts.mean == pytest.approx([values.mean().item()])
+    assert facts.std == pytest.approx([values.std(correction=0).item()])
+    scaling = Scaling(1, facts.mean, facts.std, "data")
+    low, high = scaling.intensities(torch.int16)
+    torch.testing.assert_close(scaling(images[0]), (images[0].float() - low) / (high - low))
+    assert torch.cat([scaling(image) for image in images]).std() == pytest.approx(1, abs=1e-2)
+
+
+def test_intensities_of_data_are_kept_with_the_model(tmp_path):
+    trainer.train(quick(tmp_path, "segmentation", intensity="data", crops=1))
+    facts = json.loads((tmp_path / "model" / "facts.json").read_text())
+    assert facts["intensities"] == pytest.approx([facts["mean"][0], facts["mean"][0] + facts["std"][0]])
+    with pytest.raises(ValueError, match="intensity must be 'model' or 'sample' for classification"):
+        trainer.train(Config(tmp_path / "digits", intensity="data", quick=True))

@@ -76,7 +76,8 @@ class Config:
         assumed_unit: Unit of the pixel sizes of files that have numbers and no unit; else they are an error.
         skip_unreadable: Whether to train without files that cannot be read, rather than stop at the first one. All are
             tried before training begins; those that it leaves out are listed in the output.
-        intensity: "model" scales integers to 0..1 and uses the model's mean and deviation; "sample" uses each sample's.
+        intensity: "model" scales integers to 0..1 and uses the model's mean and deviation; "sample" uses each sample's;
+            "data", not for classification, those of all training images, as for Hounsfield units.
         scale: Least and largest share of an image that a training crop keeps, of classification.
         factors: Least and largest factor of the pixel size of training crops, drawn log-uniformly: a crop has so many
             more or fewer pixels in the same field of view, and the noise of such pixels. (Of the other tasks a crop
@@ -146,7 +147,7 @@ class Config:
     unit: str = "um"
     assumed_unit: str | None = None
     skip_unreadable: bool = False
-    intensity: Literal["model", "sample"] = "model"
+    intensity: Literal["model", "sample", "data"] = "model"
     scale: tuple[float, float] = (0.6, 1.0)
     factors: tuple[float, float] | None = None
     p_factors: float = 1.0

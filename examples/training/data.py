@@ -162,7 +162,7 @@ class Scaling:
 
     Args:
         channels: The model's.
-        mean: Of the channels, or of colours.
+        mean: Of the channels, or of colours; with the intensity "data" in the images' own numbers.
         std: Likewise.
         intensity: See `Config`.
     """
@@ -183,18 +183,48 @@ class Scaling:
             image = image.float()
             return (image - image.mean()) / image.std().clamp(min=1e-6)
         shape = (-1, *[1] * (image.ndim - 1))
-        return (image.float() / _largest(image.dtype) - self.mean.view(shape)) / self.std.view(shape)
+        return (image.float() / self._one(image.dtype) - self.mean.view(shape)) / self.std.view(shape)
 
     def intensities(self, dtype: torch.dtype) -> tuple[float, float] | None:
         """Returns which values of a type become 0 and 1; None if channels or images differ in it."""
         if self.intensity == "sample" or len({*zip(self.mean.tolist(), self.std.tolist(), strict=True)}) > 1:
             return None
-        low, step = (_largest(dtype) * float(values[0]) for values in (self.mean, self.std))
+        low, step = (self._one(dtype) * float(values[0]) for values in (self.mean, self.std))
         return low, low + step
 
+    def _one(self, dtype: torch.dtype) -> float:
+        """Returns the pixel value that mean and deviation take for 1."""
+        as_they_are = self.intensity == "data" or dtype.is_floating_point or dtype == torch.bool
+        return 1.0 if as_they_are else float(torch.iinfo(dtype).max)
 
-def _largest(dtype: torch.dtype) -> float:
-    return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
+
+class Intensities:
+    """Mean and deviation of pixels, image after image; of all channels together, since they are one scale."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0, 0.0, 0.0]
+
+    def add(self, image: Tensor) -> None:
+        """Looks at an image."""
+        values = image.double()
+        for index, value in enumerate((values.numel(), values.sum(), values.square().sum())):
+            self._sums[index] += float(value)
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Returns them as `Scaling` takes them."""
+        count, total, squares = self._sums
+        mean = total / count
+        return [mean], [max(squares / count - mean**2, 1e-12) ** 0.5]
+
+
+def warn_of_signed(image: Tensor, config: Config) -> None:
+    """Warns where pixels are signed integers, such as Hounsfield units, which a type's largest number makes tiny."""
+    if config.intensity == "model" and image.dtype in (torch.int16, torch.int32, torch.int64) and rank() == 0:
+        warnings.warn(
+            f"pixels are {image.dtype}, and are divided by {torch.iinfo(image.dtype).max}: --intensity data scales "
+            "them by what the training images have",
+            stacklevel=2,
+        )
 
 
 class Augmented(Dataset):

@@ -35,8 +35,8 @@ figure.colorbar(shown, label="Hounsfield units")
 # Volumes with labels
 # -------------------
 # No package ships a labelled CT either, so these are drawn: a body with two bones, and noise. The training program
-# wants folders ``images`` and ``labels``; it divides whole numbers by the largest of their type, so that Hounsfield
-# units are better stored as floating-point numbers near 1.
+# wants folders ``images`` and ``labels``; with ``--intensity data`` it scales Hounsfield units by the training volumes'
+# mean and deviation.
 
 import nibabel
 import numpy as np
@@ -62,8 +62,8 @@ def make_patient(part, name, spacing, seed):
 
     body = ball((0, 0, 0), (200, 60, 84))
     bones = ball((0, 0, -38), (60, 18, 16)) | ball((0, 0, 38), (58, 16, 18))
-    density = np.where(bones, 0.5, np.where(body, 0.04, -1.0)) + chance.normal(0, 0.1, size)
-    save(density.astype(np.float32), spacing, Path("patients", part, "images", name))
+    density = np.where(bones, 500, np.where(body, 40, -1000)) + chance.normal(0, 100, size)
+    save(density.astype(np.int16), spacing, Path("patients", part, "images", name))
     save(bones.astype(np.uint8), spacing, Path("patients", part, "labels", name))
 
 
@@ -83,7 +83,8 @@ from book import pick, run
 run(
     "python examples/train.py --task segmentation --data patients --output runs/bones --model test_rat_3d --unit mm "
     f"--pretrained false --size '[12, 24, 24]' --crops 16 --batch_size 2 --epochs {pick(2, 40)} --warmup_epochs 0 "
-    "--width 16 --lr 5e-3 --ema_decay 0.7 --workers 0 --model_args '{embed_dim: 16, num_heads: 1, depths: [1, 1, 1]}'"
+    "--intensity data --width 16 --lr 5e-3 --ema_decay 0.7 --workers 0 "
+    "--model_args '{embed_dim: 16, num_heads: 1, depths: [1, 1, 1]}'"
 )
 run(
     "python -m rat_timm predict patients/test/images/4.nii.gz --model runs/bones/model --output bones.nii.gz "

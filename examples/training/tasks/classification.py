@@ -23,6 +23,8 @@ class Classification:
     at_once = None
 
     def __init__(self, config: Config) -> None:
+        if config.intensity == "data":
+            raise ValueError("intensity must be 'model' or 'sample' for classification, got 'data'")
         self.config, self.collate = config, collate
         self.training, self.validation, self.classes = open_data(config)
 

@@ -20,7 +20,7 @@ from rat_timm.geometry.sample import sample_at
 from rat_timm.predict.facts import FACTS
 from training.config import Config
 from training.crops import Box, Crops, Level, Scenes, Wholes, collate_scenes, overview
-from training.data import Scaling, some
+from training.data import Intensities, Scaling, some, warn_of_signed
 from training.frames import Kept, are_objects, open_frames, typical_length
 from training.networks import create_network, load_network, mean_and_std, save_network, spread
 from training.tasks.base import Call, Measured, SpacingRange
@@ -60,7 +60,8 @@ class Facts:
 def look_at(frames: Dataset, config: Config) -> Facts:
     """Returns the facts of training images, all of which are read."""
     first = frames[0]
-    lengths, largest = [], 0
+    warn_of_signed(first.image, config)
+    lengths, largest, intensities = [], 0, Intensities()
     for index in range(len(frames)):
         sample = frames[index]
         if len(sample.image) != len(first.image) or sample.image.ndim != first.image.ndim:
@@ -70,11 +71,15 @@ def look_at(frames: Dataset, config: Config) -> Facts:
             )
         largest = max(largest, int(sample.target.max()))
         lengths += typical_length(sample.target, sample.spacing)
+        intensities.add(sample.image)
     if not largest:
         raise ValueError("data: no training image has a label above 0")
     spacing = tuple(round(step, 6) for step in first.spacing.tolist())
     length = config.length or getattr(frames, "length", None) or float(np.median(lengths))
-    return Facts(len(first.image), largest + 1, spacing, length, config.tolerance or 2 * max(spacing))
+    tolerance, numbers = config.tolerance or 2 * max(spacing), intensities.mean_and_std()
+    return Facts(
+        len(first.image), largest + 1, spacing, length, tolerance, *(numbers if config.intensity == "data" else ())
+    )
 
 
 class Labelled:
@@ -123,8 +128,9 @@ class Labelled:
     def create_model(self) -> nn.Module:
         """See `Task`."""
         model = self.network()
-        mean, std = mean_and_std(model)
-        self.facts = dataclasses.replace(self.facts, mean=list(mean), std=list(std))
+        if self.config.intensity != "data":
+            mean, std = mean_and_std(model)
+            self.facts = dataclasses.replace(self.facts, mean=list(mean), std=list(std))
         return model
 
     def load_model(self, folder: Path) -> nn.Module:

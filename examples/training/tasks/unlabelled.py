@@ -13,7 +13,7 @@ from rat_timm import hub
 from rat_timm.data import Batch, Sample
 from training.config import Config
 from training.crops import Crops, Level, Scenes, collate_scenes
-from training.data import Scaling, seeded
+from training.data import Intensities, Scaling, seeded, warn_of_signed
 from training.frames import Images, Kept, open_frames
 from training.networks import mean_and_std, spread
 from training.tasks.base import SpacingRange
@@ -36,6 +36,7 @@ class Unlabelled:
         self.config, self.collate = config, collate_scenes
         self.training, self.validation = (open_frames(config, part, folder=Images) for part in ("train", "validation"))
         first = self.training[0]
+        warn_of_signed(first.image, config)
         self.channels = len(first.image)
         self.spacing = tuple(round(step, 6) for step in first.spacing.tolist())
 
@@ -64,6 +65,11 @@ class Unlabelled:
     def samples(self, model: nn.Module) -> tuple[Dataset, Dataset]:
         """See `Task`."""
         mean, std = mean_and_std(model)
+        if self.config.intensity == "data":
+            intensities = Intensities()
+            for index in range(len(self.training)):
+                intensities.add(self.training[index].image)
+            mean, std = intensities.mean_and_std()
         scaling = Scaling(self.channels, mean, std, self.config.intensity)
         training, validation = (Kept(frames, scaling) for frames in (self.training, self.validation))
         if self.config.quick:
