@@ -19,11 +19,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from training.config import Config
-from training.trainer import train
 
 
 def work(given: dict[str, Any]) -> None:
     """What every worker does."""
+    from training.trainer import train  # which takes seconds, and those who only look after workers need not
+
     train(Config(**given), report=ray_train.report)
 
 

@@ -252,15 +252,18 @@ def cmdline(process):
         return []
 
 
-def test_over_ray(quickly, tmp_path, cluster, monkeypatch, capfd):
+def test_over_ray(tmp_path, cluster, monkeypatch, capfd):
     """Two workers train and two evaluate; one is killed each time, and the numbers are those of one process."""
     run = functools.partial(call, patch=monkeypatch, capture=capfd)
     trained = tmp_path / "trained"
-    options = ("--task", "segmentation", "--quick", "true", "--workers", 0, "--device", "cpu", "--checkpoint_every", 4)
+    short = {"crops": 2, "checkpoint_every": 4}
+    options = ["--task", "segmentation", "--quick", "true", "--workers", 0, "--device", "cpu"]
+    options += [word for name, value in short.items() for word in (f"--{name}", value)]
     with killing(lambda: writing_worker(trained)):
         run("train_ray.py", "--output", trained, "--num_workers", 2, *options)
     assert len(list(trained.glob("events.out.*"))) > 1  # it did begin again
-    assert losses(trained) == pytest.approx(losses(quickly("segmentation")), abs=1e-4)
+    trainer.train(quick(tmp_path / "whole", "segmentation", **short))
+    assert losses(trained) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     importlib.import_module("ray").shutdown()  # as a program that ends
 
     options = ("--trained", trained, "--device", "cpu", "--factors", 0.5, 1)
