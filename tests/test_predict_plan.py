@@ -8,7 +8,7 @@ from rat_timm.geometry.box import Box
 from rat_timm.geometry.grid import Grid
 from rat_timm.predict.measure import compared_with
 from rat_timm.predict.network import Network
-from rat_timm.predict.plan import MOST_PIXELS, make_plan
+from rat_timm.predict.plan import CHUNKS, EDGES, MOST_PIXELS, make_plan
 
 GLOBAL = {"attn_kernel_size": (3, 0)}
 
@@ -45,6 +45,23 @@ def test_tiles_are_shards_of_whole_chunks_and_windows_start_at_strides():
         for window in plan.windows(plan.box(number), network):
             assert all(n % s == 0 for n, s in zip(window.seen.start, plan.stride, strict=True))
             assert window.seen == window.seen.clipped(plan.working.shape)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_windows_are_longer_where_halos_are_long_and_they_fit(axes):
+    """Most of what a window with a long halo sees is halo."""
+    given = {"spatial_dims": axes, "depths": (1,), "embed_dim": 16, "num_heads": 1}
+    near = segmenter(attn_kernel_size=3, **given)
+    far = segmenter(attn_kernel_size=5 if axes == 3 else 99, **given)
+    size = (5000,) * axes
+    for model, is_longer in ((near, False), (far, True)):
+        plan, network = planned(size, model=model)
+        (edge,), (reach,) = set(plan.edge), set(network.reach)
+        assert plan.is_exact
+        assert EDGES[axes] <= edge <= 2 * EDGES[axes]
+        assert (edge > EDGES[axes]) == is_longer == (4 * reach > EDGES[axes])
+        assert (edge + 2 * reach) ** axes <= MOST_PIXELS
+        assert all(e % c == 0 and c <= CHUNKS[axes] for e, c in zip(plan.edge, plan.chunk, strict=True))
 
 
 def test_the_halo_is_as_long_as_the_model_looks_if_that_fits():
