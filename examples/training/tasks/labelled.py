@@ -71,15 +71,14 @@ def look_at(frames: Dataset, config: Config) -> Facts:
             )
         largest = max(largest, int(sample.target.max()))
         lengths += typical_length(sample.target, sample.spacing)
-        intensities.add(sample.image)
+        if config.intensity == "data":
+            intensities.add(sample.image)
     if not largest:
         raise ValueError("data: no training image has a label above 0")
     spacing = tuple(round(step, 6) for step in first.spacing.tolist())
     length = config.length or getattr(frames, "length", None) or float(np.median(lengths))
-    tolerance, numbers = config.tolerance or 2 * max(spacing), intensities.mean_and_std()
-    return Facts(
-        len(first.image), largest + 1, spacing, length, tolerance, *(numbers if config.intensity == "data" else ())
-    )
+    mean, std = intensities.mean_and_std() if config.intensity == "data" else ((), ())
+    return Facts(len(first.image), largest + 1, spacing, length, config.tolerance or 2 * max(spacing), mean, std)
 
 
 class Labelled:
