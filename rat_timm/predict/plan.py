@@ -271,7 +271,8 @@ def _chunk_and_edge(edge: int, n: int, chunk: int) -> tuple[int, int]:
     """Returns the length of a chunk, and that of a window's own part, a whole number of them."""
     edge = min(edge, n)
     count = -(-edge // chunk)
-    return -(-edge // count), count * -(-edge // count)
+    chunk = -(-edge // count)
+    return chunk, count * chunk
 
 
 def _is_exact(halo: Sequence[int] | None, reach: Sequence[int], own: Sequence[float], shape: Sequence[int]) -> bool:
