@@ -54,8 +54,8 @@ class Run:
     def __init__(self, words: list[str], said: Path) -> None:
         self.said, self.code = said, None
         self.pid = os.fork()
+        os.setpgid(self.pid, self.pid or 0)  # here and there: whoever comes first, the group is there when it is killed
         if self.pid == 0:
-            os.setsid()
             os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             sys.argv = ["rat_timm", *words]
             try:

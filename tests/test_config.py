@@ -20,6 +20,50 @@ def test_stages_of_the_default_by_hand():
     assert [s.joint_attention for s in stages] == [False, False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("groups", "attention", "widths"),
+    [
+        ("coarse", "coarse", [(64, 64), (128, 128)]),
+        ("coarse", "fine", [(64, 64), (128, 64)]),
+        ("fine", "coarse", [(64, 64), (64, 64)]),
+        ("fine", "fine", [(64, 64), (64, 64)]),
+    ],
+)
+def test_widths_of_groups_and_of_their_attention(groups, attention, widths):
+    stages = RatConfig(depths=(1, 1), group_width=groups, group_attn_width=attention).stages()
+    assert [(s.sga_dim, s.sga_attn_dim) for s in stages] == widths
+    assert [s.sga_num_heads for s in stages] == [attn // 32 for _, attn in widths]
+
+
+@pytest.mark.parametrize("name", ["group_width", "group_attn_width"])
+def test_widths_are_checked(name):
+    with pytest.raises(ValueError, match=rf"^{name} must be one of \('coarse', 'fine'\), got 'wide'"):
+        RatConfig(**{name: "wide"})
+
+
+def test_convolutions_in_place_of_attention():
+    types = ("conv", "attention", "conv", "conv")
+    stages = RatConfig(block_types=types, conv_kernel_size=(5, 3), output_stride=16, relative_bias=True).stages()
+    assert [s.conv_kernel_size for s in stages] == [(5, 3), None, (5, 3), (5, 3)]
+    assert [s.attn_kernel_size for s in stages] == [None, (7, 7), None, None]
+    assert [s.bias_kernel_size for s in stages] == [None, (7, 7), None, None]
+    assert [s.conv_dilation for s in stages] == [(1, 1), (1, 1), (1, 1), (2, 2)]
+    assert [s.joint_attention for s in stages] == [False] * 4
+
+
+@pytest.mark.parametrize("types", ["window", ("conv",) * 3, ("conv", "conv", "attention", 7), 3])
+def test_block_types_are_checked(types):
+    with pytest.raises(ValueError, match=r"^block_types must be "):
+        RatConfig(block_types=types)
+
+
+def test_even_taps_are_refused_and_prefix_tokens_need_attention():
+    with pytest.raises(ValueError, match="conv_kernel_size must be odd, got 4"):
+        RatConfig(conv_kernel_size=4)
+    with pytest.raises(ValueError, match="reg_tokens 1 need a stage in which all tokens attend to all"):
+        RatConfig(block_types="conv", attn_kernel_size=0, reg_tokens=1)
+
+
 def test_3d_follows_spatial_dims():
     stages = dataclasses.replace(RatConfig(), spatial_dims=3, stem_stride=(1, 4, 4)).stages()
     assert [s.attn_kernel_size for s in stages] == [(5, 5, 5)] * 4

@@ -219,7 +219,7 @@ def test_bad_arguments_of_dense_are_named():
 
 def module_reference(layer, tokens):
     """DESIGN section 3 step by step, with explicit matrices."""
-    x, heads, width = tokens.x, layer.num_heads, layer.feature_dims // layer.num_heads
+    x, heads, width = tokens.x, layer.num_heads, layer.q.out_features // layer.num_heads
     coarse = tokens.grid.conv(layer.kernel_size, layer.stride, layer.padding)
     center = tokens.grid.coordinates()[0].flatten(0, -2).mean(0)
 
@@ -241,7 +241,8 @@ def module_reference(layer, tokens):
     for _ in range(layer.iters):
         query = rotated(layer.q(groups), coarse)
         taken = references.grouping_attention(query, key, value, allowed.expand(len(x), -1, -1))
-        groups = groups + layer.norm2(taken.transpose(1, 2).flatten(2))
+        taken = taken.transpose(1, 2).flatten(2)
+        groups = groups + layer.norm2(taken if layer.proj is None else layer.proj(taken))
         groups = groups + layer.norm3(layer.mlp(groups))
     return groups.unflatten(1, coarse.shape)
 
@@ -255,6 +256,19 @@ def test_the_module_follows_the_design(grouping, fine):
     # phases are float32 by design, so that agreement ends there
     torch.testing.assert_close(out.x, module_reference(layer, tokens), rtol=0, atol=2e-6)
     assert out.grid.shape == coarse_shape(fine, 2)
+
+
+@pytest.mark.parametrize("grouping", [DenseSpatialGroupingAttention, SparseSpatialGroupingAttention])
+@pytest.mark.parametrize("fine", [(7, 6), (3, 5, 4)])
+def test_attention_narrower_than_the_groups(grouping, fine):
+    layer = grouping(24, len(fine), 3, 2, 2, unit=2.0, rotary_ratio=1.0, mlp_ratio=0.5, in_dims=16, attn_dims=12)
+    layer = layer.double()
+    assert (layer.q.in_features, layer.kv.in_features) == (24, 16)
+    assert (layer.q.out_features, layer.kv.out_features, layer.proj.out_features) == (12, 24, 24)
+    tokens = Tokens(torch.randn(2, *fine, 16, dtype=torch.float64), Grid.create(fine, 1.5))
+    out, _ = layer(tokens)
+    torch.testing.assert_close(out.x, module_reference(layer, tokens), rtol=0, atol=2e-6)
+    assert out.x.shape == (2, *coarse_shape(fine, 2), 24)
 
 
 @pytest.mark.parametrize("grouping", [DenseSpatialGroupingAttention, SparseSpatialGroupingAttention])

@@ -16,8 +16,11 @@ from rat_timm.layers import compose
 PIXELS = {"physical_stem": False, "group_width": "fine", "iters": 3}
 CASES = {
     "2d": ("test_rat", {}),
+    "2d narrow": ("test_rat", {"group_attn_width": "fine"}),
+    "2d conv": ("test_rat", {"block_types": ("conv", "conv", "attention", "attention")}),
     "2d dense": ("test_rat", {**PIXELS, "sga_attention_type": "dense", "reg_tokens": 2}),
     "3d": ("test_rat_3d", {}),
+    "3d conv": ("test_rat_3d", {"block_types": ("conv", "attention", "conv", "attention"), "conv_kernel_size": 3}),
     "3d thick": ("test_rat_3d", {"group_width": "coarse", "stem_stride": (1, 4, 4), "reg_tokens": 1}),
     "classic": ("rat_classic", {"embed_dim": (32,) * 4, "num_heads": 4}),
 }

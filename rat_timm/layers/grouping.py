@@ -69,6 +69,8 @@ class SpatialGroupingAttention(nn.Module):
         learnable_rose_scaling: Whether the scaling of spacings is learnable.
         rose_initial_scaling: How it starts.
         in_dims: Width of the tokens. Default: that of the groups.
+        attn_dims: Width of queries, keys and values. Default: that of the groups; with another one a linear layer,
+            ``proj``, brings to the groups' width what they take.
         dilation: Distance of the convolution's taps, one number or one per axis.
         unit: Physical length of one unit of the rotary coordinate, one number or one per axis: the fine side's spacing
             where the input of the network has the reference spacing.
@@ -101,6 +103,7 @@ class SpatialGroupingAttention(nn.Module):
         rose_initial_scaling: str | None = None,
         *,
         in_dims: int | None = None,
+        attn_dims: int | None = None,
         dilation: int | Sequence[int] = 1,
         unit: float | Sequence[float] = 1.0,
         device: torch.device | str | None = None,
@@ -108,7 +111,8 @@ class SpatialGroupingAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        check_heads(feature_dims, num_heads)
+        attn_dims = feature_dims if attn_dims is None else attn_dims
+        check_heads(attn_dims, num_heads)
         self.feature_dims, self.spatial_dims, self.num_heads, self.iters = feature_dims, spatial_dims, num_heads, iters
         self.kernel_size = integers(kernel_size, "kernel_size", spatial_dims)
         if any(k % 2 == 0 for k in self.kernel_size):
@@ -122,15 +126,16 @@ class SpatialGroupingAttention(nn.Module):
         self.strider = CONVS[spatial_dims](
             in_dims, feature_dims, self.kernel_size, self.stride, self.padding, dilation, **dd
         )
-        self.kv = nn.Linear(in_dims, 2 * feature_dims, bias=qkv_bias, **dd)
-        self.q = nn.Linear(feature_dims, feature_dims, bias=qkv_bias, **dd)
+        self.kv = nn.Linear(in_dims, 2 * attn_dims, bias=qkv_bias, **dd)
+        self.q = nn.Linear(feature_dims, attn_dims, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(attn_dims, feature_dims, **dd) if attn_dims != feature_dims else None
         self.mlp = Mlp(
             feature_dims, int(feature_dims * mlp_ratio), act_layer=mlp_activation, drop=mlp_dropout, bias=mlp_bias, **dd
         )
-        self.temp = nn.Parameter(torch.full((1,), (feature_dims // num_heads) ** -0.5, **dd))
+        self.temp = nn.Parameter(torch.full((1,), (attn_dims // num_heads) ** -0.5, **dd))
         with torch.device(device or torch.get_default_device()):
             self.rose = RotarySpatialEmbedding(
-                feature_dims,
+                attn_dims,
                 num_heads,
                 spatial_dims,
                 base_theta=base_theta,
@@ -277,7 +282,8 @@ def _iterate(
 ) -> tuple[Tensor, Tensor]:
     query = sga.q(groups).unflatten(-1, (sga.num_heads, -1))  # [B, *coarse, heads, d]
     query = query if rotation is None else rotation(query)
-    groups = groups + sga.norm2(grouping.take(query).flatten(-2))
+    taken = grouping.take(query).flatten(-2)
+    groups = groups + sga.norm2(taken if sga.proj is None else sga.proj(taken))
     return groups + sga.norm3(sga.mlp(groups)), query
 
 

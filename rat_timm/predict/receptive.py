@@ -20,6 +20,7 @@ from torch import nn
 from ..dense.segmenter import Segmenter
 from ..geometry.box import Box, places_around
 from ..geometry.grid import Grid
+from ..layers.grouping import extent_and_padding
 from ..models import RatVit, ResolutionAwareTransformer
 from ..models.rat.config import RatConfig, StageConfig
 from ..models.rat.places import embedded, grouped
@@ -97,6 +98,8 @@ def unbounded_layers(model: nn.Module, stage: int = -1, levels: int = 1) -> Iter
         has_prefix = has_prefix or here.reg_tokens > 0
         if here.sga_attention_type == "dense":
             yield f"the grouping before stage {index + 1} is dense: it normalises over all tokens"
+        if here.conv_kernel_size:
+            continue
         if here.attn_kernel_size is None:
             yield f"blocks of stage {index + 1} attend to all tokens"
         elif here.joint_attention and has_prefix:
@@ -239,8 +242,7 @@ def _before_backbone(
     for index in reversed(range(len(maps))):
         stage, fine = stages[index], maps[index - 1] if index else None
         assert box is not None
-        for _ in range(stage.depth if stage.attn_kernel_size else 0):
-            box = _before_windows(box, grids[index].shape, stage.attn_kernel_size or ())
+        box = _before_blocks(box, stage, grids[index].shape)
         if stage.sga_attention_type is not None:
             shape = grids[index - 1].shape if index else shapes[-1]
             box = _before_grouping(box, stage, shape, grids[index].shape, cfg.iters, fine if groups else None)
@@ -318,6 +320,16 @@ def _before_conv(
     ends = zip(box.stop, stride, padding, extent, strict=True)
     stop = tuple((b - 1) * s - p + e for b, s, p, e in ends)
     return Box(start, stop).clipped(shape) | _tokens_in(box, stride, shape)
+
+
+def _before_blocks(box: Box, stage: StageConfig, shape: Sequence[int]) -> Box:
+    """Returns the tokens that a stage's blocks see, as far as they are bounded."""
+    if stage.conv_kernel_size:
+        _, reach = extent_and_padding(stage.conv_kernel_size, stage.conv_dilation)
+        return box.grown([n * stage.depth for n in reach]).clipped(shape)
+    for _ in range(stage.depth if stage.attn_kernel_size else 0):
+        box = _before_windows(box, shape, stage.attn_kernel_size or ())
+    return box
 
 
 def _before_windows(box: Box, shape: Sequence[int], kernel: Sequence[int]) -> Box:

@@ -12,6 +12,7 @@ from ...layers.rose import check_heads
 
 HEAD_DIM = 32
 GROUP_WIDTHS = ("coarse", "fine")
+BLOCK_TYPES = ("attention", "conv")
 SGA_ATTENTION_TYPES = ("dense", "sparse", "none")
 
 
@@ -25,7 +26,8 @@ class StageConfig:
         depth: Number of blocks.
         num_heads: Heads of a block.
         mlp_ratio: Hidden width of a block's MLP over ``dim``.
-        attn_kernel_size: Neighbourhood per axis; None for global attention.
+        conv_kernel_size: Taps of the blocks' convolutions per axis; None for attention.
+        attn_kernel_size: Neighbourhood per axis; None for global attention, and for convolutions.
         joint_attention: Whether tokens of several levels, and prefix tokens, attend to each other, all to all.
         reg_tokens: Number of prefix tokens that join at this stage.
         has_prefix: Whether prefix tokens come in.
@@ -34,10 +36,12 @@ class StageConfig:
         kernel_size: That of the convolution that starts the groups, per axis.
         stride: Its stride, per axis.
         dilation: Distance of its taps, per axis.
+        conv_dilation: That of the blocks' convolutions.
         neighborhood_kernel: Window of a sparse grouping in stride cells, per axis.
         sga_attention_type: How tokens are grouped at the start: "dense", "sparse", "none" for a strided convolution
             alone; None without a start.
-        sga_dim: Width of the grouping.
+        sga_dim: Width of the groups.
+        sga_attn_dim: Width of their queries, keys and values.
         sga_num_heads: Heads of the grouping.
         sga_unit: Physical length of one rotary unit in the grouping (the fine side's), per axis.
         bias_kernel_size: Neighbourhood whose relative positions have a bias in the blocks; None for no bias.
@@ -49,6 +53,7 @@ class StageConfig:
     depth: int
     num_heads: int
     mlp_ratio: float
+    conv_kernel_size: tuple[int, ...] | None
     attn_kernel_size: tuple[int, ...] | None
     joint_attention: bool
     reg_tokens: int
@@ -58,9 +63,11 @@ class StageConfig:
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
+    conv_dilation: tuple[int, ...]
     neighborhood_kernel: tuple[int, ...]
     sga_attention_type: str | None
     sga_dim: int
+    sga_attn_dim: int
     sga_num_heads: int
     sga_unit: tuple[float, ...]
     bias_kernel_size: tuple[int, ...] | None
@@ -90,6 +97,10 @@ class RatConfig:
         depths: Blocks per stage.
         num_heads: Heads per stage. Default: width / 32.
         mlp_ratio: Hidden width of the blocks' MLPs over their width.
+        block_types: What blocks mix tokens with, "attention" or "conv": the block of ConvNeXt (arXiv 2201.03545), a
+            depthwise convolution of ``conv_kernel_size`` taps and an MLP. Convolutions know no positions: what they see
+            depends on the pixel size, which a physical stem keeps the same. Levels and prefix tokens pass them apart.
+        conv_kernel_size: Taps of these convolutions, odd, one number or one per axis.
         attn_kernel_size: Neighbourhood of the blocks' attention per stage, 0 for global attention. Default: 7 in 2D and
             5 otherwise. In the last stage of four that is the whole field of 224 x 224 pixels (160 x 160 x 160), and no
             token of a larger one has more keys than in training.
@@ -122,6 +133,9 @@ class RatConfig:
             square of their number.
         group_width: "coarse": groups have the coarser stage's width from the start; "fine": the finer stage's, and are
             projected after the grouping.
+        group_attn_width: Width of a grouping's queries, keys and values: "coarse", the coarser stage's; "fine", the finer
+            stage's, with half as many heads and half of the work where the width doubles. What the groups take is then
+            projected to their width.
         neighborhood_kernel: Window of sparse grouping, in stride cells.
         sga_mlp_ratio: Hidden width of a grouping's MLP over its width.
         iters: Iterations of a grouping.
@@ -161,6 +175,8 @@ class RatConfig:
     depths: Sequence[int] = (3, 4, 18, 5)
     num_heads: int | Sequence[int] | None = None
     mlp_ratio: float | Sequence[float] = 2.0
+    block_types: str | Sequence[str] = "attention"
+    conv_kernel_size: int | Sequence[int] = 7
     attn_kernel_size: int | Sequence[int] | None = None
     joint_attention: bool = True
     qkv_bias: bool = True
@@ -176,6 +192,7 @@ class RatConfig:
     stride: int | Sequence[int] = 2
     sga_attention_type: str | Sequence[str] = "sparse"
     group_width: str = "coarse"
+    group_attn_width: str = "coarse"
     neighborhood_kernel: int | Sequence[int] = 3
     sga_mlp_ratio: float = 0.25
     iters: int = 1
@@ -202,8 +219,9 @@ class RatConfig:
                 object.__setattr__(self, field.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
         if self.spatial_dims not in (1, 2, 3):
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {self.spatial_dims!r}")
-        if self.group_width not in GROUP_WIDTHS:
-            raise ValueError(f"group_width must be one of {GROUP_WIDTHS}, got {self.group_width!r}")
+        for name in ("group_width", "group_attn_width"):
+            if getattr(self, name) not in GROUP_WIDTHS:
+                raise ValueError(f"{name} must be one of {GROUP_WIDTHS}, got {getattr(self, name)!r}")
         if self.reg_tokens and self.leading_tokens:
             raise ValueError("reg_tokens and leading_tokens are two names for one thing: give one of them")
         _check_number("iters", self.iters, Integral, least=1)
@@ -214,7 +232,7 @@ class RatConfig:
             _check_number(name, getattr(self, name), Real, above=0)
         for name in ("initial_frequency", "group_share"):
             _check_number(name, getattr(self, name), Real, least=0)
-        for name in ("kernel_size", "neighborhood_kernel"):
+        for name in ("kernel_size", "neighborhood_kernel", "conv_kernel_size"):
             if any(k % 2 == 0 for k in integers(getattr(self, name), name, self.spatial_dims)):
                 raise ValueError(f"{name} must be odd, got {getattr(self, name)!r}")
         if self.ratios and set(self.ratios[0]) != {1.0}:
@@ -291,10 +309,13 @@ class RatConfig:
         for dim, head in zip(dims, heads, strict=True):
             check_heads(dim, head)
         ratios = self._per_stage(self.mlp_ratio, "mlp_ratio", Real, count)
-        kernels = self._attention_kernels(count)
+        convs, kernels = self._convs(count), self._attention_kernels(count)
         groupings = self._groupings(count)
         steps = integers(self.stride, "stride", self.spatial_dims)
-        joint = [kernel is None or (self.joint_attention and i == count - 1) for i, kernel in enumerate(kernels)]
+        joint = [
+            not convs[i] and (kernel is None or (self.joint_attention and i == count - 1))
+            for i, kernel in enumerate(kernels)
+        ]
         first_joint = joint.index(True) if any(joint) else None
         if self.prefix_tokens and first_joint is None:
             raise ValueError(
@@ -303,6 +324,7 @@ class RatConfig:
             )
         kernel_size = integers(self.kernel_size, "kernel_size", self.spatial_dims)
         wide_groups = self.group_width == "coarse"
+        wide_attention = wide_groups and self.group_attn_width == "coarse"
         window = integers(self.neighborhood_kernel, "neighborhood_kernel", self.spatial_dims)
         stride = nominal = self.stem_strides
         stages = []
@@ -320,7 +342,8 @@ class RatConfig:
                     depth=depths[i],
                     num_heads=heads[i],
                     mlp_ratio=ratios[i],
-                    attn_kernel_size=_widen(kernels[i], wider),
+                    conv_kernel_size=convs[i],
+                    attn_kernel_size=None if convs[i] else _widen(kernels[i], wider),
                     joint_attention=joint[i],
                     reg_tokens=self.prefix_tokens if i == first_joint else 0,
                     has_prefix=self.prefix_tokens > 0 and first_joint is not None and i > first_joint,
@@ -329,12 +352,14 @@ class RatConfig:
                     kernel_size=kernel_size,
                     stride=step,
                     dilation=dilation,
+                    conv_dilation=wider,
                     neighborhood_kernel=_widen(window, wider) or window,
                     sga_attention_type=groupings[i],
                     sga_dim=dims[i if wide_groups else max(i - 1, 0)],
-                    sga_num_heads=heads[i if wide_groups else max(i - 1, 0)],
+                    sga_attn_dim=dims[i if wide_attention else max(i - 1, 0)],
+                    sga_num_heads=heads[i if wide_attention else max(i - 1, 0)],
                     sga_unit=self._unit(fine),
-                    bias_kernel_size=kernels[i] if self.relative_bias else None,
+                    bias_kernel_size=kernels[i] if self.relative_bias and not convs[i] else None,
                     pad_windows=self.pad_windows,
                 )
             )
@@ -359,6 +384,17 @@ class RatConfig:
         if isinstance(dims, Integral):
             dims = [dims * 2**i for i in range(count)]
         return self._per_stage(dims, "embed_dim", Integral, count)
+
+    def _convs(self, count: int) -> list[tuple[int, ...] | None]:
+        """Returns the taps of each stage's convolutions; None for attention."""
+        types: Any = self.block_types
+        types = [types] * count if isinstance(types, str) else _sequence(types, "block_types", "one per stage")
+        if len(types) != count or not set(types) <= set(BLOCK_TYPES):
+            raise ValueError(
+                f"block_types must be one of {BLOCK_TYPES} or one of them per stage ({count}), got {self.block_types!r}"
+            )
+        taps = integers(self.conv_kernel_size, "conv_kernel_size", self.spatial_dims)
+        return [taps if kind == "conv" else None for kind in types]
 
     def _attention_kernels(self, count: int) -> list[tuple[int, ...] | None]:
         sizes: Any = self.attn_kernel_size

@@ -23,7 +23,7 @@ class StagePlaces(NamedTuple):
         tokens: Positions for the blocks, in the stage's unit, on grids that may be filled up for windows; where all
             tokens attend to all, those of all levels in one sequence, prefix tokens first.
         windows: How the blocks' neighbourhoods cut each level's grid; None where another backend than PyTorch attends.
-            Empty where all tokens attend to all.
+            Empty where all tokens attend to all. Like positions and ``entries``, none where blocks are convolutions.
         entries: Where all tokens attend to all and relative positions have a bias, the entry of each pair, ``[N, N]``.
         stride: That of the grouping, per axis; None without one.
         fine: Positions of the tokens that are grouped, in the grouping's unit; empty without a grouping.
@@ -85,6 +85,8 @@ def _of_blocks(
     stage: StageConfig, grids: Sequence[Grid], prefix: int
 ) -> tuple[tuple[Positions, ...], tuple[Tiles | None, ...]]:
     """Returns the positions of the tokens and the windows for a stage's blocks."""
+    if stage.conv_kernel_size:
+        return (), ()
     kernel = stage.attn_kernel_size
     if kernel is None or (stage.joint_attention and (prefix or len(grids) > 1)):
         return (sequence_positions(grids, stage.unit, prefix),), ()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ...geometry.grid import Positions, channels_first, fill, merge_axes
 from ...geometry.types import MapOrMaps
 from ...layers.attention import Attention, Block
+from ...layers.convolution import ConvBlock
 from ...layers.grouping import CONVS, DenseSpatialGroupingAttention, SparseSpatialGroupingAttention
 from ...layers.head import average
 from ...layers.rose import RotarySpatialEmbedding
@@ -193,6 +194,7 @@ class Downsample(Coarsening):
             mlp_dropout=proj_drop,
             qkv_bias=cfg.qkv_bias,
             in_dims=stage.dim_in,
+            attn_dims=stage.sga_attn_dim,
             **cfg.sga_rose,
             **dd,
         )
@@ -295,10 +297,15 @@ class Stage(nn.Module):
                 **dd,
             )
 
-        extras: dict[str, Any] = {"layer_scale": cfg.layer_scale, "norm_eps": cfg.norm_eps}
-        self.blocks = nn.ModuleList(
-            Block(attention(), stage.dim, stage.mlp_ratio, proj_drop, rate, **extras, **dd) for rate in drop_path
-        )
+        def block(rate: float) -> Block | ConvBlock:
+            args: Any = stage.mlp_ratio, proj_drop, rate
+            extras: dict[str, Any] = {"layer_scale": cfg.layer_scale, "norm_eps": cfg.norm_eps, **dd}
+            if stage.conv_kernel_size:
+                return ConvBlock(stage.dim, stage.conv_kernel_size, stage.conv_dilation, *args, **extras)
+            return Block(attention(), stage.dim, *args, **extras)
+
+        self.convolves = stage.conv_kernel_size is not None
+        self.blocks = nn.ModuleList(map(block, drop_path))
 
     def forward(
         self, x: MapOrMaps, at: StageInput, prefix: Tensor | None = None, return_assignments: bool = False
@@ -326,7 +333,9 @@ class Stage(nn.Module):
         if self.reg_tokens is not None:
             prefix = self.reg_tokens.expand(len(levels[0]), -1, -1)
         places = at.places
-        if places.windows:
+        if self.convolves:
+            levels = [self._convolve(*level) for level in zip(levels, at.masks, strict=True)]
+        elif places.windows:
             inputs = zip(levels, places.tokens, at.masks, places.windows, strict=True)
             levels = [self._run_blocks(*level) for level in inputs]
         else:
@@ -373,6 +382,11 @@ class Stage(nn.Module):
         parts = list(sequence.split(sizes, dim=1)) if len(parts) > 1 else [sequence]
         prefix = None if prefix is None else parts.pop(0)
         return [part.unflatten(1, level.shape[1:-1]) for part, level in zip(parts, levels, strict=True)], prefix
+
+    def _convolve(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        for block in self.blocks:
+            x = self._run(block, x, mask)
+        return x
 
     def _run_blocks(
         self,
