@@ -158,6 +158,8 @@ def test_keywords_that_were_saved_before_mean_what_they_meant(depths, kinds, axe
     now = {
         **former,
         "group_width": "fine",
+        "group_attn_width": "coarse",
+        "block_types": "attention",
         "sga_attention_type": kinds,
         "attn_kernel_size": (window,) * (len(depths) - 1) + (0,),
         "joint_attention": False,
@@ -165,7 +167,8 @@ def test_keywords_that_were_saved_before_mean_what_they_meant(depths, kinds, axe
     for saved in ({**former, "sga_attention_type": None, "attn_kernel_size": None}, former):
         assert upgrade_keywords(saved) == now
         assert saved.get("group_width") is None  # it is not changed itself
-    windows = {**former, "group_width": "fine", "sga_attention_type": "none", "attn_kernel_size": 3}
+    widths = {"group_width": "fine", "group_attn_width": "coarse", "block_types": "attention"}
+    windows = {**former, **widths, "sga_attention_type": "none", "attn_kernel_size": 3}
     assert upgrade_keywords(windows) == {**windows, "joint_attention": False}
     now = dataclasses.asdict(RatConfig())
     assert upgrade_keywords(now) == now

@@ -133,9 +133,9 @@ class RatConfig:
             square of their number.
         group_width: "coarse": groups have the coarser stage's width from the start; "fine": the finer stage's, and are
             projected after the grouping.
-        group_attn_width: Width of a grouping's queries, keys and values: "coarse", the coarser stage's; "fine", the finer
-            stage's, with half as many heads and half of the work where the width doubles. What the groups take is then
-            projected to their width.
+        group_attn_width: Width of a grouping's queries, keys and values: "coarse", the coarser stage's; "fine", the
+            finer stage's, with half as many heads and half of the work where the width doubles. What the groups take is
+            then projected to their width.
         neighborhood_kernel: Window of sparse grouping, in stride cells.
         sga_mlp_ratio: Hidden width of a grouping's MLP over its width.
         iters: Iterations of a grouping.
