@@ -178,7 +178,8 @@ def killed(command: list[str], output: Path, moments: list[tuple[int, float]]) -
 
 def computing(process: Run, engine: str) -> list[psutil.Process]:
     """Returns the processes that compute tiles."""
-    words = {"processes": "forkserver", "dask": "spawn_main", "ray": "ray::", "tcp": "spawn_main"}[engine]
+    # not all that Ray names "ray::": of its agents one may not die
+    words = {"processes": "forkserver", "dask": "spawn_main", "ray": "ray::_ray_tile", "tcp": "spawn_main"}[engine]
     own = psutil.Process() if engine == "tcp" else psutil.Process(process.pid)
     with contextlib.suppress(psutil.Error):
         there = [p for p in own.children(recursive=True) if p.is_running() and words in " ".join(p.cmdline())]
@@ -194,7 +195,9 @@ def worker_killed(command: list[str], output: Path, engine: str, moments: list[t
         while not process.has_ended() and marks(output) < count:
             time.sleep(0.001)
         time.sleep(delay)
-        there = [] if process.has_ended() else computing(process, engine)
+        there: list[psutil.Process] = []
+        while not there and not process.has_ended():
+            there = computing(process, engine)
         if there:
             with contextlib.suppress(psutil.Error):
                 there[count % len(there)].kill()
