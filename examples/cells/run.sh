@@ -28,6 +28,7 @@ for seed in 0 1 2; do
   run hela-groups "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$rat" --decoder groups
   run hela-none "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$none"
   run bacteria-fpn "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model rat_tiny --model_args "$rat"
+  run bacteria-nodetail "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model rat_tiny --model_args "$rat" --detail false
   run bacteria-unet "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model smp:unet-resnet10t --model_args "$unet"
 done
 run cho-fpn 0 1 --data cho --model rat_tiny_3d --model_args "$volumes" --size "[5, 96, 96]" --crops 24 --batch_size 2
