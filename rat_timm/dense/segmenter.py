@@ -37,8 +37,8 @@ class Segmenter(nn.Module):
         width: Width of the decoder.
         detail: Whether two convolutional levels, at strides 1 and 2, bring in what is finer than the backbone's maps.
             They see the image as the backbone does: at the reference spacing where its stem is physical. They make
-            outlines sharper, and can learn no more than how bright objects are: where other images' objects are brighter
-            or touch, a model without them may find more (``examples/cells/README.md``).
+            outlines sharper, but may learn no more than how bright objects are: where those of other images are
+            brighter, or touch, a model without them can find more (``examples/cells/README.md``).
         context: Whether the other levels of a pyramid reach level 0's pixels by their positions too
             (`rat_timm.dense.decoders.add_context`), and not by attention alone; for models trained on pyramids.
         in_chans: Number of image channels. Default: the backbone's.
