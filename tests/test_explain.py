@@ -144,13 +144,14 @@ def reference_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_over_levels_is_that_of_all_pairs(name, masked, monkeypatch):
+@pytest.mark.parametrize(("masked", "first"), [(False, "attention"), (True, "attention"), (True, "conv")])
+def test_attention_over_levels_is_that_of_all_pairs(name, masked, first, monkeypatch):
     kept = reference_calls(monkeypatch)
     x, axes = images(name), len(SIZES[name]) - 1
     levels, spacing = [x, x[..., :16]], [(2.0,) * axes, (1.0,) * axes]
     masks = [half_masked(name), None] if masked else None
-    attention = explain.attend_levels(build(name), levels, spacing=spacing, mask=masks)
+    model = build(name, block_types=(first, "attention", "attention", "attention"))
+    attention = explain.attend_levels(model, levels, spacing=spacing, mask=masks)
     counts = [math.prod(tokens.grid.shape) for tokens in attention.tokens]
     parts = kept[-1].split(counts, dim=-1)
     expected = torch.stack([part.sum(dim=-1) for part in parts], dim=-1).split(counts, dim=1)

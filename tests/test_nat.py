@@ -114,6 +114,11 @@ def test_a_narrow_nat_of_any_size(size, batch):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+def test_narrow_groupings_start_closed_too():
+    weights, x = nat_reference.random_weights(*NARROW), torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(narrow(weights, group_attn_width="fine")(x), narrow(weights)(x), rtol=0, atol=1e-5)
+
+
 def test_geometry_starts_at_zero_and_is_learned():
     model = narrow().train()
     freqs = {n: p for n, p in model.named_parameters() if n.endswith("attn.rose.freqs")}

@@ -136,7 +136,8 @@ def _shares(call: _Call, counts: list[int]) -> Tensor:
 def _watched(backbone: ResolutionAwareTransformer | RatVit) -> Iterator[_Watch]:
     """Watches the blocks of a backbone, as far as they get tokens as one sequence."""
     watch, handles = _Watch(), []
-    layers = [(i, block) for i, stage in enumerate(getattr(backbone, "stages", [])) for block in stage.blocks]
+    attending = [(i, stage) for i, stage in enumerate(getattr(backbone, "stages", [])) if not stage.convolves]
+    layers = [(i, block) for i, stage in attending for block in stage.blocks]
     if isinstance(backbone, RatVit):
         blocks: Any = backbone.blocks
         layers = list(enumerate(blocks))

@@ -27,6 +27,7 @@ from ..ops.grouping import grouping_attention, local_grouping_attention
 from ..ops.neighborhood import neighborhood_attention
 from .adaptive_patching import AdaptivePatching, Patches, interpolate_pos_embed
 from .attention import Attention, Block
+from .convolution import ConvBlock
 from .grouping import (
     DenseSpatialGroupingAttention,
     SparseSpatialGroupingAttention,
@@ -39,6 +40,7 @@ __all__ = [
     "Assignment",
     "Attention",
     "Block",
+    "ConvBlock",
     "DenseSpatialGroupingAttention",
     "Patches",
     "RotarySpatialEmbedding",

@@ -52,7 +52,7 @@ _NAT = (
     (r"\.downsample\.reduction\.", ".downsample.sga.strider."),
     (r"\.downsample\.norm\.", ".downsample.sga.norm1."),
 )
-_OWN = re.compile(r"^stages\.\d+\.(blocks\.\d+\.attn\.rose|downsample\.sga\.(rose|q|kv|temp|mlp|norm2|norm3))\b")
+_OWN = re.compile(r"^stages\.\d+\.(blocks\.\d+\.attn\.rose|downsample\.sga\.(rose|q|kv|proj|temp|mlp|norm2|norm3))\b")
 _CONV_BIAS = re.compile(r"^stages\.\d+\.downsample\.sga\.strider\.bias$")
 
 
