@@ -19,8 +19,9 @@ dry=${GPU_DAY_DRY:-}
 seconds=${GPU_DAY_SECONDS:-560}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export RAT_TIMM_TEST_DEVICE=cuda TORCH_DEVICE=cuda
-pick='' workers=8
+pick='' workers=8 times=1
 if [ -n "$dry" ]; then
+  times=4  # a CPU has other work too
   export RAT_TIMM_TEST_DEVICE=cpu TORCH_DEVICE=cpu OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1
   pick='follows_its_definition and not (flex or natten) or physical_stem' workers=0
 fi
@@ -32,6 +33,7 @@ part() {
   local name=$1 limit=$2 started=$SECONDS status
   shift 2
   [[ $name =~ ${GPU_DAY_PARTS:-.} ]] || return 0
+  limit=$((limit * times))
   limit=$((seconds - SECONDS < limit ? seconds - SECONDS : limit))
   echo "== $SECONDS s: $name (at most $limit s)"
   if [ "$limit" -lt 10 ]; then

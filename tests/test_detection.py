@@ -111,7 +111,7 @@ def test_boxes_follow_the_pixel_size(trained, factor):
         iou = box_iou(other["boxes"][sure] * factor, one["boxes"])
         assert (iou.max(1).values > 0.8).all()
     reached = precision(found, without_masks(of_more))[1]
-    assert reached > 0.8
+    assert reached > precision(expected, without_masks(targets))[1] - 0.05
     assert precision(untold, without_masks(of_more))[1] < reached - 0.1
 
 

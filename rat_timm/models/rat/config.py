@@ -312,16 +312,8 @@ class RatConfig:
         convs, kernels = self._convs(count), self._attention_kernels(count)
         groupings = self._groupings(count)
         steps = integers(self.stride, "stride", self.spatial_dims)
-        joint = [
-            not convs[i] and (kernel is None or (self.joint_attention and i == count - 1))
-            for i, kernel in enumerate(kernels)
-        ]
+        joint = self._joint(convs, kernels)
         first_joint = joint.index(True) if any(joint) else None
-        if self.prefix_tokens and first_joint is None:
-            raise ValueError(
-                f"reg_tokens {self.prefix_tokens} need a stage in which all tokens attend to all "
-                "(attn_kernel_size 0 or joint_attention)"
-            )
         kernel_size = integers(self.kernel_size, "kernel_size", self.spatial_dims)
         wide_groups = self.group_width == "coarse"
         wide_attention = wide_groups and self.group_attn_width == "coarse"
@@ -364,6 +356,20 @@ class RatConfig:
                 )
             )
         return tuple(stages)
+
+    def _joint(self, convs: Sequence[tuple[int, ...] | None], kernels: Sequence[tuple[int, ...] | None]) -> list[bool]:
+        """Tells in which stages all tokens attend to all where there are several levels or prefix tokens."""
+        last = len(kernels) - 1
+        joint = [
+            not convs[i] and (kernel is None or (self.joint_attention and i == last))
+            for i, kernel in enumerate(kernels)
+        ]
+        if self.prefix_tokens and not any(joint):
+            raise ValueError(
+                f"reg_tokens {self.prefix_tokens} need a stage in which all tokens attend to all "
+                "(attn_kernel_size 0 or joint_attention)"
+            )
+        return joint
 
     def _is_allowed(self, stride: Sequence[int]) -> bool:
         return self.output_stride is None or max(stride) <= self.output_stride
