@@ -101,3 +101,14 @@ def test_every_part_learns():
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
     assert isinstance(model.stages[1].blocks[0].conv, nn.Conv2d)
+
+
+@torch.no_grad()
+def test_programs_give_what_it_gives():
+    torch.compiler.reset()
+    model = lively(timm.create_model("test_rat", num_classes=3, **CONV)).eval()
+    x, mask = torch.randn(2, 3, 40, 36), torch.rand(2, 40, 36) < 0.7
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, mask=mask), model(x, mask=mask), rtol=0, atol=1e-5)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x), rtol=0, atol=1e-5)
