@@ -2,7 +2,7 @@
 # What a GPU has to show: correct first, then fast. Each part has its own limit, and the next runs whatever comes of it.
 #
 #     bash examples/gpu_day.sh FOLDER        on a GPU, in under ten minutes
-#     GPU_DAY_DRY=1 bash examples/gpu_day.sh FOLDER      the same steps on the CPU with tiny models, in under a minute
+#     GPU_DAY_DRY=1 bash examples/gpu_day.sh FOLDER      the same steps on the CPU with tiny models, in about a minute
 #
 # GPU_DAY_SECONDS is the limit of all parts together (560), GPU_DAY_PARTS a pattern of the parts that run (all),
 # TIMM_SDIST the archive of timm's source distribution, whose tests are left out without it. FOLDER gets log.txt,
