@@ -51,7 +51,9 @@ def together(work, *arguments):
     """
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["helpers", "training.trainer"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(
+            ["helpers", "training.trainer", "training.tasks.segmentation"]
+        )
         torch.multiprocessing.start_processes(_connect, (folder, work, arguments), 2, start_method="forkserver")
         return "".join(Path(folder, f"stderr-{place}").read_text() for place in range(2))
 

@@ -252,21 +252,19 @@ def cmdline(process):
         return []
 
 
-def test_over_ray(tmp_path, cluster, monkeypatch, capfd):
+def test_over_ray(quickly, tmp_path, cluster, monkeypatch, capfd):
     """Two workers train and two evaluate; one is killed each time, and the numbers are those of one process."""
     run = functools.partial(call, patch=monkeypatch, capture=capfd)
     trained = tmp_path / "trained"
-    short = {"crops": 2, "checkpoint_every": 4}
-    options = ["--task", "segmentation", "--quick", "true", "--workers", 0, "--device", "cpu"]
-    options += [word for name, value in short.items() for word in (f"--{name}", value)]
+    options = ["--checkpoint_every", 1, "--quick", "true", "--workers", 0, "--device", "cpu"]
     with killing(lambda: writing_worker(trained)):
         run("train_ray.py", "--output", trained, "--num_workers", 2, *options)
     assert len(list(trained.glob("events.out.*"))) > 1  # it did begin again
-    trainer.train(quick(tmp_path / "whole", "segmentation", **short))
+    trainer.train(quick(tmp_path / "whole", "classification"))
     assert losses(trained) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     importlib.import_module("ray").shutdown()  # as a program that ends
 
-    options = ("--trained", trained, "--device", "cpu", "--factors", 0.5, 1)
+    options = ("--trained", quickly("instances"), "--device", "cpu", "--factors", 0.5, 1)
     with killing(lambda: busy_worker("ray::Worker.measure")):
         run("evaluate.py", "--output", tmp_path / "ray", "--num_workers", 2, *options)
     run("evaluate.py", "--output", tmp_path / "one", *options)

@@ -19,7 +19,7 @@ from rat_timm.adapters import WithGeometry, register_monai_encoder
 from rat_timm.data import read
 from rat_timm.dense import Segmenter
 from rat_timm.evaluation import sliding_window
-from rat_timm.monai import SpacingInferer, export_bundle
+from rat_timm.monai import SpacingInferer, export_bundle, nifti_files
 from rat_timm.predict import predict
 
 SIZES = {2: (20, 28), 3: (8, 12, 20)}
@@ -301,6 +301,8 @@ def test_what_is_no_bundle_is_an_error(saved, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=words):
             export_bundle(saved, tmp_path / "bundle", **options)
         assert not (tmp_path / "bundle").exists()
+    with pytest.raises(ValueError, match=r"dataset_dir must be a folder with \.nii or \.nii\.gz files in it, got"):
+        nifti_files(tmp_path)  # MONAI would end well and predict none
     monkeypatch.setattr(sys, "argv", ["rat_timm", "export-bundle", str(saved), "--output", str(saved)])
     with pytest.raises(SystemExit, match="exists: delete it"):
         main()

@@ -63,12 +63,13 @@ def plan(planner, patch):
     return name
 
 
-def trainer(name, kind, planned):
+def trainer(name, kind, planned, short=True):
     from nnunetv2.run.run_training import get_trainer_from_args
 
     made = get_trainer_from_args("1", "3d_fullres", 0, name, planned[1][kind], False, device=torch.device("cpu"))
-    made.num_epochs = made.num_val_iterations_per_epoch = 1
-    made.num_iterations_per_epoch = 2
+    if short:
+        made.num_epochs = made.num_val_iterations_per_epoch = 1
+        made.num_iterations_per_epoch = 2
     return made
 
 
@@ -136,6 +137,8 @@ def record_told(monkeypatch):
 def test_nnunet_finds_larger_ones(planned):
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+    tried = trainer("nnUNetTrainerRatTry", "resampled", planned, short=False)
+    assert (tried.num_epochs, tried.num_iterations_per_epoch, tried.num_val_iterations_per_epoch) == (1, 10, 1)
     for size in ("Small", "Base"):
         found = recursive_find_trainer_class_by_name(f"nnUNetTrainerRat{size}")
         assert found.variants[3] == f"rat_{size.lower()}_3d"

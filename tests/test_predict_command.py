@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -67,6 +68,22 @@ def test_lengths_are_in_the_unit_that_is_said(tmp_path, pixels, saved):
     call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS, "--unit", "mm")
     np.testing.assert_allclose(stored(tmp_path / "out.ome.zarr"), whole(saved, pixels, 0.5), atol=1e-5)
     assert data.read_grids(tmp_path / "out.ome.zarr", unit="um")[0].spacing.tolist() == [[500.0, 500.0]]
+
+
+def test_a_file_without_a_unit_takes_the_one_that_is_said(tmp_path, pixels, saved):
+    nibabel = pytest.importorskip("nibabel")
+    nibabel.save(nibabel.Nifti1Image(pixels.T[:, :, None], np.diag([500.0, 500.0, 1.0, 1.0])), tmp_path / "image.nii")
+    command = [tmp_path / "image.nii", "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS]
+    with pytest.raises(SystemExit, match="has no unit: say which with assumed_unit"):
+        call(*command, "--unit", "mm")
+    call(*command, "--unit", "mm", "--assumed-unit", "um")
+    np.testing.assert_allclose(stored(tmp_path / "out.ome.zarr"), whole(saved, pixels, 0.5), atol=1e-5)
+
+
+def test_what_writes_is_imported_before_anything_is_computed(tmp_path, image, saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ome_zarr.writer", None)
+    with pytest.raises(SystemExit, match="import of ome_zarr.writer halted; None in sys.modules$"):
+        call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS)
 
 
 def test_a_spacing_is_taken_in_place_of_the_file_s(tmp_path, image, pixels, saved):

@@ -240,6 +240,7 @@ def test_other_numbers_of_epochs(uninterrupted, tmp_path):
 @pytest.mark.parametrize("text", ["", "- a\n", "model: [", "\0"])
 def test_a_damaged_config(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "checkpoints" / "00000001").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"config\.yaml: (must hold the config that training began|is damaged)"):
         trainer.train(Config(tmp_path))
 
@@ -439,13 +440,18 @@ def test_a_run_goes_on_with_the_same_config_only(tmp_path):
     assert not list(tmp_path.iterdir())
     remember(Config(tmp_path, lr=1e-3, **shape), write=True)
     remember(Config(tmp_path, lr=1e-3, epochs=20, workers=0, **shape), write=True)
+    other = Config(tmp_path, lr=1e-4, model="rat_tiny", **shape)
+    remember(other, write=False)  # the first run has trained nothing that would be lost
+    (tmp_path / "checkpoints" / "00000001").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"lr, model must be as in .*config\.yaml, or output another folder"):
-        remember(Config(tmp_path, lr=1e-4, model="rat_tiny", **shape), write=False)
+        remember(other, write=False)
 
 
 def test_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="batch_size must be at most the 32 samples, got 64"):
         trainer.train(Config(tmp_path, batch_size=64, quick=True))
+    with pytest.raises(ValueError, match="pretrained must be false for rat_tiny, of which there are no weights"):
+        trainer.train(Config(tmp_path, model="rat_tiny", quick=True))
     pytest.importorskip("deepspeed")
     with pytest.raises(ValueError, match="parallel must be ddp or fsdp without torchrun, got deepspeed2"):
         trainer.train(Config(tmp_path, parallel="deepspeed2", quick=True))

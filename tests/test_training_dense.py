@@ -337,6 +337,11 @@ def test_networks_that_see_images_alone():
         network([image, image])
     with pytest.raises(ValueError, match="model must be one of this package's for volumes, got smp:"):
         create_network(config, 1, 2, (1.0, 0.5, 0.5))
+    ours = dataclasses.replace(config, model="test_rat")
+    with pytest.raises(
+        ValueError, match=r"model must be for 3 axes, as the data have, got 'test_rat' for 2; .* end in _3d"
+    ):
+        create_network(ours, 1, 2, (1.0, 0.5, 0.5))
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def saved_config(output: Path) -> Config:
 
 
 def remember(config: Config, write: bool) -> None:
-    """Compares a config with the one that training began with; writes it if there is none.
+    """Compares a config with the one that training began with; writes it where nothing was trained yet.
 
     Raises:
         ValueError: If it differs in what would change the training that it is to go on with, or the one that training
@@ -216,7 +216,7 @@ def remember(config: Config, write: bool) -> None:
     """
     file = config.output / BEGAN
     text = json.dumps(dataclasses.asdict(config), default=str, indent=2)  # which is YAML, and has no tuples
-    if file.exists():
+    if file.exists() and any((config.output / "checkpoints").glob("*")):
         given, began = yaml.safe_load(text), _read(file)
         changed = sorted(name for name in given if name not in FREE and given[name] != began.get(name))
         if changed:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from rat_timm.geometry.sample import sample_at
 from rat_timm.geometry.types import SpacingLike
 from rat_timm.optional import import_optional
 from rat_timm.timm_api.families import FAMILIES
-from training.config import Config
+from training.config import Config, axes_of
 
 SMP = "smp:"
 
@@ -30,6 +31,11 @@ def create_network(config: Config, channels: int, classes: int, spacing: Sequenc
         spacing: The reference spacing of a model that starts without weights, where ``model_args`` say no other.
     """
     if not config.model.startswith(SMP):
+        if axes_of(config) != len(spacing):
+            raise ValueError(
+                f"model must be for {len(spacing)} axes, as the data have, got {config.model!r} for {axes_of(config)}; "
+                "names of models for volumes end in _3d"
+            )
         return Segmenter(
             config.model,
             classes,
@@ -54,8 +60,19 @@ def create_network(config: Config, channels: int, classes: int, spacing: Sequenc
 
 def backbone_args(config: Config, spacing: Sequence[float]) -> dict[str, Any]:
     """Returns timm's keywords; a reference spacing is given where no weights are, which have one."""
+    check_weights(config)
     own = {} if config.pretrained else {"spacing": tuple(spacing)}
     return {"pretrained": config.pretrained, **own, **config.model_args}
+
+
+def check_weights(config: Config) -> None:
+    """Checks that there are the weights that a config asks for.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if config.pretrained and timm.is_model(config.model) and not timm.is_model_pretrained(config.model):
+        raise ValueError(f"pretrained must be false for {config.model}, of which there are no weights")
 
 
 def level_args(config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ makes a bundle of what ``rat_timm.dense.Segmenter.save`` wrote, and runs it on a
 training, `rat_timm.adapters.register_monai_encoder` gives ``FlexibleUNet`` an encoder for images and volumes.
 """
 
-from .bundle import export_bundle
+from .bundle import export_bundle, nifti_files
 from .metatensor import SpacingInferer, UnitWriter
 
-__all__ = ["SpacingInferer", "UnitWriter", "export_bundle"]
+__all__ = ["SpacingInferer", "UnitWriter", "export_bundle", "nifti_files"]

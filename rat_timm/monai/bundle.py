@@ -98,6 +98,18 @@ def export_bundle(
     return output
 
 
+def nifti_files(folder: str | Path) -> list[str]:
+    """Returns the NIfTI files of a folder, not of folders in it.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    files = sorted(str(file) for ending in ("*.nii", "*.nii.gz") for file in Path(folder).glob(ending))
+    if not files:
+        raise ValueError(f"dataset_dir must be a folder with .nii or .nii.gz files in it, got {str(folder)!r}")
+    return files
+
+
 def _check(task: str, unit: str, assumed_unit: str | None, intensities: Sequence[float] | None, axes: str) -> None:
     for name, value, allowed in (("task", task, TASKS), ("axes", axes, AXES)):
         if value not in allowed:
@@ -171,13 +183,12 @@ def _inference(
 ) -> dict[str, Any]:
     """Returns a config of MONAI's workflow."""
     return {
-        "imports": ["$import glob"],
         "bundle_root": ".",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/eval'",
         **read,
-        "datalist": "$sorted(glob.glob(@dataset_dir + '/*.nii') + glob.glob(@dataset_dir + '/*.nii.gz'))",
+        "datalist": {"_target_": "rat_timm.monai.nifti_files", "folder": "@dataset_dir"},
         "network_def": {"_target_": "rat_timm.dense.Segmenter.load", "folder": "$@bundle_root + '/models'"},
         "network": "$@network_def.to(@device)",
         "preprocessing": {"_target_": "Compose", "transforms": _before(intensities)},

@@ -192,6 +192,21 @@ class nnUNetTrainerRatBase(nnUNetTrainerRat):  # noqa: N801
     variants: ClassVar[dict[int, str]] = {2: "rat_base", 3: "rat_base_3d"}
 
 
+class nnUNetTrainerRatTry(nnUNetTrainerRat):  # noqa: N801
+    """Ten steps, to see in minutes whether data, plan and network go together; what it learns is of no use."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net reads this signature)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 10, 1
+
+
 class RatPredictor(nnUNetPredictor):
     """nnU-Net's predictor for plans that leave cases as they are: each is told its own spacing.
 

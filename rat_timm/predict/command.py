@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default="labels")
     lengths = parser.add_argument_group("lengths, in --unit, one for all axes or one per axis (z y x)")
     lengths.add_argument("--unit", default="um", help="that of the model's reference spacing")
+    lengths.add_argument("--assumed-unit", help="of pixel sizes of files that have no unit")
     lengths.add_argument("--spacing", type=float, nargs="+", help="the image's pixel size; default: the file's")
     lengths.add_argument("--out", type=float, nargs="+", help="the output's pixel size; default: the image's pixels")
     lengths.add_argument("--tile", type=float, nargs="+", help="what one call of the model predicts")

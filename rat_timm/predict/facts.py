@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .network import check_source
 from .options import Options
 
 FACTS = "facts.json"
-"""A file beside the weights: an object with "length", a number, and "intensities", two numbers or null."""
+"""A file beside the weights: an object with "length", a number, "intensities", two numbers or null, and "task"."""
 
 
 class Facts(NamedTuple):
@@ -24,10 +25,12 @@ class Facts(NamedTuple):
     Attributes:
         length: Of objects, in the unit of training: ``scale`` of `rat_timm.dense.instances`.
         intensities: Pixel values that became 0 and 1; None where each image, or channel, had its own.
+        task: For which the model was trained, as examples/train.py calls it; None if the folder does not say.
     """
 
     length: float
     intensities: tuple[float, float] | None
+    task: str | None = None
 
 
 def read_facts(folder: str | PathLike) -> Facts | None:
@@ -45,7 +48,7 @@ def read_facts(folder: str | PathLike) -> Facts | None:
         intensities = None if intensities is None else (float(intensities[0]), float(intensities[1]))
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(f"model: {file} must say length and intensities, got {error!r}") from error
-    return Facts(length, intensities)
+    return Facts(length, intensities, said.get("task") or None)
 
 
 def open_intensities(facts: Facts | None) -> tuple[float, float] | None:
@@ -71,8 +74,14 @@ def as_trained(options: Options, model: str | PathLike | nn.Module) -> Options:
         model: As `rat_timm.predict.predict` takes it. Only folders have facts.
 
     Raises:
+        FileNotFoundError: If there is no such model.
         ValueError: If the file is damaged, or nobody says the scale of instances.
+
+    Warns:
+        UserWarning: If labels are asked of a model for instances.
     """
+    if not isinstance(model, nn.Module):
+        check_source(model)
     facts = None if isinstance(model, nn.Module) else read_facts(model)
     if options.intensities is None:
         options = dataclasses.replace(options, intensities=open_intensities(facts))
@@ -80,4 +89,6 @@ def as_trained(options: Options, model: str | PathLike | nn.Module) -> Options:
         if facts is None:
             raise ValueError("scale must be the length with which the network for instances was trained, got None")
         options = dataclasses.replace(options, scale=facts.length)
+    if options.task == "labels" and facts is not None and facts.task == "instances":
+        warnings.warn("model was trained for instances: ask for task instances, its maps are no classes", stacklevel=3)
     return options

@@ -157,6 +157,25 @@ class Network:
         return (map_, mask) if isinstance(x, Tensor) else (map_[0], mask[0])
 
 
+def check_source(source: str | PathLike) -> None:
+    """Checks that a name is one of `load_model`'s.
+
+    Raises:
+        FileNotFoundError: If it is not.
+    """
+    name, folder = str(source), Path(source)
+    if folder.exists():
+        there = (folder / "config.json").is_file()
+    else:
+        there = name.startswith(HUB) or timm.is_model(name.partition(".")[0])
+    if not there:
+        inside = (folder / "model" / "config.json").is_file()
+        hint = f"; there is one in {folder / 'model'}" if inside else ""
+        raise FileNotFoundError(
+            2, f"model: no folder with a config.json, hf-hub: name or registered name: {name}{hint}", name
+        )
+
+
 def load_model(source: str | PathLike | nn.Module) -> nn.Module:
     """Returns a model in evaluation mode.
 
@@ -176,13 +195,10 @@ def load_model(source: str | PathLike | nn.Module) -> nn.Module:
 
         name, _, revision = name.removeprefix(HUB).partition("@")
         name = snapshot_download(name, revision=revision or None, allow_patterns=["config.json", "*.safetensors"])
+    check_source(name)
     folder = Path(name)
     if (folder / "config.json").is_file():
         if '"segmenter"' in (folder / "config.json").read_text():
             return Segmenter.load(folder)
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    if folder.exists() or not timm.is_model(name.partition(".")[0]):
-        raise FileNotFoundError(
-            2, f"model: no folder with a config.json, hf-hub: name or registered name: {name}", name
-        )
     return timm.create_model(name, pretrained=True).eval()

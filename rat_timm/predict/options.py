@@ -28,6 +28,7 @@ class Options:
             of `rat_timm.dense.instances`), or "features".
         spacing: The image's pixel size, in place of the file's.
         unit: The unit of the model's reference spacing, and of all lengths here.
+        assumed_unit: Unit of the pixel sizes of files that have numbers and no unit; else they are an error.
         level: Level of the image's pyramid on whose pixels is predicted, 0 is the finest.
         time: Index on the time axis.
         region: Pixels of that level to predict, one slice per axis. What lies around them is still seen.
@@ -66,6 +67,7 @@ class Options:
     task: str = "labels"
     spacing: float | Sequence[float] | None = None
     unit: str = "um"
+    assumed_unit: str | None = None
     level: int = 0
     time: int | None = None
     region: Sequence[slice] | None = None

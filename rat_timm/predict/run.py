@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -30,12 +31,14 @@ from .plan import Plan, make_plan
 from .preview import draw
 from .source import ImageLike, Masked, Scaled, open_levels, overview, rescaling
 from .stitch import join, load_faces, relabel
-from .store import ENDINGS, LOCAL, WRITTEN, Store
+from .store import ENDINGS, LOCAL, WRITTEN, Store, import_writer
 from .work import FACES, Job, Work
 
 _OVERVIEW_PIXELS = {1: 1 << 12, 2: 1 << 16, 3: 1 << 18}
 _SLAB_PIXELS = 1 << 24
 _LARGEST = 10.0  # times the scale of a network for instances
+_LOOK = 32  # pixels to each side of the middle
+_FAR = 20.0  # times what lies between two intensities; trained pixels have a deviation of about 1
 TABLES, GAP = "tables", "difference.json"
 
 
@@ -85,11 +88,13 @@ def predict(
     output = Path(output)
     _check_output(output)
     _check_preview(options.preview)
+    import_writer()  # it writes last, hours after this
     engines.check(options.scheduler, options.workers)
     options = dataclasses.replace(options, device=_device(options.device))
     network = Network(load_model(model), options.task, options.stage, options.compile)
     network.model.to(options.device, getattr(torch, options.dtype))
     levels, masked = _open(image, network, options)
+    _warn_of_scale(masked.level, options.intensities)
     said = _describe(network, levels, options)
     wanted = options.levels
     if wanted is None:
@@ -168,7 +173,7 @@ def _open(image: ImageLike, network: Network, options: Options) -> tuple[list[Le
     spacing = options.spacing
     if spacing is not None:
         spacing = tuple(per_axis(spacing, "spacing", axes, positive=True)[0].tolist())
-    levels = open_levels(image, options.unit, spacing, options.time)
+    levels = open_levels(image, options.unit, spacing, options.time, options.assumed_unit)
     grid = levels[0].grid
     if len(grid.shape) != axes:
         raise ValueError(f"image must have {axes} spatial axes, as the model has, got {len(grid.shape)}: {grid.shape}")
@@ -179,12 +184,28 @@ def _open(image: ImageLike, network: Network, options: Options) -> tuple[list[Le
         raise ValueError(f"image must have {network.in_chans} channels, as the model has, got {channels}")
     mask = options.background
     if isinstance(mask, str | PathLike):
-        mask = open_levels(mask, options.unit, None, None)[0]
+        mask = open_levels(mask, options.unit, assumed_unit=options.assumed_unit)[0]
     if isinstance(mask, Level) and len(mask.grid.shape) != axes:
         raise ValueError(f"background must have {axes} axes, as the image has, got {mask.grid.shape}")
     mask = mask if isinstance(mask, Level) else None
     dtype = exact_dtype(getattr(torch, options.dtype))
     return levels, Masked(levels[options.level], mask, options.intensities, dtype)
+
+
+def _warn_of_scale(level: Level, intensities: tuple[float, float] | None) -> None:
+    """Warns if pixels in the middle of an image are so far from what becomes 0 and 1 that a model knows no such."""
+    if intensities is None:
+        return
+    shape = level.grid.shape
+    values = level.read([slice(max(0, n // 2 - _LOOK), min(n, n // 2 + _LOOK)) for n in shape]).double()
+    values = values[values.isfinite()]
+    low, high = intensities
+    if len(values) and ((values - low) / (high - low)).abs().median() > _FAR:
+        warnings.warn(
+            f"image has pixels of {values.min():.6g} to {values.max():.6g}, far from the intensities {low:g} and "
+            f"{high:g} that become 0 and 1: if the model was trained on images of another scale, give intensities",
+            stacklevel=3,
+        )
 
 
 def _describe(network: Network, levels: Sequence[Level], options: Options) -> dict[str, Any]:

@@ -127,11 +127,17 @@ def rescaling(grid: Grid, spacing: Sequence[float]) -> tuple[Resampling | None, 
     return plan, plan.grid(grid, tuple(spacing))
 
 
-def open_levels(image: ImageLike, unit: str, spacing: Sequence[float] | None, time: int | None) -> list[Level]:
+def open_levels(
+    image: ImageLike,
+    unit: str,
+    spacing: Sequence[float] | None = None,
+    time: int | None = None,
+    assumed_unit: str | None = None,
+) -> list[Level]:
     """Opens the levels of an image, finest first."""
     if isinstance(image, str | PathLike):
         place = os.path.abspath(image) if Path(image).exists() else image  # workers may begin in another folder
-        return read_levels(place, unit, time=time, spacing=spacing)
+        return read_levels(place, unit, time=time, assumed_unit=assumed_unit, spacing=spacing)
     levels = list(image)
     if spacing is None:
         return levels

@@ -158,7 +158,7 @@ class Store:
     def write_metadata(self, name: str, described: dict[str, Any]) -> None:
         """Writes what OME-Zarr readers want to know: axes, and scale and translation of each level."""
         fmt = import_optional("ome_zarr.format", "predict").FormatV05()
-        writer = import_optional("ome_zarr.writer", "predict")
+        writer = import_writer()
         group = import_zarr().open_group(str(self.partial / DATA), mode="r+")
         lead = [] if self.channels is None else [{"name": "c", "type": "channel"}]
         unit = _NGFF_UNITS.get(self.unit, self.unit)
@@ -190,6 +190,11 @@ class Store:
         manifest.mark(WRITTEN)
         os.replace(new, output)
         manifest.remove()
+
+
+def import_writer() -> Any:
+    """Imports what writes the metadata of OME-Zarr."""
+    return import_optional("ome_zarr.writer", "predict")
 
 
 def read_whole(output: Path) -> np.ndarray:

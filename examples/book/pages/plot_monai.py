@@ -5,14 +5,14 @@ If you use MONAI
 Your files have affine matrices, and MONAI's transforms keep them. ``SpacingInferer`` tells networks of this package the
 voxel size that the matrix of a ``MetaTensor`` says; no ``Spacingd`` is needed in front of them.
 
-Install: ``python -m pip install '.[monai,train]'``.
+Install: ``python -m pip install '.[monai,predict,train]'``.
 """
 
 # %%
 # From labelled volumes to a prediction on your file
 # --------------------------------------------------
 # ``scans`` is a folder with ``train/images/*.nii.gz``, ``train/labels/*.nii.gz`` and the same in ``validation``. (Here
-# they are small drawn balls, and ``short.yaml`` makes the training a short one: leave it out, and choose a ``--model``.
+# they are small drawn balls, and ``short.yaml`` makes the network small and the training short: leave ``--config`` out.
 # ``run`` does what a shell does with the command.)
 
 # sphinx_gallery_start_ignore
@@ -23,32 +23,43 @@ make_balls("scans")
 from book import run
 from monai.transforms import LoadImage, SaveImage, ScaleIntensityRange
 
-run("python examples/train.py --task segmentation --data scans --output runs/scans --unit mm --config short.yaml")
+run(
+    "python examples/train.py --task segmentation --data scans --output runs/scans --model rat_tiny_3d"
+    " --pretrained false --intensity data --unit mm --assumed_unit mm --config short.yaml"
+)
 
 # %%
+# ``--intensity data`` scales all images alike, as Hounsfield units want it; those of MR, which have no unit, want
+# ``--intensity sample``. ``assumed_unit`` is for files that do not say that their numbers are millimetres, as many
+# don't. RAT has no pretrained weights for volumes, and learns slowly: ``--epochs 100`` and more for a first result.
+#
 # Arrays of NIfTI files are (x, y, z) in MONAI, and (z, y, x) in the training program: hence ``reverse_axes``. Which
-# intensities become 0 and 1 is in ``runs/scans/model/facts.json``.
+# intensities became 0 and 1 is in the model's folder.
 
 from rat_timm.dense import Segmenter
 from rat_timm.monai import SpacingInferer
+from rat_timm.predict.facts import read_facts
 
-image = LoadImage("NibabelReader", ensure_channel_first=True)("scans/test/images/mine.nii.gz")
-scaled = ScaleIntensityRange(0.1, 0.35, 0, 1)(image)
-logits = SpacingInferer(unit="mm", reverse_axes=True)(scaled[None], Segmenter.load("runs/scans/model"))
+image = LoadImage("NibabelReader", ensure_channel_first=True)("mine.nii.gz")
+scaled = ScaleIntensityRange(*read_facts("runs/scans/model").intensities, 0, 1)(image)
+inferer = SpacingInferer(unit="mm", assumed_unit="mm", reverse_axes=True)
+logits = inferer(scaled[None], Segmenter.load("runs/scans/model"))
 SaveImage(output_dir="found", output_dtype="uint8", print_log=False)(logits[0].argmax(0, keepdim=True))
-print("voxels of", image.pixdim.tolist(), "mm:", int(logits.argmax(1).sum() * image.pixdim.prod()), "mm3 of ball")
+print("voxels of", image.pixdim.tolist(), "mm:", int(logits.argmax(1).sum() * image.pixdim.prod()), "mm3 found")
 
 # %%
-# What was saved has the affine matrix of the file. Large volumes: ``SpacingInferer(..., roi_size=96, overlap=0.5)`` is
-# MONAI's sliding window, and ``python -m rat_timm predict`` goes from a file to a file.
+# ``found/mine/mine_trans.nii.gz`` has the affine matrix of the file. Large volumes: ``SpacingInferer(..., roi_size=96,
+# overlap=0.5)`` is MONAI's sliding window, and one command goes from a file to a file, with the same scaling::
+#
+#     python -m rat_timm predict mine.nii.gz --model runs/scans/model --output found.nii.gz --unit mm --assumed-unit mm
 #
 # As a bundle
 # -----------
 # Two commands, the second of which is MONAI's own::
 #
-#     python -m rat_timm export-bundle runs/scans/model --output bundle --unit mm
+#     python -m rat_timm export-bundle runs/scans/model --output bundle --unit mm --assumed-unit mm
 #     python -m monai.bundle run --config_file bundle/configs/inference.json --bundle_root bundle \
-#         --dataset_dir scans --output_dir predictions
+#         --dataset_dir scans/validation/images --output_dir predictions
 #
 # In MONAI's own training
 # -----------------------

@@ -12,8 +12,10 @@ Install: ``python -m pip install '.[transformers,train]'``.
 # From a folder of pictures to an answer on yours
 # -----------------------------------------------
 # ``photos`` has ``train/<class>/*`` and ``validation/<class>/*``. PNG and JPEG do not say how large a pixel is, so
-# ``--spacing`` does; OME-TIFF, NIfTI and DICOM do. (Here they are two of the digits, and ``short.yaml`` makes the
-# training a short one: leave it out, and choose a ``--model``. ``run`` does what a shell does with the command.)
+# ``--spacing`` does; OME-TIFF, NIfTI and DICOM do. (Here they are two of the digits, the network is the small one that
+# knows digits, and ``short.yaml`` makes the training a short one. ``run`` does what a shell does with the command.) For
+# pictures of your own leave ``--config`` out, and add
+# ``--model rat_vit_small_patch16_rope_mixed_224 --size '[224, 224]'``, which begins with timm's weights from the Hub.
 
 # sphinx_gallery_start_ignore
 from stand_ins import make_pictures
@@ -26,14 +28,16 @@ from transformers import pipeline
 run("python examples/train.py --data photos --output runs/photos --spacing '[0.5, 0.5]' --config short.yaml")
 
 # %%
-# The pipeline is transformers' own. Pictures of any size are taken as they are, with their pixel size:
+# Training brings pictures to ``--size`` pixels, whose own size follows: 64 pixels of 0.5 become 32 of 1. The pipeline,
+# which is transformers' own, takes pictures of any size as they are, with their pixel size. It warns if training had no
+# such pixels; then shrink the picture as training did, and say so.
 
 from rat_timm.huggingface import RatForImageClassification, RatImageProcessor, RatPipeline
 
 model = RatForImageClassification.from_pretrained("runs/photos/model")
 processor = RatImageProcessor.from_pretrained("runs/photos/model")
 classify = pipeline("image-classification", model, image_processor=processor, pipeline_class=RatPipeline)
-for answer in classify("photos.png", spacing=1.0, top_k=2):
+for answer in classify("mine.png", spacing=1.0, top_k=2):
     print(f"{answer['label']}: {answer['score']:.0%}")
 
 # %%

@@ -12,6 +12,7 @@ from rat_timm import hub
 from rat_timm.data import Batch, collate, evaluation_transform, training_transform
 from training.config import Config
 from training.data import Augmented, open_data
+from training.networks import check_weights
 from training.steps import cross_entropy, with_geometry
 from training.tasks.base import Call, Measured, SpacingRange
 
@@ -31,6 +32,7 @@ class Classification:
     def create_model(self) -> nn.Module:
         """See `Task`."""
         config = self.config
+        check_weights(config)
         return timm.create_model(
             config.model, pretrained=config.pretrained, num_classes=len(self.classes), **config.model_args
         )

@@ -44,6 +44,7 @@ class Facts:
         spacing_range: Smallest and largest pixel size per axis in training and validation, once it is over.
         intensities: Pixel values of the first image's type that become 0 and 1, which `python -m rat_timm predict`
             takes; None where channels or images have their own.
+        task: See `Config`.
     """
 
     channels: int
@@ -55,6 +56,7 @@ class Facts:
     std: Sequence[float] = ()
     spacing_range: SpacingRange = None
     intensities: tuple[float, float] | None = None
+    task: str | None = None
 
 
 def look_at(frames: Dataset, config: Config) -> Facts:
@@ -78,7 +80,8 @@ def look_at(frames: Dataset, config: Config) -> Facts:
     spacing = tuple(round(step, 6) for step in first.spacing.tolist())
     length = config.length or getattr(frames, "length", None) or float(np.median(lengths))
     mean, std = intensities.mean_and_std() if config.intensity == "data" else ((), ())
-    return Facts(len(first.image), largest + 1, spacing, length, config.tolerance or 2 * max(spacing), mean, std)
+    tolerance = config.tolerance or 2 * max(spacing)
+    return Facts(len(first.image), largest + 1, spacing, length, tolerance, mean, std, task=config.task)
 
 
 class Labelled:
