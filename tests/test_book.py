@@ -27,14 +27,23 @@ def prose(page):
 
 
 def code(page):
-    """The lines that a reader has to write or copy: the blocks of a text, one by one, or those of a script."""
+    """The lines that a reader has to write or copy: the blocks of a text, one by one, or those of a script.
+
+    A command of a script, which `run` calls, is the reader's one line in a shell, without an import of `run`.
+    """
     if page.suffix == ".md":
         return [[line for line in block.splitlines() if line.strip()] for block in SHELL.findall(page.read_text())]
     source = HIDDEN.sub("", page.read_text())
     tree = ast.parse(source)
     lines = source.splitlines()
-    statements = [range(node.lineno, node.end_lineno + 1) for node in tree.body[1:]]  # without the docstring
-    return [[lines[number - 1] for numbers in statements for number in numbers if lines[number - 1].strip()]]
+    written = []
+    for node in tree.body[1:]:  # without the docstring
+        text = ast.unparse(node)
+        if text.startswith("run("):
+            written.append(text)
+        elif text != "from book import run":
+            written += [line for line in lines[node.lineno - 1 : node.end_lineno] if line.strip()]
+    return [written]
 
 
 @pytest.mark.parametrize("page", TOOLS, ids=lambda page: page.stem)

@@ -82,7 +82,7 @@ def test_a_file_without_a_unit_takes_the_one_that_is_said(tmp_path, pixels, save
 
 def test_what_writes_is_imported_before_anything_is_computed(tmp_path, image, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "ome_zarr.writer", None)
-    with pytest.raises(SystemExit, match="import of ome_zarr.writer halted; None in sys.modules$"):
+    with pytest.raises(SystemExit, match=r"import of ome_zarr\.writer halted; None in sys\.modules$"):
         call(image, "--model", saved, "--output", tmp_path / "out.ome.zarr", *ALWAYS)
 
 

@@ -375,7 +375,7 @@ def test_programs_do_not_grow_with_depth(train):
     with torch.set_grad_enabled(train):
         torch.testing.assert_close(compiled(x), model(x))
     (graph,) = graphs
-    called = [str(node.args[0]) for node in graph.graph.nodes if "invoke_subgraph" in str(node.target)]
+    called = [node.args[0].target for node in graph.graph.nodes if "invoke_subgraph" in str(node.target)]
     assert sorted(collections.Counter(called).values()) == [2, 3, 3]  # iterations, a block of each stage
 
 

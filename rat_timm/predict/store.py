@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,7 +193,7 @@ class Store:
         manifest.remove()
 
 
-def import_writer() -> Any:
+def import_writer() -> ModuleType:
     """Imports what writes the metadata of OME-Zarr."""
     return import_optional("ome_zarr.writer", "predict")
 

@@ -24,7 +24,7 @@ from book import run
 from monai.transforms import LoadImage, SaveImage, ScaleIntensityRange
 
 run(
-    "python examples/train.py --task segmentation --data scans --output runs/scans --model rat_tiny_3d"
+    "python examples/train.py --task segmentation --data scans --output runs/ct --model rat_tiny_3d"
     " --pretrained false --intensity data --unit mm --assumed_unit mm --config short.yaml"
 )
 
@@ -41,9 +41,8 @@ from rat_timm.monai import SpacingInferer
 from rat_timm.predict.facts import read_facts
 
 image = LoadImage("NibabelReader", ensure_channel_first=True)("mine.nii.gz")
-scaled = ScaleIntensityRange(*read_facts("runs/scans/model").intensities, 0, 1)(image)
-inferer = SpacingInferer(unit="mm", assumed_unit="mm", reverse_axes=True)
-logits = inferer(scaled[None], Segmenter.load("runs/scans/model"))
+scaled = ScaleIntensityRange(*read_facts("runs/ct/model").intensities, 0, 1)(image)
+logits = SpacingInferer(unit="mm", assumed_unit="mm", reverse_axes=True)(scaled[None], Segmenter.load("runs/ct/model"))
 SaveImage(output_dir="found", output_dtype="uint8", print_log=False)(logits[0].argmax(0, keepdim=True))
 print("voxels of", image.pixdim.tolist(), "mm:", int(logits.argmax(1).sum() * image.pixdim.prod()), "mm3 found")
 
@@ -51,13 +50,13 @@ print("voxels of", image.pixdim.tolist(), "mm:", int(logits.argmax(1).sum() * im
 # ``found/mine/mine_trans.nii.gz`` has the affine matrix of the file. Large volumes: ``SpacingInferer(..., roi_size=96,
 # overlap=0.5)`` is MONAI's sliding window, and one command goes from a file to a file, with the same scaling::
 #
-#     python -m rat_timm predict mine.nii.gz --model runs/scans/model --output found.nii.gz --unit mm --assumed-unit mm
+#     python -m rat_timm predict mine.nii.gz --model runs/ct/model --output found.nii.gz --unit mm --assumed-unit mm
 #
 # As a bundle
 # -----------
 # Two commands, the second of which is MONAI's own::
 #
-#     python -m rat_timm export-bundle runs/scans/model --output bundle --unit mm --assumed-unit mm
+#     python -m rat_timm export-bundle runs/ct/model --output bundle --unit mm --assumed-unit mm
 #     python -m monai.bundle run --config_file bundle/configs/inference.json --bundle_root bundle \
 #         --dataset_dir scans/validation/images --output_dir predictions
 #
