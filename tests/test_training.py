@@ -28,7 +28,7 @@ tifffile = pytest.importorskip("tifffile")
 
 from helpers import call, finish, losses, quick, read_events, start, together, train_all, wait_for_checkpoint
 from training import checkpoints, data, processes, spacings, trainer
-from training.config import Config, remember
+from training.config import Config, axes_of, remember
 from training.tasks.classification import Classification
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -445,6 +445,14 @@ def test_a_run_goes_on_with_the_same_config_only(tmp_path):
     (tmp_path / "checkpoints" / "00000001").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"lr, model must be as in .*config\.yaml, or output another folder"):
         remember(other, write=False)
+
+
+def test_a_model_of_the_hub_says_its_axes(tmp_path, monkeypatch):
+    asked = []
+    described = {}, "test_rat", {"spatial_dims": 3}
+    monkeypatch.setattr("timm.models.load_model_config_from_hf", lambda name: asked.append(name) or described)
+    assert axes_of(Config(tmp_path, model="hf-hub:me/nuclei")) == 3
+    assert asked == ["me/nuclei"]
 
 
 def test_what_does_not_fit(tmp_path):

@@ -11,6 +11,7 @@ import yaml
 # may change when training goes on: what changes no step, and the epochs, to train longer (the schedule stretches)
 FREE = ("output", "epochs", "compile", "device", "workers", "checkpoint_every")
 
+HUB = "hf-hub:"  # of a model's name: that of a repository follows
 SAVED = "local-dir:"  # of a model's name: that of a folder follows
 BEGAN = "config.yaml"  # the config that training began with, in the output
 
@@ -199,6 +200,10 @@ def axes_of(config: Config) -> int:
     if name.startswith(SAVED):
         described = json.loads((Path(name.removeprefix(SAVED)) / "config.json").read_text())
         name, saved = described["architecture"], described["model_args"]
+    elif name.startswith(HUB):
+        from timm.models import load_model_config_from_hf  # takes seconds
+
+        _, name, saved = load_model_config_from_hf(name.removeprefix(HUB))
     return int({**saved, **config.model_args}.get("spatial_dims", 3 if name.endswith("_3d") else 2))
 
 

@@ -79,10 +79,12 @@ class nnUNetTrainerRat(nnUNetTrainer):  # noqa: N801  (nnU-Net finds trainers by
     Attributes:
         variants: Names of backbones, by the number of axes.
         options: Further keywords of `Segmenter`.
+        schedule: Attributes of nnU-Net's trainer that say how long training is; it has its own for the others.
     """
 
     variants: ClassVar[dict[int, str]] = {2: "rat_tiny", 3: "rat_tiny_3d"}
     options: ClassVar[dict[str, Any]] = {}
+    schedule: ClassVar[dict[str, int]] = {}
     dataset_class: Any
 
     def __init__(
@@ -96,6 +98,8 @@ class nnUNetTrainerRat(nnUNetTrainer):  # noqa: N801  (nnU-Net finds trainers by
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
         self.initial_lr, self.weight_decay = 5e-4, 0.05
+        for name, value in self.schedule.items():
+            setattr(self, name, value)
         self._own_spacing: dict[str, tuple[float, ...]] = {}
 
     @classmethod
@@ -195,16 +199,11 @@ class nnUNetTrainerRatBase(nnUNetTrainerRat):  # noqa: N801
 class nnUNetTrainerRatTry(nnUNetTrainerRat):  # noqa: N801
     """Ten steps, to see in minutes whether data, plan and network go together; what it learns is of no use."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net reads this signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 10, 1
+    schedule: ClassVar[dict[str, int]] = {
+        "num_epochs": 1,
+        "num_iterations_per_epoch": 10,
+        "num_val_iterations_per_epoch": 1,
+    }
 
 
 class RatPredictor(nnUNetPredictor):

@@ -48,7 +48,7 @@ def read_facts(folder: str | PathLike) -> Facts | None:
         intensities = None if intensities is None else (float(intensities[0]), float(intensities[1]))
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(f"model: {file} must say length and intensities, got {error!r}") from error
-    return Facts(length, intensities, said.get("task") or None)
+    return Facts(length, intensities, said.get("task"))
 
 
 def open_intensities(facts: Facts | None) -> tuple[float, float] | None:
