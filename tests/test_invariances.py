@@ -17,11 +17,13 @@ PIXELS = {"physical_stem": False, "group_width": "fine", "iters": 3}
 CASES = {
     "2d": ("test_rat", {}),
     "2d narrow": ("test_rat", {"group_attn_width": "fine"}),
+    "2d pooled": ("test_rat", {"stem_kernel_size": (7,), "stem_pool": True}),
     "2d conv": ("test_rat", {"block_types": ("conv", "conv", "attention", "attention")}),
     "2d dense": ("test_rat", {**PIXELS, "sga_attention_type": "dense", "reg_tokens": 2}),
     "3d": ("test_rat_3d", {}),
     "3d conv": ("test_rat_3d", {"block_types": ("conv", "attention", "conv", "attention"), "conv_kernel_size": 3}),
     "3d thick": ("test_rat_3d", {"group_width": "coarse", "stem_stride": (1, 4, 4), "reg_tokens": 1}),
+    "3d pooled": ("test_rat_3d", {"stem_kernel_size": (5,), "stem_stride": (1, 4, 4), "stem_pool": True}),
     "classic": ("rat_classic", {"embed_dim": (32,) * 4, "num_heads": 4}),
 }
 VIT = {"depth": 2, "spacing": 1.0}

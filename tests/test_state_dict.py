@@ -160,6 +160,7 @@ def test_keywords_that_were_saved_before_mean_what_they_meant(depths, kinds, axe
         "group_width": "fine",
         "group_attn_width": "coarse",
         "block_types": "attention",
+        "stem_pool": False,
         "sga_attention_type": kinds,
         "attn_kernel_size": (window,) * (len(depths) - 1) + (0,),
         "joint_attention": False,
@@ -167,7 +168,7 @@ def test_keywords_that_were_saved_before_mean_what_they_meant(depths, kinds, axe
     for saved in ({**former, "sga_attention_type": None, "attn_kernel_size": None}, former):
         assert upgrade_keywords(saved) == now
         assert saved.get("group_width") is None  # it is not changed itself
-    widths = {"group_width": "fine", "group_attn_width": "coarse", "block_types": "attention"}
+    widths = {"group_width": "fine", "group_attn_width": "coarse", "block_types": "attention", "stem_pool": False}
     windows = {**former, **widths, "sga_attention_type": "none", "attn_kernel_size": 3}
     assert upgrade_keywords(windows) == {**windows, "joint_attention": False}
     now = dataclasses.asdict(RatConfig())

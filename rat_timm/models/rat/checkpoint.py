@@ -65,12 +65,13 @@ def upgrade_keywords(saved: dict[str, Any]) -> dict[str, Any]:
     """Returns saved keywords with those that mean something else since version 0.1.0.
 
     Groups had the finer stage's width then, ``sga_attention_type`` None meant that the last grouping was dense, and
-    ``attn_kernel_size`` None that attention in the last stage was global. All blocks were attention, and groupings
-    attended at their groups' width.
+    ``attn_kernel_size`` None that attention in the last stage was global. All blocks were attention, groupings attended
+    at their groups' width, and no stem pooled.
     """
     if "iters" not in saved:  # written by hand: models were saved with all their keywords
         return saved
-    saved = {"group_width": "fine", "group_attn_width": "coarse", "block_types": "attention", **saved}
+    former = {"group_width": "fine", "group_attn_width": "coarse", "block_types": "attention", "stem_pool": False}
+    saved = {**former, **saved}
     if saved.get("sga_attention_type") is None:
         groupings = len(saved["depths"]) - 1 + saved["group_first"]
         saved["sga_attention_type"] = ("sparse",) * (groupings - 1) + ("dense",) * min(groupings, 1)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...geometry.grid import axis_values, integers
 from ...layers.grouping import extent_and_padding
@@ -14,6 +14,20 @@ HEAD_DIM = 32
 GROUP_WIDTHS = ("coarse", "fine")
 BLOCK_TYPES = ("attention", "conv")
 SGA_ATTENTION_TYPES = ("dense", "sparse", "none")
+
+
+class Conv(NamedTuple):
+    """A layer that slides a window along each axis.
+
+    Attributes:
+        extent: How many places the window spans.
+        stride: How far it moves.
+        padding: How far it begins before the first place.
+    """
+
+    extent: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,9 @@ class RatConfig:
         leading_tokens: Another name for ``reg_tokens``.
         stem_kernel_size: Kernel of each convolution of the stem.
         stem_stride: Total stride of the stem, one number or one per axis.
+        stem_pool: Whether the largest of 3 neighbours is taken after the last convolution, in front of a norm, along
+            axes of an even stride, of which it makes a factor of 2. With ``stem_kernel_size=(7,)`` that is the stem of
+            ResNet (arXiv 1512.03385).
         physical_stem: Whether images are resampled to the reference spacing in front of the stem, so that kernels mean
             the same at any spacing; without a spacing nothing is done. Maps have then a number of places that goes with
             the extent, not with the pixels; samples of different extents are computed apart, and their maps filled up
@@ -184,6 +201,7 @@ class RatConfig:
     leading_tokens: int = 0
     stem_kernel_size: Sequence[int] = (3, 3)
     stem_stride: int | Sequence[int] = 4
+    stem_pool: bool = False
     physical_stem: bool = True
     level_ratios: Sequence[float | Sequence[float]] = ()
     mask_token: bool = False
@@ -237,7 +255,8 @@ class RatConfig:
                 raise ValueError(f"{name} must be odd, got {getattr(self, name)!r}")
         if self.ratios and set(self.ratios[0]) != {1.0}:
             raise ValueError(f"level_ratios must begin with 1, that of the finest level, got {self.level_ratios!r}")
-        share_stride(self.stem_strides, _sequence(self.stem_kernel_size, "stem_kernel_size", "one per convolution"))
+        _sequence(self.stem_kernel_size, "stem_kernel_size", "one per convolution")
+        stem_convs(self.stem_strides, self.stem_kernel_size, self.stem_pool)
         self.stages()
 
     @property
@@ -290,11 +309,9 @@ class RatConfig:
         return integers(self.stem_stride, "stem_stride", self.spatial_dims)
 
     @property
-    def stem_convs(self) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Extent, stride and padding of the stem's convolutions, as `Grid.conv` takes them."""
-        kernels = self.stem_kernel_size
-        strides = share_stride(self.stem_strides, kernels)
-        return [((k,) * len(s), s, (k // 2,) * len(s)) for k, s in zip(kernels, strides, strict=True)]
+    def stem_convs(self) -> list[Conv]:
+        """What the stem's layers do to a grid, as `Grid.conv` takes it."""
+        return stem_convs(self.stem_strides, self.stem_kernel_size, self.stem_pool)
 
     def stages(self) -> tuple[StageConfig, ...]:
         """Works out the stages, checking everything on the way."""
@@ -453,6 +470,23 @@ def _check_number(name: str, value: Any, kind: type, least: float = -math.inf, a
     if not valid or not (least <= value < math.inf and value > above):
         bound = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
         raise ValueError(f"{name} must be {'whole and ' if kind is Integral else ''}{bound}, got {value!r}")
+
+
+def stem_convs(stride: Sequence[int], kernel_size: Sequence[int], pool: bool = False) -> list[Conv]:
+    """Splits a stem's stride into those of its convolutions and, with ``pool``, of the pooling at its end.
+
+    Raises:
+        ValueError: If a kernel is even, the stride is more than the kernels can cover, or nothing would be pooled.
+    """
+    pooled = tuple(2 if pool and n % 2 == 0 else 1 for n in stride)
+    if pool and max(pooled) == 1:
+        raise ValueError(f"stem_pool takes a factor of 2 of stem_stride along an axis, got {tuple(stride)}")
+    strides = share_stride(_divide(stride, pooled), kernel_size)
+    axes = len(pooled)
+    convs = [Conv((k,) * axes, s, (k // 2,) * axes) for k, s in zip(kernel_size, strides, strict=True)]
+    if pool:
+        convs.append(Conv(tuple(2 * n - 1 for n in pooled), pooled, tuple(n - 1 for n in pooled)))
+    return convs
 
 
 def share_stride(stride: Sequence[int], kernel_size: Sequence[int]) -> list[tuple[int, ...]]:

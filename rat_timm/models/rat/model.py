@@ -138,6 +138,7 @@ class ResolutionAwareTransformer(KnowsRange, nn.Module):
             self.cfg.mask_token,
             linear=self.cfg.linear_stem,
             norm_eps=self.cfg.norm_eps,
+            pool=self.cfg.stem_pool,
             **dd,
         )
         drop_path = calculate_drop_path_rates(drop_path_rate, [stage.depth for stage in stages], stagewise=True)

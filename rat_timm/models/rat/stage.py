@@ -22,14 +22,17 @@ from ...layers.tracing import as_one_node
 from ...ops.assignment import Assignment
 from ...ops.masking import check_mask, join_masks, pool_mask
 from ...ops.windows import Tiles
-from .config import RatConfig, StageConfig, share_stride
+from .config import Conv, RatConfig, StageConfig, stem_convs
 from .places import StageInput
 
 POOLS = ("avg", "token", "")
+MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 class Stem(nn.Module):
     """Convolutions with a norm after each and GELU between, or one norm at the end; a single one may stand alone.
+
+    With ``pool`` the last convolution is followed by a maximum over neighbours, and that by a norm.
 
     Args:
         in_chans: Number of image channels.
@@ -42,9 +45,10 @@ class Stem(nn.Module):
         dtype: PyTorch's.
         linear: Whether nothing stands between the convolutions, and a norm after the last one.
         norm_eps: What norms add to variances.
+        pool: Whether to take the largest of 3 neighbours along axes of an even stride, a factor of 2 of it.
 
     Raises:
-        ValueError: If a kernel is even or the stride is more than the kernels can cover.
+        ValueError: If a kernel is even, the stride is more than the kernels can cover, or nothing would be pooled.
     """
 
     def __init__(
@@ -60,17 +64,20 @@ class Stem(nn.Module):
         *,
         linear: bool = False,
         norm_eps: float = 1e-6,
+        pool: bool = False,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.strides = share_stride(stride, kernel_size)
+        convs = stem_convs(stride, kernel_size, pool)
+        self.pool = convs.pop() if pool else None
+        self.strides = [conv.stride for conv in convs]
         widths = [in_chans, *[embed_dim // 2] * (len(kernel_size) - 1), embed_dim]
         conv = CONVS[spatial_dims]
         self.convs = nn.ModuleList(
             conv(a, b, kernel_size=k, stride=s, padding=k // 2, **dd)
             for a, b, k, s in zip(widths[:-1], widths[1:], kernel_size, self.strides, strict=True)
         )
-        norms = widths[-1:] if linear else widths[1:] if len(kernel_size) > 1 else []
+        norms = widths[-1:] if linear else widths[1:] if pool or len(kernel_size) > 1 else []
         self.linear = linear
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=norm_eps, **dd) for width in norms)
         self.mask_token = nn.Parameter(torch.empty(embed_dim, **dd)) if mask_token else None
@@ -96,16 +103,38 @@ class Stem(nn.Module):
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         last = len(self.convs) - 1
         for index, (conv, stride) in enumerate(zip(self.convs, self.strides, strict=True)):
-            x = conv(x if mask is None else torch.where(mask.unsqueeze(1), x, 0.0)).movedim(1, -1)
+            x = conv(x if mask is None else torch.where(mask.unsqueeze(1), x, 0.0))
+            mask = None if mask is None else pool_mask(mask, stride)
+            if index == last and self.pool is not None:
+                x, mask = take_largest(x, mask, self.pool)
+            x = x.movedim(1, -1)
             if self.norms and (index == last or not self.linear):
                 x = self.norms[-1 if index == last else index](x)
             if index < last and not self.linear:
                 x = F.gelu(x)
             x = x.movedim(-1, 1)
-            mask = None if mask is None else pool_mask(mask, stride)
         if self.mask_token is None or mask is None:
             return x
         return torch.where(mask.unsqueeze(1), x, self.mask_token.view(-1, *[1] * (x.ndim - 2)))
+
+
+def take_largest(x: Tensor, mask: Tensor | None, window: Conv) -> tuple[Tensor, Tensor | None]:
+    """Takes the largest value of the valid places in a window, channel by channel.
+
+    Args:
+        x: ``[B, C, *grid]``.
+        mask: ``[B, *grid]``, True = valid, or None.
+        window: Which reaches over a cell of its stride.
+
+    Returns:
+        ``[B, C, *ceil(grid / stride)]``, zero where no place under it is valid, and its mask.
+    """
+    pool = MAX_POOLS[len(window.stride)]
+    if mask is None:
+        return pool(x, *window), None
+    largest = pool(x.masked_fill(~mask.unsqueeze(1), -torch.inf), *window)
+    mask = pool_mask(mask, window.stride)
+    return torch.where(mask.unsqueeze(1), largest, 0.0), mask
 
 
 class Coarsening(nn.Module):
