@@ -132,7 +132,7 @@ def test_groups_for_layer_decay(name):
     depth = sum(model.cfg.depths)
     assert depth < len(set(groups.values())) <= 2 * depth + 3
     assert groups["stem.convs.0.weight"] == min(groups.values())
-    assert groups["stages.0.blocks.0.attn.qkv.weight"] < groups["stages.3.blocks.0.attn.qkv.weight"]
+    assert groups["stages.0.blocks.0.mlp.fc1.weight"] < groups["stages.3.blocks.0.mlp.fc1.weight"]
 
 
 def test_geometry_is_not_decayed():
@@ -213,7 +213,7 @@ def test_what_others_read_off_a_model_is_there(ours, timms, names):
     model, other = meta(ours), meta(timms)
     for name in names:
         assert type(getattr(model, name)) is type(getattr(other, name)), name
-    assert meta("rat_tiny").embed_dim == 64
+    assert meta("rat_tiny").embed_dim == 96
     assert meta("test_rat", reg_tokens=2, global_pool="token").num_prefix_tokens == 2
     assert meta("rat_vit_small_patch16_dinov3").has_class_token
     assert not meta("rat_vit_small_patch16_rope_mixed_224", class_token=False, global_pool="avg").has_class_token

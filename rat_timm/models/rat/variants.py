@@ -3,8 +3,8 @@
 Budgets are those of NAT (arXiv 2204.07143): 27.9 / 50.7 / 89.7 / 200.9 M parameters.
 """
 
-import dataclasses
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,16 @@ def _digits(input_size: tuple[int, ...], **kwargs: Any) -> dict[str, Any]:
     )
 
 
+_LAYOUT = RatConfig(
+    mlp_ratio=(4.0, 4.0, 3.0, 3.0),
+    block_types=("conv", "conv", "attention", "attention"),
+    attn_kernel_size=(7, 7, 15, 7),
+    group_attn_width="fine",
+    stem_kernel_size=(7,),
+    stem_pool=True,
+)
+"""Of images: convolutions where there are many tokens; then attention, in stage 3 to all of an image of 224 pixels."""
+
 _CLASSIC = RatConfig(
     embed_dim=(128,) * 4,
     depths=(1,) * 4,
@@ -118,10 +128,10 @@ _NAT = RatConfig(
 """The layout of NAT, at first without positions and groups."""
 
 _NAT_ARCHITECTURES = {
-    "mini": dataclasses.replace(_NAT, embed_dim=64, depths=(3, 4, 6, 5), mlp_ratio=3.0),
-    "tiny": dataclasses.replace(_NAT, embed_dim=64, mlp_ratio=3.0),
-    "small": dataclasses.replace(_NAT, embed_dim=96, layer_scale=1e-5),
-    "base": dataclasses.replace(_NAT, embed_dim=128, layer_scale=1e-5),
+    "mini": replace(_NAT, embed_dim=64, depths=(3, 4, 6, 5), mlp_ratio=3.0),
+    "tiny": replace(_NAT, embed_dim=64, mlp_ratio=3.0),
+    "small": replace(_NAT, embed_dim=96, layer_scale=1e-5),
+    "base": replace(_NAT, embed_dim=128, layer_scale=1e-5),
 }
 _NAT_ACCURACIES = {"mini": 81.8, "tiny": 83.2, "small": 83.7, "base": 84.3}
 
@@ -136,7 +146,7 @@ def _images(description: str, cfg: RatConfig, entries: dict[str, Any] | None = N
 
 def _volumes(description: str, cfg: RatConfig, entries: dict[str, Any] | None = None) -> Variant:
     # a convolution d -> 2d with 27 taps would be an eighth of all parameters
-    cfg = dataclasses.replace(cfg, spatial_dims=3, group_width="fine", sga_mlp_ratio=max(1.0, cfg.sga_mlp_ratio))
+    cfg = replace(cfg, spatial_dims=3, group_width="fine", sga_mlp_ratio=max(1.0, cfg.sga_mlp_ratio))
     return Variant(description, {"cfg": cfg}, entries or {"untrained": _cfg_3d()})
 
 
@@ -145,7 +155,7 @@ def _nats(arch: str, images: str, volumes: str) -> dict[str, Variant]:
     cfg, origin = _NAT_ARCHITECTURES[arch], _imagenet(arch, _NAT_ACCURACIES[arch])
     # windows of 5 as in other volumes; around thin ones no tokens are made up. What groups start from is the
     # convolution d -> 2d, inflated
-    deep = dataclasses.replace(cfg, spatial_dims=3, attn_kernel_size=5, pad_windows=False)
+    deep = replace(cfg, spatial_dims=3, attn_kernel_size=5, pad_windows=False)
     flat_cfg, deep_cfg = _cfg(**origin | {"crop_pct": 0.875}), _cfg_3d(**origin)
     return {
         f"rat_nat_{arch}": Variant(f"NAT's layout, {images} parameters.", {"cfg": cfg}, {"in1k": flat_cfg}),
@@ -156,11 +166,11 @@ def _nats(arch: str, images: str, volumes: str) -> dict[str, Variant]:
 
 
 VARIANTS = {
-    "rat_tiny": _images("Tiny, 28.7 M parameters.", RatConfig(embed_dim=64, mlp_ratio=3.0)),
-    "rat_small": _images("Small, 52.6 M parameters.", RatConfig(embed_dim=96)),
-    "rat_base": _images("Base, 93.1 M parameters.", RatConfig(embed_dim=128)),
-    "rat_large": _images("Large, 209 M parameters.", RatConfig(embed_dim=192)),
-    "rat_huge": _images("Huge, 656 M parameters.", RatConfig(embed_dim=320, depths=(3, 4, 24, 5))),
+    "rat_tiny": _images("Tiny, 27.3 M parameters.", replace(_LAYOUT, embed_dim=96, depths=(2, 2, 6, 2))),
+    "rat_small": _images("Small, 51.7 M parameters.", replace(_LAYOUT, embed_dim=96, depths=(3, 4, 18, 3))),
+    "rat_base": _images("Base, 91.4 M parameters.", replace(_LAYOUT, embed_dim=128, depths=(3, 4, 18, 3))),
+    "rat_large": _images("Large, 205 M parameters.", replace(_LAYOUT, embed_dim=192, depths=(3, 4, 18, 3))),
+    "rat_huge": _images("Huge, 632 M parameters.", replace(_LAYOUT, embed_dim=320, depths=(3, 4, 22, 3))),
     "rat_tiny_3d": _volumes(
         "Tiny for volumes, 5.2 M parameters.", RatConfig(embed_dim=32, depths=(3, 4, 6, 5), mlp_ratio=3.0)
     ),
