@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from rat_timm.geometry.grid import Grid
 from rat_timm.pretrain import Distiller, Lesson, MaskedImageModel, Teacher, hide_blocks, lessons, masked_loss
 from studies.head import head
+from studies.layouts import FORMER
 from studies.results import carry_out
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depths": [1, 1, 2, 1], "in_chans": 1}
@@ -79,7 +80,7 @@ def taught_slices(volume: Tensor) -> Tensor:
 def pretrained(volume: Tensor, spacing: tuple[float, ...], steps: int) -> tuple[nn.Module, float]:
     """Pretrains a network of images by masked-image modelling; returns it and its last loss."""
     slices, plane = taught_slices(volume), spacing[1:]
-    model = MaskedImageModel("rat_tiny", stem_stride=2, spacing=plane, **SMALL)
+    model = MaskedImageModel("rat_tiny", stem_stride=2, spacing=plane, **FORMER, **SMALL)
     grid = Grid.create(CROP[1:], plane)
 
     def loss(model: nn.Module) -> Tensor:

@@ -42,13 +42,14 @@ from typing import Any
 import pandas as pd
 import torch
 
+from studies.layouts import FORMER
 from studies.results import carry_out
 from training.cells import MOVIES
 from training.conditions import Condition, Evaluation
 from training.config import Config
 from training.trainer import train
 
-MODEL = {"model": "rat_tiny", "model_args": {"embed_dim": 32, "depths": [1, 1, 2, 1]}, "pretrained": False}
+MODEL = {"model": "rat_tiny", "model_args": {**FORMER, "embed_dim": 32, "depths": [1, 1, 2, 1]}, "pretrained": False}
 SIZE = [96, 96]
 STEPS = 120  # of fine-tuning, four crops in each
 QUICK = "discs"

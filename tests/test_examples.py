@@ -64,6 +64,15 @@ def test_slices_teach_a_network_of_volumes(run, tmp_path):
     assert len(file.read_text().splitlines()) > 1
 
 
+def test_few_images_are_compared(run, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    networks = ["rat_tiny, 32 wide", "resnet10t"]
+    run("few_images.py", "--quick", "--seeds", 1, "--networks", *networks, "--output", tmp_path)
+    results = pandas.read_csv(tmp_path / "few.csv")
+    assert list(results.network) == networks
+    assert results.right.between(0.3, 1.0).all()
+
+
 def test_the_test_weights_are_trained(run, tmp_path):
     pytest.importorskip("sklearn")
     run("pretrain_test_weights.py", "--quick", "--models", "test_rat", "--folder", tmp_path)

@@ -5,8 +5,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=$1
-rat="{embed_dim: 32, depths: [2, 3, 8, 3]}"
-none="{embed_dim: 32, depths: [2, 3, 8, 3], sga_attention_type: none}"
+rat="{embed_dim: 32, depths: [2, 2, 6, 2]}"
+layout="mlp_ratio: 3, block_types: attention, attn_kernel_size: 7, group_attn_width: coarse, stem_kernel_size: [3, 3]"
+former="{embed_dim: 32, depths: [2, 3, 8, 3], stem_pool: false, $layout}"
+none="{embed_dim: 32, depths: [2, 3, 8, 3], stem_pool: false, $layout, sga_attention_type: none}"
 unet="{decoder_channels: [96, 64, 32, 16, 16]}"
 volumes="{embed_dim: 32, depths: [2, 2, 4, 2], stem_stride: [1, 4, 4]}"
 
@@ -24,16 +26,18 @@ for seed in 0 1 2; do
   resized=--resized
   run hela-unet "$seed" "0.5 0.7 1 1.4 2" --data hela --model smp:unet-resnet10t --model_args "$unet"
   resized=''
-  run hela-fpn "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$rat"
-  run hela-groups "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$rat" --decoder groups
+  run hela-rat "$seed" 1 --data hela --model rat_tiny --model_args "$rat"
+  run bacteria-rat "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model rat_tiny --model_args "$rat"
+  run hela-fpn "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$former"
+  run hela-groups "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$former" --decoder groups
   run hela-none "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$none"
-  run bacteria-fpn "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model rat_tiny --model_args "$rat"
-  run bacteria-nodetail "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model rat_tiny --model_args "$rat" --detail false
+  run bacteria-fpn "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model rat_tiny --model_args "$former"
+  run bacteria-nodetail "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model rat_tiny --model_args "$former" --detail false
   run bacteria-unet "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model smp:unet-resnet10t --model_args "$unet"
 done
 run cho-fpn 0 1 --data cho --model rat_tiny_3d --model_args "$volumes" --size "[5, 96, 96]" --crops 24 --batch_size 2
-run bacteria-classes 0 1 --data bacteria --foreground 0.9 --task segmentation --model rat_tiny --model_args "$rat" --epochs 2
+run bacteria-classes 0 1 --data bacteria --foreground 0.9 --task segmentation --model rat_tiny --model_args "$former" --epochs 2
 for detector in fcos mask_rcnn; do
-  run "hela-$detector" 0 1 --data hela --task detection --detector "$detector" --model rat_tiny --model_args "$rat" \
+  run "hela-$detector" 0 1 --data hela --task detection --detector "$detector" --model rat_tiny --model_args "$former" \
     --epochs 3
 done

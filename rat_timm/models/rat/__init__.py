@@ -1,9 +1,11 @@
 """The Resolution Aware Transformer, hierarchical: the names ``rat_*``, for images and volumes.
 
-Four stages at strides 4, 8, 16 and 32 of neighbourhood attention (windows of 7 x 7, or 5 x 5 x 5), with rotary
-embeddings of physical positions; between stages, spatial grouping attention assigns tokens to fewer tokens. The cost is
-linear in the number of pixels. In the last stage the levels of a pyramid meet: all their tokens, and prefix tokens,
-attend to all.
+Four stages at strides 4, 8, 16 and 32; between them, spatial grouping attention assigns tokens to fewer tokens. For
+volumes all stages are neighbourhood attention (windows of 5 x 5 x 5) with rotary embeddings of physical positions. For
+images stages 1 and 2 are convolution blocks, stage 3 has windows of 15 x 15, the whole of an image of 224 pixels, and
+stage 4 of 7 x 7; their stem takes the largest of neighbouring values, which lets them learn from few images
+(`examples/benchmarks.md`). The cost is linear in the number of pixels. In the last stage the levels of a pyramid meet:
+all their tokens, and prefix tokens, attend to all.
 
 Every field of `RatConfig` is a keyword of ``timm.create_model``; any variant takes ``spatial_dims=2 | 3``, for volumes
 with thick slices ``stem_stride=(1, 4, 4)``, for denser maps of the same weights ``output_stride=8 | 16``, and for
