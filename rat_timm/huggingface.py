@@ -28,6 +28,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from .data.samples import Sample, collate
 from .geometry.types import MaskLike, OriginLike, SpacingLike
 from .optional import import_optional
+from .timm_api.families import upgrade
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -222,7 +223,7 @@ class RatBackbone(_Backbone):
     config_class = RatBackboneConfig
 
     def __init__(self, config: RatBackboneConfig, **kwargs: Any) -> None:
-        super().__init__(config, **{**(config.model_args or {}), **kwargs})
+        super().__init__(config, **{**upgrade(str(config.backbone), config.model_args or {}), **kwargs})
 
     @classmethod
     def from_pretrained(cls, name: str | PathLike, *args: Any, **kwargs: Any) -> "RatBackbone":

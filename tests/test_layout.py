@@ -30,7 +30,7 @@ ALLOWED = {
     "adapters": {"geometry", "ops", "layers", "models"},
     "pretrain": {"geometry", "ops", "layers", "models", "dense"},
     "predict": {"geometry", "layers", "models", "data", "dense", "timm_api"},
-    "huggingface": {"data", "geometry"},
+    "huggingface": {"data", "geometry", "timm_api"},
     "explain": {"dense", "evaluation", "geometry", "models", "ops"},
     "napari": {"data", "geometry", "predict"},
     "huggingface_training": {"geometry"},

@@ -12,6 +12,7 @@ from rat_timm.dense import Segmenter, at_grid
 from rat_timm.geometry.grid import channels_first, channels_last
 from rat_timm.geometry.parts import parts_at_reference
 from rat_timm.geometry.read import Told, read_images
+from rat_timm.timm_api.checkpoints import write
 
 SIZES = {"test_rat": (3, 45, 62), "test_rat_3d": (1, 11, 33, 18)}
 VIT = "rat_eva02_tiny_patch14_224"
@@ -385,6 +386,21 @@ def test_a_saved_segmenter_comes_back(name, decoder, tmp_path):
     other = segmenter(name, decoder, spacing=0.5)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x, spacing=0.4), model(x, spacing=0.4))
+
+
+@torch.no_grad()
+def test_a_folder_of_the_former_layout_opens(tmp_path):
+    """As it was saved: `stem_pool` did not exist, and None stood for windows of 7."""
+    former = {"mlp_ratio": 3.0, "block_types": "attention", "attn_kernel_size": 7, "group_attn_width": "coarse"}
+    stem = {"stem_kernel_size": (3, 3), "stem_pool": False}
+    model = Segmenter("rat_tiny", num_classes=2, embed_dim=32, depths=(1, 1, 1, 1), **former, **stem).eval()
+    config = json.loads((model.save(tmp_path / "now") / "config.json").read_text())
+    del config["model_args"]["stem_pool"]
+    config["model_args"]["attn_kernel_size"] = None
+    (tmp_path / "then").mkdir()
+    write(model, config, tmp_path / "then")
+    again, x = Segmenter.load(tmp_path / "then"), torch.randn(1, 3, 64, 80)
+    assert torch.equal(again(x), model(x))
 
 
 def test_damaged_folders_are_refused(tmp_path):

@@ -171,8 +171,9 @@ def test_keywords_that_were_saved_before_mean_what_they_meant(depths, kinds, axe
     widths = {"group_width": "fine", "group_attn_width": "coarse", "block_types": "attention", "stem_pool": False}
     windows = {**former, **widths, "sga_attention_type": "none", "attn_kernel_size": 3}
     assert upgrade_keywords(windows) == {**windows, "joint_attention": False}
-    now = dataclasses.asdict(RatConfig())
+    now = dataclasses.asdict(RatConfig(spatial_dims=axes, attn_kernel_size=3))
     assert upgrade_keywords(now) == now
+    assert upgrade_keywords({**now, "attn_kernel_size": None}) == {**now, "attn_kernel_size": window}
     assert upgrade_keywords({"embed_dim": 32}) == {"embed_dim": 32}
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..timm_api.build import keywords_of
 from ..timm_api.checkpoints import CONFIG, KEY, Checkpoint, Place, read, replacing, write
-from ..timm_api.families import FAMILIES
+from ..timm_api.families import FAMILIES, upgrade
 from ..timm_api.state_dict import different_shapes
 
 OPTIONS = "segmenter"
@@ -57,7 +57,7 @@ def load_segmenter(folder: str | Path) -> tuple[Checkpoint, dict[str, Any]]:
             f"{CONFIG} in {folder} must hold keywords of {type(backbone).__name__} and of Segmenter {OPTION_NAMES}, "
             f"got {unknown} and {sorted(options)}"
         )
-    return found, options
+    return found._replace(model_args=upgrade(str(found.architecture), found.model_args)), options
 
 
 def _describe(model: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A family's package fills it by `register`. `python -m rat_timm list`, the tests 
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from timm.models import generate_default_cfgs, register_model
@@ -38,15 +38,30 @@ class Family(NamedTuple):
         name: timm's name of the module, as in ``timm.list_models(module=...)``.
         create: Makes a model of it.
         variants: By registered name.
+        upgrade: Turns all keywords of a model, as an earlier version saved them, into today's.
     """
 
     name: str
     create: Create
     variants: Mapping[str, Variant]
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 FAMILIES: dict[str, Family] = {}
 """The families by name, in the order of their registration."""
+
+
+def upgrade(variant: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keywords with which ``timm.create_model`` makes what was saved.
+
+    Args:
+        variant: A name of timm's registry; of other packages' models keywords are returned as they are.
+        saved: All keywords of the model.
+    """
+    for family in FAMILIES.values():
+        if variant in family.variants:
+            return family.upgrade(dict(saved))
+    return dict(saved)
 
 
 def register(family: Family, package: str) -> None:

@@ -68,18 +68,19 @@ def upgrade_keywords(saved: dict[str, Any]) -> dict[str, Any]:
     ``attn_kernel_size`` None that attention in the last stage was global. All blocks were attention, groupings attended
     at their groups' width, and no stem pooled.
     """
-    if "iters" not in saved:  # written by hand: models were saved with all their keywords
+    if not {"iters", "spatial_dims", "depths", "group_first"} <= saved.keys():  # by hand: models were saved with all
         return saved
     former = {"group_width": "fine", "group_attn_width": "coarse", "block_types": "attention", "stem_pool": False}
-    saved = {**former, **saved}
+    saved, window = {**former, **saved}, 7 if saved["spatial_dims"] == 2 else 5
     if saved.get("sga_attention_type") is None:
         groupings = len(saved["depths"]) - 1 + saved["group_first"]
         saved["sga_attention_type"] = ("sparse",) * (groupings - 1) + ("dense",) * min(groupings, 1)
     if "joint_attention" not in saved:
-        saved = {**saved, "joint_attention": False}
+        saved["joint_attention"] = False
         if saved.get("attn_kernel_size") is None:
-            window = 7 if saved["spatial_dims"] == 2 else 5
             saved["attn_kernel_size"] = (window,) * (len(saved["depths"]) - 1) + (0,)
+    if saved.get("attn_kernel_size") is None:  # timm drops keywords that are None, and a name has windows of its own
+        saved["attn_kernel_size"] = window
     return saved
 
 
