@@ -52,7 +52,7 @@ from rat_timm.layers import grouping_attention, local_grouping_attention, neighb
 from rat_timm.optional import import_optional
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STAGES = ((56, 2), (28, 4), (14, 8))  # length and heads of rat_tiny's first stages for an image of 224 x 224
+STAGES = ((56, 2), (28, 4), (14, 8))  # length and heads of stages of 64 to 256 channels for 224 x 224 pixels
 ROOF = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices whose product sets the roof
 STEPS = {"cpu": 1, "cuda": 10}  # in a row in each turn: a GPU works while the next are launched
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -235,7 +235,7 @@ def contenders_of(
 
 
 def operations(setting: Setting) -> list[Contender]:
-    """Returns the package's operations and their peers at the sizes of `rat_tiny`'s stages for a 224 x 224 image."""
+    """Returns the package's operations and their peers at the sizes of three stages for a 224 x 224 image."""
     found = []
     for length, heads in STAGES:
         shape = (setting.batch, length, length, heads, 32)

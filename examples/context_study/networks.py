@@ -123,7 +123,7 @@ def _import_muvit() -> Any:
     except ModuleNotFoundError as error:
         raise ImportError(
             f"MuViT needs {error.name}: pip install muvit==0.1.0. It is in no extra of this package, since it takes "
-            "lightning, wandb and x-transformers, and Python 3.11 to 3.13 only"
+            "lightning, wandb and x-transformers, and Python 3.11 or 3.12"
         ) from error
 
 

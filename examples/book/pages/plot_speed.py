@@ -80,7 +80,7 @@ for name, spacing in (
 # - Large images: ``python -m rat_timm predict``, with ``--background`` for what need not be computed, and
 #   ``--workers``.
 #
-# :doc:`What was measured </measured/benchmarks>`: beside Swin on a CPU nearly as fast, on a GPU far slower, compiled or
+# :doc:`What was measured </measured/benchmarks>`: beside Swin on a CPU as fast, on a GPU far slower with a former layout, compiled or
 # not. ``bash examples/gpu_day.sh FOLDER`` measures on your GPU, ``python examples/benchmark.py`` what you ask for.
 #
 # Next: :doc:`how it works <plot_positions>`. Reference: :api:`rat_timm.set_attention_backend`.
