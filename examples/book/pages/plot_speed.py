@@ -80,7 +80,8 @@ for name, spacing in (
 # - Large images: ``python -m rat_timm predict``, with ``--background`` for what need not be computed, and
 #   ``--workers``.
 #
-# :doc:`What was measured </measured/benchmarks>`: beside Swin on a CPU as fast, on a GPU far slower with a former layout, compiled or
-# not. ``bash examples/gpu_day.sh FOLDER`` measures on your GPU, ``python examples/benchmark.py`` what you ask for.
+# :doc:`What was measured </measured/benchmarks>`: on a CPU as fast as Swin, on a GPU, with a former layout, far slower,
+# compiled or not. ``bash examples/gpu_day.sh FOLDER`` measures on your GPU, ``python examples/benchmark.py`` what you
+# ask for.
 #
 # Next: :doc:`how it works <plot_positions>`. Reference: :api:`rat_timm.set_attention_backend`.
