@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 
 from helpers import lively
 from rat_timm.models.rat import RatConfig, checkpoint_filter_fn
-from rat_timm.models.rat.checkpoint import rescale, upgrade_keywords
+from rat_timm.models.rat.checkpoint import explicit_keywords, rescale, upgrade_keywords
 from rat_timm.timm_api.state_dict import fit
 
 
@@ -173,7 +173,7 @@ def test_keywords_that_were_saved_before_mean_what_they_meant(depths, kinds, axe
     assert upgrade_keywords(windows) == {**windows, "joint_attention": False}
     now = dataclasses.asdict(RatConfig(spatial_dims=axes, attn_kernel_size=3))
     assert upgrade_keywords(now) == now
-    assert upgrade_keywords({**now, "attn_kernel_size": None}) == {**now, "attn_kernel_size": window}
+    assert explicit_keywords({**now, "attn_kernel_size": None}) == {**now, "attn_kernel_size": window}
     assert upgrade_keywords({"embed_dim": 32}) == {"embed_dim": 32}
 
 

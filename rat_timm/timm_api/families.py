@@ -38,7 +38,7 @@ class Family(NamedTuple):
         name: timm's name of the module, as in ``timm.list_models(module=...)``.
         create: Makes a model of it.
         variants: By registered name.
-        upgrade: Turns all keywords of a model, as an earlier version saved them, into today's.
+        upgrade: Turns all keywords of a model, as this or an earlier version saved them, into those for timm.
     """
 
     name: str

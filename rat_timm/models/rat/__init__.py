@@ -58,11 +58,11 @@ those here:
 """
 
 from ...timm_api.families import Family, register
-from .checkpoint import checkpoint_filter_fn, upgrade_keywords
+from .checkpoint import checkpoint_filter_fn, explicit_keywords
 from .config import RatConfig
 from .model import ResolutionAwareTransformer
 from .variants import VARIANTS, create
 
 __all__ = ["RatConfig", "ResolutionAwareTransformer", "checkpoint_filter_fn"]
 
-register(Family("rat", create, VARIANTS, upgrade_keywords), __name__)
+register(Family("rat", create, VARIANTS, explicit_keywords), __name__)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...geometry.grid import axis_values
 from ...timm_api.state_dict import check_names, fit, unwrap, warn_of_dropped_classifier
-from .config import RatConfig
+from .config import RatConfig, default_window
 from .model import ResolutionAwareTransformer
 from .nat import from_nat, is_nat
 
@@ -71,16 +71,22 @@ def upgrade_keywords(saved: dict[str, Any]) -> dict[str, Any]:
     if not {"iters", "spatial_dims", "depths", "group_first"} <= saved.keys():  # by hand: models were saved with all
         return saved
     former = {"group_width": "fine", "group_attn_width": "coarse", "block_types": "attention", "stem_pool": False}
-    saved, window = {**former, **saved}, 7 if saved["spatial_dims"] == 2 else 5
+    saved = {**former, **saved}
     if saved.get("sga_attention_type") is None:
         groupings = len(saved["depths"]) - 1 + saved["group_first"]
         saved["sga_attention_type"] = ("sparse",) * (groupings - 1) + ("dense",) * min(groupings, 1)
     if "joint_attention" not in saved:
         saved["joint_attention"] = False
         if saved.get("attn_kernel_size") is None:
-            saved["attn_kernel_size"] = (window,) * (len(saved["depths"]) - 1) + (0,)
-    if saved.get("attn_kernel_size") is None:  # timm drops keywords that are None, and a name has windows of its own
-        saved["attn_kernel_size"] = window
+            saved["attn_kernel_size"] = (default_window(saved["spatial_dims"]),) * (len(saved["depths"]) - 1) + (0,)
+    return saved
+
+
+def explicit_keywords(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns saved keywords as ``timm.create_model`` takes them: it drops None, and names have windows of their own."""
+    saved = upgrade_keywords(saved)
+    if "spatial_dims" in saved and saved.get("attn_kernel_size", 0) is None:
+        saved = {**saved, "attn_kernel_size": default_window(saved["spatial_dims"])}
     return saved
 
 

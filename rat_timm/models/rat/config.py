@@ -422,7 +422,7 @@ class RatConfig:
     def _attention_kernels(self, count: int) -> list[tuple[int, ...] | None]:
         sizes: Any = self.attn_kernel_size
         if sizes is None:
-            sizes = 7 if self.spatial_dims == 2 else 5
+            sizes = default_window(self.spatial_dims)
         if isinstance(sizes, Real):
             sizes = [sizes] * count
         sizes = _sequence(sizes, "attn_kernel_size", "one per stage")
@@ -470,6 +470,11 @@ def _check_number(name: str, value: Any, kind: type, least: float = -math.inf, a
     if not valid or not (least <= value < math.inf and value > above):
         bound = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
         raise ValueError(f"{name} must be {'whole and ' if kind is Integral else ''}{bound}, got {value!r}")
+
+
+def default_window(spatial_dims: int) -> int:
+    """Returns the neighbourhood of attention that ``attn_kernel_size=None`` stands for."""
+    return 7 if spatial_dims == 2 else 5
 
 
 def stem_convs(stride: Sequence[int], kernel_size: Sequence[int], pool: bool = False) -> list[Conv]:
