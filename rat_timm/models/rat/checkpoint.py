@@ -83,7 +83,7 @@ def upgrade_keywords(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def explicit_keywords(saved: dict[str, Any]) -> dict[str, Any]:
-    """Returns saved keywords as ``timm.create_model`` takes them: it drops None, and names have windows of their own."""
+    """Returns saved keywords as ``timm.create_model`` takes them: it drops None, and names have their own windows."""
     saved = upgrade_keywords(saved)
     if "spatial_dims" in saved and saved.get("attn_kernel_size", 0) is None:
         saved = {**saved, "attn_kernel_size": default_window(saved["spatial_dims"])}
