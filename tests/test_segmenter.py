@@ -13,6 +13,7 @@ from rat_timm.geometry.grid import channels_first, channels_last
 from rat_timm.geometry.parts import parts_at_reference
 from rat_timm.geometry.read import Told, read_images
 from rat_timm.timm_api.checkpoints import write
+from studies.layouts import FORMER
 
 SIZES = {"test_rat": (3, 45, 62), "test_rat_3d": (1, 11, 33, 18)}
 VIT = "rat_eva02_tiny_patch14_224"
@@ -391,9 +392,7 @@ def test_a_saved_segmenter_comes_back(name, decoder, tmp_path):
 @torch.no_grad()
 def test_a_folder_of_the_former_layout_opens(tmp_path):
     """As it was saved: `stem_pool` did not exist, and None stood for windows of 7."""
-    former = {"mlp_ratio": 3.0, "block_types": "attention", "attn_kernel_size": 7, "group_attn_width": "coarse"}
-    stem = {"stem_kernel_size": (3, 3), "stem_pool": False}
-    model = Segmenter("rat_tiny", num_classes=2, embed_dim=32, depths=(1, 1, 1, 1), **former, **stem).eval()
+    model = Segmenter("rat_tiny", num_classes=2, embed_dim=32, depths=(1, 1, 1, 1), **FORMER).eval()
     config = json.loads((model.save(tmp_path / "now") / "config.json").read_text())
     del config["model_args"]["stem_pool"]
     config["model_args"]["attn_kernel_size"] = None

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
 
 def check_mask(mask: object, shape: Sequence[int], name: str = "mask") -> None:
     """Raises ``ValueError`` unless ``mask`` is None or a bool tensor of ``shape``."""
@@ -24,9 +26,31 @@ def pool_mask(mask: Tensor, stride: Sequence[int]) -> Tensor:
         mask: ``[B, *grid]``, bool, True = valid.
         stride: Cell size per axis; the last cell of an axis may be cut off.
     """
-    pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(stride)]
     size = tuple(stride)
-    return pool(mask.float().unsqueeze(1), kernel_size=size, stride=size, ceil_mode=True).squeeze(1) > 0
+    return MAX_POOLS[len(size)](mask.float().unsqueeze(1), kernel_size=size, stride=size, ceil_mode=True).squeeze(1) > 0
+
+
+def take_largest(
+    x: Tensor, mask: Tensor | None, extent: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """Takes the largest value of the valid places in a window, channel by channel.
+
+    Args:
+        x: ``[B, C, *grid]``.
+        mask: ``[B, *grid]``, True = valid, or None.
+        extent: Places that the window spans per axis; it reaches over a cell of the stride.
+        stride: How far it moves.
+        padding: How far it begins before the first place.
+
+    Returns:
+        ``[B, C, *ceil(grid / stride)]``, zero where no place of the cell is valid, and its mask.
+    """
+    pool = MAX_POOLS[len(stride)]
+    if mask is None:
+        return pool(x, extent, stride, padding), None
+    largest = pool(x.masked_fill(~mask.unsqueeze(1), -torch.inf), extent, stride, padding)
+    mask = pool_mask(mask, stride)
+    return torch.where(mask.unsqueeze(1), largest, 0.0), mask
 
 
 def join_masks(masks: Sequence[Tensor | None], shapes: Sequence[Sequence[int]]) -> Tensor | None:

@@ -93,10 +93,10 @@ class StageConfig:
         return self.sga_dim != self.dim or (self.has_prefix and self.dim_in != self.dim)
 
     @property
-    def grouping_conv(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Extent, stride and padding of the convolution that starts the groups, as `Grid.conv` takes them."""
+    def grouping_conv(self) -> Conv:
+        """The convolution that starts the groups, as `Grid.conv` takes it."""
         extent, padding = extent_and_padding(self.kernel_size, self.dilation)
-        return extent, self.stride, padding
+        return Conv(extent, self.stride, padding)
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,13 @@ from ...layers.head import average
 from ...layers.rose import RotarySpatialEmbedding
 from ...layers.tracing import as_one_node
 from ...ops.assignment import Assignment
-from ...ops.masking import check_mask, join_masks, pool_mask
+from ...ops.masking import check_mask, join_masks, pool_mask, take_largest
 from ...ops.windows import Tiles
-from .config import Conv, RatConfig, StageConfig, stem_convs
+from .config import RatConfig, StageConfig, stem_convs
 from .places import StageInput
 
 POOLS = ("avg", "token", "")
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
-MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 class Stem(nn.Module):
@@ -109,7 +108,7 @@ class Stem(nn.Module):
             x = conv(x if mask is None else torch.where(mask.unsqueeze(1), x, 0.0))
             mask = None if mask is None else pool_mask(mask, stride)
             if index == last and self.pool is not None:
-                x, mask = take_largest(x, mask, self.pool)
+                x, mask = take_largest(x, mask, *self.pool)
             x = x.movedim(1, -1)
             if self.norms and (index == last or not self.linear):
                 x = self.norms[-1 if index == last else index](x)
@@ -119,25 +118,6 @@ class Stem(nn.Module):
         if self.mask_token is None or mask is None:
             return x
         return torch.where(mask.unsqueeze(1), x, self.mask_token.view(-1, *[1] * (x.ndim - 2)))
-
-
-def take_largest(x: Tensor, mask: Tensor | None, window: Conv) -> tuple[Tensor, Tensor | None]:
-    """Takes the largest value of the valid places in a window, channel by channel.
-
-    Args:
-        x: ``[B, C, *grid]``.
-        mask: ``[B, *grid]``, True = valid, or None.
-        window: Which reaches over a cell of its stride.
-
-    Returns:
-        ``[B, C, *ceil(grid / stride)]``, zero where no place under it is valid, and its mask.
-    """
-    pool = MAX_POOLS[len(window.stride)]
-    if mask is None:
-        return pool(x, *window), None
-    largest = pool(x.masked_fill(~mask.unsqueeze(1), -torch.inf), *window)
-    mask = pool_mask(mask, window.stride)
-    return torch.where(mask.unsqueeze(1), largest, 0.0), mask
 
 
 class Coarsening(nn.Module):
