@@ -139,7 +139,8 @@ class TaskModule(LightningModule):
         """Makes timm's optimizer, whose learning rates rise in the warmup epochs and fall then."""
         optimizer = create_optimizer(self.model, self.config)
         rates = [self.config.lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
-        share = min(0.5, self.config.warmup_epochs / max(1, self.trainer.max_epochs or 1))
+        epochs = max(1, self.trainer.max_epochs or 1)
+        share = min(0.5, self.config.warmup(epochs) / epochs)
         scheduler = OneCycleLR(optimizer, rates, int(self.trainer.estimated_stepping_batches), pct_start=share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -29,6 +29,7 @@ tifffile = pytest.importorskip("tifffile")
 from helpers import call, finish, losses, quick, read_events, start, together, train_all, wait_for_checkpoint
 from training import checkpoints, data, processes, spacings, trainer
 from training.config import Config, axes_of, remember
+from training.engines import create_optimizer
 from training.tasks.classification import Classification
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -55,6 +56,23 @@ def test_pretrained_weights_beat_random_ones_at_equal_steps(uninterrupted, tmp_p
     assert accuracy(tmp_path) == pytest.approx(scratch)
     assert accuracy(uninterrupted) > 0.85
     assert 1 - accuracy(uninterrupted) < (1 - scratch) / 3
+
+
+def test_only_pretrained_layers_learn_at_rates_of_their_own(tmp_path):
+    model = timm.create_model("test_rat")
+
+    def rates(**options):
+        optimizer = create_optimizer(model, Config(tmp_path, **options))
+        return {group.get("lr_scale", 1.0) for group in optimizer.param_groups}
+
+    assert rates(pretrained=False) == {1.0}
+    assert min(rates(pretrained=True)) < 0.5 < max(rates(pretrained=True)) == 1.0
+    assert min(rates(pretrained=False, layer_decay=0.8)) < 0.5
+
+
+def test_the_learning_rate_rises_for_a_tenth_of_the_epochs(tmp_path):
+    assert [Config(tmp_path).warmup(epochs) for epochs in (1, 4, 10, 60, 99)] == [1, 1, 1, 6, 9]
+    assert Config(tmp_path, warmup_epochs=0).warmup(60) == 0
 
 
 def test_the_trained_model_is_made_again(uninterrupted):

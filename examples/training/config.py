@@ -94,8 +94,10 @@ class Config:
         lr: Learning rate, at its peak.
         weight_decay: Weight decay.
         layer_decay: By what the learning rate of a layer is less than the next one's; 1 for none. Default: 0.8 where
-            the model says which layers it has (all of classification), else 1.
-        warmup_epochs: Epochs in which the learning rate rises; then it falls as a cosine.
+            ``pretrained`` weights are to change little and the model says which layers it has (all of classification),
+            else 1.
+        warmup_epochs: Epochs in which the learning rate rises; then it falls as a cosine. Default: a tenth of all, at
+            least one.
         clip_grad: Largest norm of the gradient; 0 does not clip.
         label_smoothing: Label smoothing, of classification.
         ema_decay: Decay of the moving average of weights, which is then what is evaluated and kept; 0 for none.
@@ -160,7 +162,7 @@ class Config:
     lr: float = 1e-3
     weight_decay: float = 0.05
     layer_decay: float | None = None
-    warmup_epochs: int = 1
+    warmup_epochs: int | None = None
     clip_grad: float = 1.0
     label_smoothing: float = 0.1
     ema_decay: float = 0.9
@@ -192,6 +194,10 @@ class Config:
         if self.quick and self.task != "classification":
             self.size = [16, 32, 32] if axes_of(self) == 3 else [64, 64]
             self.batch_size = "auto" if self.batch_size == "auto" else 4
+
+    def warmup(self, epochs: int) -> int:
+        """Returns in how many of a training's epochs the learning rate rises."""
+        return max(1, epochs // 10) if self.warmup_epochs is None else self.warmup_epochs
 
 
 def axes_of(config: Config) -> int:

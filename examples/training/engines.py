@@ -65,7 +65,9 @@ def create_engine(model: nn.Module, recipe: Recipe, config: Config) -> Engine:
 def create_optimizer(model: nn.Module, config: Config) -> Optimizer:
     """Makes timm's optimizer, with a learning rate per layer where the model says which layers it has."""
     has_layers = hasattr(model, "group_matcher")
-    decay = config.layer_decay if config.layer_decay is not None else (0.8 if has_layers else 1.0)
+    decay = config.layer_decay
+    if decay is None:
+        decay = 0.8 if has_layers and config.pretrained else 1.0
     if decay != 1 and not has_layers:
         raise ValueError(f"layer_decay must be 1 for {type(model).__name__}, which has no group_matcher, got {decay}")
     return create_optimizer_v2(

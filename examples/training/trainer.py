@@ -108,7 +108,7 @@ class Trainer:
         self.scheduler, _ = create_scheduler_v2(
             engine.optimizer,
             num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
+            warmup_epochs=config.warmup(config.epochs),
             warmup_lr=config.lr / 100,
             step_on_epochs=False,
             updates_per_epoch=self.steps,

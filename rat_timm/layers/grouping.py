@@ -26,15 +26,15 @@ from .tracing import compiled_once, split_heads_in_export
 
 CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
+_FEWER = 8
+"""A convolution rearranges its weights for the layout of its input. An input of so many times fewer numbers than the
+weights is rearranged instead, which is faster on CPUs."""
+
 
 def extent_and_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns how many places the taps of an odd kernel span along each axis, and the padding that keeps it centred."""
     extent = tuple((k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True))
     return extent, tuple((n - 1) // 2 for n in extent)
-
-_FEWER = 8
-"""A convolution rearranges its weights for the layout of its input. An input of so many times fewer numbers than the
-weights is rearranged instead, which is faster on CPUs."""
 
 
 class Grouping(Protocol):
@@ -229,7 +229,7 @@ class SpatialGroupingAttention(nn.Module):
     def _stride(self, x: Tensor) -> Tensor:
         """Returns what groups start from: ``[B, *fine, in_dims]`` -> ``[B, *coarse, C]``."""
         x = x.movedim(-1, 1)
-        if not torch.compiler.is_compiling() and x.numel() * _FEWER <= self.strider.weight.numel():
+        if not torch.compiler.is_compiling() and x.numel() * _FEWER <= self.strider.get_parameter("weight").numel():
             x = x.contiguous()
         return self.strider(x).movedim(1, -1)
 
