@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
-from training.config import Config
+from training.config import Config, warmup_of
 from training.engines import create_optimizer
 from training.processes import count, gather, rank
 from training.spacings import Spacings
@@ -140,7 +140,7 @@ class TaskModule(LightningModule):
         optimizer = create_optimizer(self.model, self.config)
         rates = [self.config.lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
         epochs = max(1, self.trainer.max_epochs or 1)
-        share = min(0.5, self.config.warmup(epochs) / epochs)
+        share = min(0.5, warmup_of(self.config, epochs) / epochs)
         scheduler = OneCycleLR(optimizer, rates, int(self.trainer.estimated_stepping_batches), pct_start=share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

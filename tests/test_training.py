@@ -28,7 +28,7 @@ tifffile = pytest.importorskip("tifffile")
 
 from helpers import call, finish, losses, quick, read_events, start, together, train_all, wait_for_checkpoint
 from training import checkpoints, data, processes, spacings, trainer
-from training.config import Config, axes_of, remember
+from training.config import Config, axes_of, remember, warmup_of
 from training.engines import create_optimizer
 from training.tasks.classification import Classification
 
@@ -71,8 +71,8 @@ def test_only_pretrained_layers_learn_at_rates_of_their_own(tmp_path):
 
 
 def test_the_learning_rate_rises_for_a_tenth_of_the_epochs(tmp_path):
-    assert [Config(tmp_path).warmup(epochs) for epochs in (1, 4, 10, 60, 99)] == [1, 1, 1, 6, 9]
-    assert Config(tmp_path, warmup_epochs=0).warmup(60) == 0
+    assert [warmup_of(Config(tmp_path), epochs) for epochs in (1, 4, 10, 60, 99)] == [1, 1, 1, 6, 9]
+    assert warmup_of(Config(tmp_path, warmup_epochs=0), 60) == 0
 
 
 def test_the_trained_model_is_made_again(uninterrupted):

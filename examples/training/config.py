@@ -195,9 +195,10 @@ class Config:
             self.size = [16, 32, 32] if axes_of(self) == 3 else [64, 64]
             self.batch_size = "auto" if self.batch_size == "auto" else 4
 
-    def warmup(self, epochs: int) -> int:
-        """Returns in how many of a training's epochs the learning rate rises."""
-        return max(1, epochs // 10) if self.warmup_epochs is None else self.warmup_epochs
+
+def warmup_of(config: Config, epochs: int) -> int:
+    """Returns in how many of a training's epochs the learning rate rises."""
+    return max(1, epochs // 10) if config.warmup_epochs is None else config.warmup_epochs
 
 
 def axes_of(config: Config) -> int:

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.batch_size import find_batch_size
 from training.checkpoints import Checkpoints
-from training.config import Config, remember
+from training.config import Config, remember, warmup_of
 from training.engines import Engine, create_engine
 from training.processes import count, gather, locked, rank
 from training.spacings import Spacings
@@ -108,7 +108,7 @@ class Trainer:
         self.scheduler, _ = create_scheduler_v2(
             engine.optimizer,
             num_epochs=config.epochs,
-            warmup_epochs=config.warmup(config.epochs),
+            warmup_epochs=warmup_of(config, config.epochs),
             warmup_lr=config.lr / 100,
             step_on_epochs=False,
             updates_per_epoch=self.steps,
