@@ -11,10 +11,12 @@
 
 Every model is a name of timm's registry, or NAME+conv, a hierarchical RAT with a strided convolution instead of spatial
 grouping attention; upstream_rat, the seed's network with its defaults; monai_swin_vit, the encoder of MONAI's SwinUNETR
-(feature size 24). NAME@BACKEND runs neighbourhood attention on a backend (`rat_timm.set_attention_backend`). A ratio is
-the median over the runs of a peer's time divided by the model's in the same run: above 1 the model is faster. Memory is
-what one step needs beside the model: on a GPU as PyTorch allocates it, on the CPU in a process of its own, beside the
-imported packages. Share is that of the rate at which the device multiplies large matrices, measured in the same run.
+(feature size 24); nnunet_resenc_l, the encoder of nnU-Net's ResEnc-L (``pip install --no-deps
+dynamic_network_architectures``: it asks for an older timm, which its encoder does not use). NAME@BACKEND runs
+neighbourhood attention on a backend (`rat_timm.set_attention_backend`). A ratio is the median over the runs of a peer's
+time divided by the model's in the same run: above 1 the model is faster. Memory is what one step needs beside the
+model: on a GPU as PyTorch allocates it, on the CPU in a process of its own, beside the imported packages. Share is that
+of the rate at which the device multiplies large matrices, measured in the same run.
 
 What a model raises is printed and recorded, the others are measured, and the exit status is 1.
 """
@@ -102,7 +104,31 @@ def monai_swin_vit() -> nn.Module:
     return build(1, 24, window_size=(7,) * 3, patch_size=(2,) * 3, depths=(2,) * 4, num_heads=(3, 6, 12, 24))
 
 
-PEERS = {"upstream_rat": Peer(upstream_rat, 3, 2), "monai_swin_vit": Peer(monai_swin_vit, 1, 3)}
+def nnunet_resenc_l() -> nn.Module:
+    """Builds the encoder of nnU-Net's ResEnc-L for one channel: six stages, as it plans them for patches of 96^3."""
+    encoders = import_optional("dynamic_network_architectures.building_blocks.residual_encoders", "benchmark")
+    return encoders.ResidualEncoder(
+        1,
+        6,
+        (32, 64, 128, 256, 320, 320),
+        nn.Conv3d,
+        3,
+        (1, 2, 2, 2, 2, 2),
+        (1, 3, 4, 6, 6, 6),
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        return_skips=True,
+    )
+
+
+PEERS = {
+    "upstream_rat": Peer(upstream_rat, 3, 2),
+    "monai_swin_vit": Peer(monai_swin_vit, 1, 3),
+    "nnunet_resenc_l": Peer(nnunet_resenc_l, 1, 3),
+}
 
 
 def build(name: str, setting: Setting) -> nn.Module:

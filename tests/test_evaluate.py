@@ -253,14 +253,17 @@ def cmdline(process):
 
 
 def test_over_ray(quickly, tmp_path, cluster, monkeypatch, capfd):
-    """Two workers train and two evaluate; one is killed each time, and the numbers are those of one process."""
+    """Two workers train and two evaluate; one is killed each time, and the numbers are those of one process.
+
+    What is hidden of masked images is drawn for each image, not for each process.
+    """
     run = functools.partial(call, patch=monkeypatch, capture=capfd)
     trained = tmp_path / "trained"
-    options = ["--checkpoint_every", 1, "--quick", "true", "--workers", 0, "--device", "cpu"]
+    options = ["--task", "masked", "--checkpoint_every", 1, "--quick", "true", "--workers", 0, "--device", "cpu"]
     with killing(lambda: writing_worker(trained)):
         run("train_ray.py", "--output", trained, "--num_workers", 2, *options)
     assert len(list(trained.glob("events.out.*"))) > 1  # it did begin again
-    trainer.train(quick(tmp_path / "whole", "classification"))
+    trainer.train(quick(tmp_path / "whole", "masked"))
     assert losses(trained) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     importlib.import_module("ray").shutdown()  # as a program that ends
 
