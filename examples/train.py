@@ -29,7 +29,7 @@ fetched once (see `training.cells`). Nuclei in minutes, and a U-Net to compare:
     task: instances
     data: hela
     model: rat_tiny
-    model_args: {embed_dim: 32, depths: [2, 3, 8, 3]}
+    model_args: {embed_dim: 32}
     pretrained: false
     flip: true
     crops: 40
