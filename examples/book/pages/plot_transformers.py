@@ -17,7 +17,7 @@ Install: ``python -m pip install '.[transformers,train]'``.
 # pictures of your own leave ``--config`` out, and add one of
 #
 # - ``--model rat_vit_small_patch16_rope_mixed_224 --size '[224, 224]'``, which begins with timm's weights from the Hub;
-# - ``--model rat_tiny --model_args '{embed_dim: 32}' --pretrained false --size '[48, 48]' --epochs 60 --flip true``: a
+# - ``--model rat_tiny --model_args '{embed_dim: 32}' --pretrained false --size '[48, 48]' --epochs 150 --flip true``: a
 #   small network that begins with none and :doc:`learns from tens of pictures </measured/benchmarks>` on a CPU. 48
 #   pixels are enough where you can tell the classes apart at that size yourself.
 
