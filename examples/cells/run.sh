@@ -26,7 +26,7 @@ for seed in 0 1 2; do
   resized=--resized
   run hela-unet "$seed" "0.5 0.7 1 1.4 2" --data hela --model smp:unet-resnet10t --model_args "$unet"
   resized=''
-  run hela-rat "$seed" 1 --data hela --model rat_tiny --model_args "$rat"
+  run hela-rat "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$rat"
   run bacteria-rat "$seed" 1 --data bacteria --foreground 0.9 --gamma 2 --model rat_tiny --model_args "$rat"
   run hela-fpn "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$former"
   run hela-groups "$seed" "0.5 0.7 1 1.4 2" --data hela --model rat_tiny --model_args "$former" --decoder groups
