@@ -24,7 +24,10 @@ SHIFTS = ("", "half a crop off", "a crop off")
 # lines of the picture: at most five
 PICTURED = (OURS, "plain RAT, pyramid", MUVIT, CHANNELS)
 # what a task's picture shows, in a sentence, once it is known
-POINTS = {"tissue": "Context added by position decides, and only where it is said to be"}
+POINTS = {
+    "tissue": "Context added by position decides, and only where it is said to be",
+    "brain": "The overview says where in the head a crop is, if it is added by position",
+}
 MARKERS = "osv^D"
 
 
