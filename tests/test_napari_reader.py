@@ -57,7 +57,7 @@ def test_a_prediction_is_a_pyramid_of_labels_over_its_image(tmp_path):
     path, output = tmp_path / "field.ome.zarr", tmp_path / "labels.ome.zarr"
     write_ome_zarr(path, np.random.default_rng(0).normal(size=(200, 310)).astype(np.float32), (0.5, 0.5))
     predict(path, model(2), output, task="labels", progress=False)
-    [(image, of_image, _)], [(labels, options, kind)] = open_layers(str(path)), open_layers(str(output))
+    [(image, of_image, _)], [(labels, options, kind)] = open_layers(path), open_layers(output)
     assert kind == "labels"
     assert options["multiscale"]
     assert [level.shape for level in labels] == [grid.shape for grid in data.read_grids(output)]

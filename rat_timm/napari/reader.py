@@ -1,6 +1,7 @@
 """napari's reader: images and volumes with their pixel size, which napari's own reader of TIFF drops."""
 
 from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,12 +13,12 @@ Layers: TypeAlias = "list[tuple[Any, dict[str, Any], str]]"
 UNIT = "um"
 
 
-def reader_of(path: str | Sequence[str]) -> Callable[[str], Layers] | None:
+def reader_of(path: str | Sequence[str]) -> Callable[[str | PathLike], Layers] | None:
     """Answers napari's question who reads a file: None if it is none of `rat_timm.data.read`'s, or several."""
     return open_layers if isinstance(path, str) and is_readable(path) else None
 
 
-def open_layers(path: str) -> Layers:
+def open_layers(path: str | PathLike) -> Layers:
     """Opens an image or a volume: a layer for each of its channels, with scale, place and unit.
 
     Args:
@@ -30,6 +31,7 @@ def open_layers(path: str) -> Layers:
     Raises:
         ReadError: If the file cannot be read, or does not say its pixel size.
     """
+    path = str(path)
     grids = read_grids(path, UNIT)
     form = format_of(locate(path, None))
     levels: list[Any]
