@@ -26,6 +26,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import multiprocessing
@@ -106,7 +107,7 @@ def monai_swin_vit() -> nn.Module:
 
 def nnunet_resenc_l() -> nn.Module:
     """Builds the encoder of nnU-Net's ResEnc-L for one channel: six stages, as it plans them for patches of 96^3."""
-    encoders = import_optional("dynamic_network_architectures.building_blocks.residual_encoders", "benchmark")
+    encoders = importlib.import_module("dynamic_network_architectures.building_blocks.residual_encoders")  # in no extra
     return encoders.ResidualEncoder(
         1,
         6,
