@@ -34,15 +34,12 @@ LONG_TESTS = (
     "test_over_ray",
     "test_two_processes_with_shards_do_what_one_does",
     "test_a_day_on_a_gpu",
-    "test_adaptive_patches_learn_where_digits_are",
-    "test_two_processes_do_what_one_does",
-    "test_the_study_runs_learns_and_goes_on",
-    "test_a_killed_run_goes_on_as_if_it_had_not_been_killed",
-    "test_compiled_training_on_masked_pyramids",
     "test_compile_without_graph_breaks",
-    "test_a_physical_stem_compiles_with_numbers",
-    "test_flex_is_compiled",
+    "test_two_processes_do_what_one_does",
     "test_a_cluster_of_ray_on_this_machine",
+    "test_a_killed_run_goes_on_as_if_it_had_not_been_killed",
+    "test_programs_and_onnxruntime_give_what_the_model_gives",
+    "test_compiled_training_on_masked_pyramids",
     "test_a_detector_learns_in_seconds",
 )
 
@@ -53,7 +50,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Leaves the lines of slow tests uncounted, which run all the same, and begins with the longest."""
+    """Leaves the lines of tests that take long uncounted, which run all the same, and begins with the longest."""
     for item in items:
         if item.path.stem in UNCOUNTED_FILES or UNCOUNTED_TESTS.search(item.originalname):
             item.add_marker("no_cover")

@@ -18,6 +18,11 @@ from rat_timm.models.rat import model as rat_model
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+def slow(*values):
+    """Parameters with which a test is one of those that only ``.ci/run slow`` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def lively(model):
     """Random weights large enough that attention is far from uniform and every influence shows."""
     for name, parameter in model.named_parameters():

@@ -224,6 +224,7 @@ def test_half_precision_keeps_places_exact(dtype):
     torch.testing.assert_close(again.x[0, -1], tokens.x[0, -16:, -16:].movedim(-1, 0).float(), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_memory_does_not_grow_with_the_number_of_patches():
     """From 4 to 64 patches of 16 x 16 on 3 x 1024 x 1024 the peak rises by no more than a few times the patches."""

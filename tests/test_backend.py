@@ -30,6 +30,7 @@ def test_an_unknown_backend_is_named():
     assert rat_timm.attention_backend() == "auto"
 
 
+@pytest.mark.slow
 def test_the_environment_variable_chooses():
     code = """
         import os
@@ -71,6 +72,7 @@ def test_backends_agree(backend, masked, biased, grid, monkeypatch):
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_is_compiled():
     torch._dynamo.reset()

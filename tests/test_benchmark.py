@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "gpu_day.sh"
 
 
@@ -18,6 +20,7 @@ def run(folder, **variables):
     return done, parts
 
 
+@pytest.mark.slow
 def test_a_day_on_a_gpu(tmp_path):
     done, parts = run(tmp_path)
     assert done.returncode == 0, done.stdout

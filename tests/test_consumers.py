@@ -187,6 +187,7 @@ def test_what_is_pooled_knows_its_mask(name):
     assert_same([model.forward_head(model.forward_intermediates(x, mask=mask, output_fmt=maps)[0])], [expected])
 
 
+@pytest.mark.slow
 def test_what_is_pooled_knows_its_mask_in_pyramids_and_compiled():
     torch.compiler.reset()
     model, x = build("test_rat", iters=1), torch.randn(1, 3, 32, 32)

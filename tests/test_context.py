@@ -98,6 +98,7 @@ def test_each_thread_has_its_own():
     assert all(torch.equal(outs[i], expected[i]) for i in range(len(spacings)))
 
 
+@pytest.mark.slow
 def test_compiled_models_follow_it():
     torch.compiler.reset()
     cfg = RatConfig(embed_dim=32, depths=(1,), physical_stem=False)  # what follows is the model's door

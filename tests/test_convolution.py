@@ -103,6 +103,7 @@ def test_every_part_learns():
     assert isinstance(model.stages[1].blocks[0].conv, nn.Conv2d)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_programs_give_what_it_gives():
     torch.compiler.reset()

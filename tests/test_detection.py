@@ -86,6 +86,7 @@ def trained(once):
     return detector
 
 
+@pytest.mark.slow
 def test_a_detector_learns_in_seconds(trained):
     images, targets = discs(12, 1)
     with torch.inference_mode():

@@ -93,6 +93,7 @@ def test_processes(tmp_path):
     assert processes <= set(sent)
 
 
+@pytest.mark.slow
 def test_a_cluster_of_dask_on_this_machine(tmp_path):
     pytest.importorskip("distributed")
     work, processes = check_a_run_with_a_death_and_a_failure("dask", tmp_path)

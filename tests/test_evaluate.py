@@ -252,6 +252,7 @@ def cmdline(process):
         return []
 
 
+@pytest.mark.slow
 def test_over_ray(quickly, tmp_path, cluster, monkeypatch, capfd):
     """Two workers train and two evaluate; one is killed each time, and the numbers are those of one process.
 

@@ -13,7 +13,7 @@ import pytest
 import timm
 from huggingface_hub import ModelCard
 
-from helpers import EXAMPLES, call
+from helpers import EXAMPLES, call, slow
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_quickstart(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("pyramid.py", "130.5 x 250.5"), ("pretrained_features.py", "8.8 x 8 x 8")]
+    ("name", "expected"), [("pyramid.py", "130.5 x 250.5"), slow("pretrained_features.py", "8.8 x 8 x 8")]
 )
 def test_table_and_picture(name, expected, run, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -50,6 +50,7 @@ def test_explanations_are_drawn(run, tmp_path):
     assert all(image.imread(tmp_path / file).std() > 0.1 for file in files)
 
 
+@pytest.mark.slow
 def test_the_study_of_pretraining_runs(run, tmp_path):
     pytest.importorskip("jsonargparse")
     run("run_pretraining.py", "--quick", "--output", tmp_path)
@@ -144,6 +145,7 @@ def test_the_benchmark_of_operations(run):
     assert len(re.findall("local grouping.*1x56x56x2x32", printed)) == 1
 
 
+@pytest.mark.slow
 def test_adaptive_patches_learn_where_digits_are(run, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("pandas")
@@ -158,6 +160,7 @@ def test_adaptive_patches_learn_where_digits_are(run, tmp_path):
 PROGRAMS = {path.stem for path in EXAMPLES.glob("*.py")}
 
 
+@pytest.mark.slow
 def test_compile_times(run):
     printed = run("compile_times.py", "test_vit", "--batch-size", 1, "--backend", "eager")
     assert re.search(r"test_vit +compiled in +[\d.]+ s \(processor +[\d.]+ s\), differs by 0.0e\+00 of ", printed)

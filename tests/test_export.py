@@ -5,13 +5,14 @@ import timm
 import torch
 
 import rat_timm  # noqa: F401
+from helpers import slow
 from rat_timm.models.rat.config import RatConfig
 from rat_timm.models.rat.model import ResolutionAwareTransformer
 
 SIZES = {2: (64, 96), 3: (16, 32, 32)}
 
 
-@pytest.mark.parametrize("name", ["test_rat", "test_rat_3d", "rat_nat_tiny"])
+@pytest.mark.parametrize("name", ["test_rat", *map(slow, ["test_rat_3d", "rat_nat_tiny"])])
 def test_programs_and_onnxruntime_give_what_the_model_gives(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     two_stages = {
@@ -40,7 +41,7 @@ def test_programs_and_onnxruntime_give_what_the_model_gives(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("axes", "strict"), [(2, True), (3, False)])
+@pytest.mark.parametrize(("axes", "strict"), [slow(2, True), (3, False)])
 def test_exported_operations_give_what_the_eager_ones_give(axes, strict):
     """With masks, cut-off cells, tiles that repeat tokens, and heads without a rotation."""
     cfg = RatConfig(

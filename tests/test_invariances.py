@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import lively
+from helpers import lively, slow
 from rat_timm import RatConfig, ResolutionAwareTransformer
 from rat_timm.layers import compose
 
@@ -283,6 +283,7 @@ def test_compiled_pyramids_with_masks():
     assert_close(compiled(images, **given_), model(images, **given_))
 
 
+@pytest.mark.slow
 def test_compiled_training_on_masked_pyramids():
     """Two stages have all parts."""
     torch._dynamo.reset()
@@ -378,7 +379,7 @@ def train(model, sizes, steps, autocast):
         # a CPU without bfloat16 units takes half a minute for a step of 256; of 16 pixels stage 4 would have one place,
         # where PyTorch 2.14's gradient of a convolution in bfloat16 on a CPU is uninitialised memory
         ("rat_tiny", (64, 32, 24), 2, True),
-        ("test_rat", (128, 96, 64), 20, True),
+        slow("test_rat", (128, 96, 64), 20, True),
     ],
 )
 def test_training_on_a_pyramid(name, sizes, steps, autocast):

@@ -82,6 +82,7 @@ def test_a_run_that_dies_at_any_change_of_a_file_goes_on_to_the_same_bytes(tmp_p
         shutil.rmtree(output.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["group", "worker"])
 @pytest.mark.parametrize("engine", ["process", "processes", "dask", "tcp", "ray"])
 def test_the_command_is_killed(engine, who, request):

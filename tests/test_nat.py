@@ -310,6 +310,7 @@ def test_masked_pixels_influence_nothing(size):
     assert not torch.allclose(expected, model(torch.nan_to_num(x)), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_compiled_networks_agree():
     model = lively(narrow(nat_reference.random_weights(32, (1,), (1,), 2, True), depths=(1,)))
     x = torch.randn(2, 3, 20, 40)

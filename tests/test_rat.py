@@ -12,7 +12,7 @@ import timm
 import torch
 
 import rat_timm
-from helpers import lively
+from helpers import lively, slow
 from rat_timm import RatConfig, ResolutionAwareTransformer
 from rat_timm.models.rat import checkpoint_filter_fn
 
@@ -325,6 +325,7 @@ def two_stages(**config):
     return ResolutionAwareTransformer(RatConfig(embed_dim=32, depths=(1, 1), **config), num_classes=3).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compile_without_graph_breaks():
     """Numbers of the default compiler; whole models are traced below, and compiled in test_cuda.py."""
@@ -361,7 +362,7 @@ def test_each_size_is_a_program_of_constants():
     assert symbols == [set()] * 3
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [False, slow(True)])
 def test_programs_do_not_grow_with_depth(train):
     """Blocks of a stage, and iterations of a grouping, are calls of one program that is compiled once."""
     if "max_reuse_entries" not in inspect.signature(torch.compiler.nested_compile_region).parameters:
@@ -395,6 +396,7 @@ def test_a_block_is_few_operations_of_an_export():
     assert 0 < count("stages.1.downsample") <= 150  # in three iterations
 
 
+@pytest.mark.slow
 def test_compiled_once_for_all_spacings():
     torch._dynamo.reset()
     model = two_stages(physical_stem=False)
@@ -632,6 +634,7 @@ def test_spacings_can_be_mapped_over(name):
         torch.testing.assert_close(out, model(x, spacing=spacing), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_physical_stem_compiles_with_numbers():
     torch.compiler.reset()

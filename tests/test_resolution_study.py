@@ -317,6 +317,7 @@ def test_the_study_runs_learns_and_goes_on(tmp_path, monkeypatch, capfd):
     assert (tmp_path / "results.csv").read_text() == before
 
 
+@pytest.mark.slow
 def test_report_and_tables_are_those_of_the_results(tmp_path):
     shutil.copy(STUDY / "README.md", tmp_path)
     report.write_tables(report.read(STUDY / "results.csv"), tmp_path)

@@ -11,7 +11,7 @@ from test_hub import client, files_of, put
 from test_patches import enlarge
 from timm.models._features_fx import create_feature_extractor
 
-from helpers import lively
+from helpers import lively, slow
 from hub_server import serving
 from rat_timm import hub
 from rat_timm.geometry.grid import Grid, Tokens
@@ -286,6 +286,7 @@ def test_masks_of_the_head_are_checked():
         model.forward_head(tokens, mask=torch.ones(2, 16, dtype=torch.bool))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_physical_patches_compile_and_export_with_numbers():
     torch._dynamo.reset()
@@ -323,7 +324,10 @@ def test_levels_share_prefix_tokens():
     assert maps[0][0].shape == (2, 12, 384)
 
 
-@pytest.mark.parametrize(("name", "axes"), [*((name, 2) for name in FAMILIES), (FAMILIES[0], 3), (FAMILIES[1], 3)])
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [(FAMILIES[0], 2), (FAMILIES[0], 3), *(slow(name, 2) for name in FAMILIES[1:]), slow(FAMILIES[1], 3)],
+)
 def test_checkpointing_and_compiling_change_nothing(name, axes):
     torch._dynamo.reset()
     kwargs = {"depth": 2 if name == FAMILIES[0] else 1, "img_size": 64 if "16" in name else 56, "num_classes": 3}

@@ -26,7 +26,7 @@ pytest.importorskip("filelock")
 pytest.importorskip("tensorboard")
 tifffile = pytest.importorskip("tifffile")
 
-from helpers import call, finish, losses, quick, read_events, start, together, train_all, wait_for_checkpoint
+from helpers import call, finish, losses, quick, read_events, slow, start, together, train_all, wait_for_checkpoint
 from training import checkpoints, data, processes, spacings, trainer
 from training.config import Config, axes_of, remember, warmup_of
 from training.engines import create_optimizer
@@ -124,6 +124,7 @@ def check_again(printed, last, output, uninterrupted):
     assert checkpoints.find_damage(last) is None
 
 
+@pytest.mark.slow
 def test_two_processes_with_shards_do_what_one_does(uninterrupted, tmp_path):
     """Also where windows are calls that all processes have to make: one has fewer images that need them."""
     config = Config(tmp_path / "digits", workers=0, parallel="fsdp", device="cpu", **DIGITS)
@@ -145,6 +146,7 @@ def test_two_processes_with_shards_do_what_one_does(uninterrupted, tmp_path):
     check_again(together(train_all, [config]), last, config.output, uninterrupted)
 
 
+@pytest.mark.slow
 def test_no_evaluation_is_lost(tmp_path, monkeypatch):
     """A run that ends while it evaluates an epoch evaluates it when it goes on."""
     config = Config(tmp_path, quick=True, workers=0)
@@ -246,6 +248,7 @@ def test_no_process_waits_where_all_checkpoints_are_damaged(tmp_path):
     assert re.match("RuntimeError: in the first process: ValueError: .*are damaged", (tmp_path / "1").read_text())
 
 
+@pytest.mark.slow
 def test_other_numbers_of_epochs(uninterrupted, tmp_path):
     output = shutil.copytree(uninterrupted, tmp_path / "run")
     with pytest.raises(ValueError, match=r"epochs must be at least the 3 begun in .*run, got 2"):
@@ -290,6 +293,7 @@ def write_folder(root, suffix):
                     tifffile.imwrite(folder / f"{index}{suffix}", disc, metadata=metadata)
 
 
+@pytest.mark.slow
 def test_files_say_how_large_their_pixels_are(tmp_path, monkeypatch, capfd):
     write_folder(tmp_path / "data", ".ome.tif")
     file = tmp_path / "mine.yaml"
@@ -349,6 +353,7 @@ def test_a_damaged_file_is_named_by_a_worker(tmp_path):
         trainer.train(Config(tmp_path / "run", **config))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_left_out(tmp_path, monkeypatch):
     write_folder(tmp_path / "data", ".ome.tif")
     options = {"data": str(tmp_path / "data"), "batch_size": 4, "spacing": [1.0, 1.0], "epochs": 1}
@@ -425,7 +430,7 @@ def test_volumes(tmp_path):
     assert model.spatial_dims == 3
 
 
-@pytest.mark.parametrize("model", ["test_rat", "test_rat_3d"])
+@pytest.mark.parametrize("model", ["test_rat", slow("test_rat_3d")])
 def test_pixel_sizes_vary_and_the_model_knows_them(tmp_path, model):
     """Crops of a field of view of 32 units keep at least 0.81 of it in training; validation sees all of it."""
     size = [16, 16] if model == "test_rat" else [4, 16, 16]

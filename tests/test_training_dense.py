@@ -18,7 +18,7 @@ pytest.importorskip("psutil")
 pytest.importorskip("filelock")
 pytest.importorskip("tensorboard")
 
-from helpers import losses, places, quick, read_events
+from helpers import losses, places, quick, read_events, slow
 from rat_timm.data import Sample
 from rat_timm.dense import Segmenter
 from rat_timm.geometry.grid import Grid
@@ -349,7 +349,7 @@ def test_networks_that_see_images_alone():
     [
         {"task": "segmentation", "model": "test_rat_3d", "levels": [1, 2], "flip": True},
         {"task": "instances", "model": "smp:unet-test_resnet", "pretrained": False, "factors": (0.7, 1.4)},
-        {"task": "detection", "detector": "mask_rcnn", "width": 32},
+        slow({"task": "detection", "detector": "mask_rcnn", "width": 32}),
     ],
     ids=["volumes", "unet", "mask_rcnn"],
 )
@@ -424,6 +424,7 @@ def test_batches_that_fit_on_a_gpu(monkeypatch, least, most, expected):
     assert fractions == [batch_size.SHARE, 1.0]
 
 
+@pytest.mark.slow
 def test_a_batch_size_is_found_before_training(tmp_path, monkeypatch, capsys):
     assert batch_size.free_memory() > 0
     monkeypatch.setattr(batch_size, "_fits_cpu", lambda step, most: (step(2), min(8, most))[1])
