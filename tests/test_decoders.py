@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import references
+from helpers import lively
 from rat_timm.dense.decoders import (
     ConvNorm,
     DetailLevels,
@@ -16,6 +17,7 @@ from rat_timm.dense.decoders import (
     SimplePyramid,
     add_context,
     average_cells,
+    contrast,
     refined,
 )
 from rat_timm.geometry.grid import Grid, Tokens
@@ -212,23 +214,60 @@ def test_refined_places_divide_their_cell(factors):
         assert out.mask[(0, *place)] == mask[(0, *cell)]
 
 
-@pytest.mark.parametrize("shape", [(5, 4), (3, 2, 5)])
+CELLS = pytest.mark.parametrize(("shape", "cells"), [((5, 4), (2, 2)), ((9, 14), (4, 4)), ((3, 5, 11), (1, 2, 4))])
+
+
+@CELLS
 @pytest.mark.parametrize("masked", [False, True])
-def test_averages_are_of_the_valid_places_of_a_cell(shape, masked):
+def test_averages_are_of_the_valid_places_of_a_cell(shape, cells, masked):
     grid, x = Grid.create(shape), torch.randn(2, *shape, 3, dtype=torch.float64)
     mask = torch.rand(2, *shape) > 0.6
-    out = average_cells(Tokens(x, grid, mask if masked else None))
-    assert out.grid.shape == tuple(-(-n // 2) for n in shape)
-    assert out.grid.spacing.tolist() == [[2.0] * len(shape)]
-    assert out.grid.origin.tolist() == [[1.0] * len(shape)]
+    out = average_cells(Tokens(x, grid, mask if masked else None), cells)
+    assert out.grid.shape == tuple(-(-n // f) for n, f in zip(shape, cells, strict=True))
+    assert out.grid.spacing.tolist() == [[float(f) for f in cells]]
+    assert out.grid.origin.tolist() == [[f / 2 for f in cells]]
     for b, place in itertools.product(range(2), references.places(out.grid.shape)):
-        cell = (b, *(slice(2 * i, 2 * i + 2) for i in place))
+        cell = (b, *(slice(f * i, f * i + f) for i, f in zip(place, cells, strict=True)))
         values = x[cell].flatten(0, -2)
         values = values[mask[cell].flatten()] if masked else values
         expected = values.mean(0) if len(values) else torch.zeros(3, dtype=torch.float64)
         torch.testing.assert_close(out.x[(b, *place)], expected)
         if masked:
             assert out.mask[(b, *place)] == mask[cell].any()
+
+
+@CELLS
+def test_contrast_is_to_the_mean_between_the_centres_of_cells(shape, cells):
+    """At each pixel: the mean of the valid pixels of the cells whose centres are nearest, by their distance."""
+    x, mask = torch.randn(1, *shape, 2, dtype=torch.float64), torch.rand(1, *shape) > 0.4
+    x[~mask] = torch.nan
+    values = contrast(Tokens(x, Grid.create(shape, 0.3, 5.0), mask), cells)
+    counts = [-(-n // f) for n, f in zip(shape, cells, strict=True)]
+    for place in references.places(shape):
+        if not mask[(0, *place)]:
+            continue
+        total, weight = torch.zeros(2, dtype=torch.float64), 0.0
+        for cell in references.places(counts):
+            share = 1.0
+            for at, f, i, count in zip(place, cells, cell, counts, strict=True):
+                index = min(max((at + 0.5) / f - 0.5, 0), count - 1)  # beyond the outermost centres their value holds
+                share *= max(0.0, 1 - abs(index - i))
+            here = (0, *(slice(f * i, f * i + f) for i, f in zip(cell, cells, strict=True)))
+            if mask[here].any():
+                total, weight = total + share * x[here][mask[here]].mean(0), weight + share
+        torch.testing.assert_close(values[(0, *place)], x[(0, *place)] - total / weight)
+
+
+@pytest.mark.parametrize("size", [(24, 20), (9, 16, 12)])
+def test_detail_does_not_know_how_bright_it_is(size):
+    strides = (4.0,) * len(size)
+    image = Tokens(torch.randn(1, *size, 3), Grid.create(size), torch.rand(1, *size) > 0.3)
+    brighter = image._replace(x=image.x + torch.tensor([3.0, -2.0, 7.0]))
+    coarse = average_cells(Tokens(torch.randn(1, *size, 32), image.grid), [4] * len(size))
+    for sees, same in (("contrast", True), ("pixels", False)):
+        detail = lively(DetailLevels(3, 32, strides, sees))
+        change = (detail(image, coarse).x - detail(brighter, coarse).x).abs().max()
+        assert (change < 1e-4) == same
 
 
 @pytest.mark.parametrize("patch", [(16, 16), (14, 14), (2, 16, 16), (1, 4, 8)])
@@ -251,7 +290,7 @@ def test_detail_ends_on_the_images_own_grid(size):
     axes = len(size)
     image = Tokens(torch.randn(2, *size, 3), Grid.create(size, 0.5), torch.rand(2, *size) > 0.3)
     coarse = image.grid.conv((3,) * axes, (2,) * axes, (1,) * axes).conv((3,) * axes, (2,) * axes, (1,) * axes)
-    detail = DetailLevels(3, 32, (2,) * axes)
+    detail = DetailLevels(3, 32, (4.0,) * axes)
     x = torch.randn(2, *coarse.shape, 32)
     out = detail(image, Tokens(x, coarse))
     assert out.grid is image.grid

@@ -20,7 +20,7 @@ def segmenter(name="test_rat", **options):
 
 
 @pytest.mark.parametrize("decoder", ["groups", "fpn"])
-@pytest.mark.parametrize("detail", [True, False])
+@pytest.mark.parametrize("detail", ["contrast", "pixels", False])
 def test_gradients_stay_in_the_receptive_field_and_nearly_fill_it(decoder, detail):
     model = segmenter(decoder=decoder, detail=detail, stem_stride=2)
     reach = receptive_field(model).pixels[0]
@@ -42,6 +42,7 @@ def test_gradients_stay_in_the_receptive_field_and_nearly_fill_it(decoder, detai
         ("test_rat", (70, 45), {"sga_attention_type": "none", "stride": (1, 2), "detail": False, "output_stride": 4}),
         ("test_rat", (61, 90), {"block_types": ("conv", "attention"), "conv_kernel_size": (5, 3)}),
         ("test_rat", (61, 90), {"stem_kernel_size": (7,), "stem_pool": True}),
+        ("test_rat", (61, 90), {"detail": "pixels"}),
         ("test_rat", (70, 45), {"block_types": "conv", "output_stride": 4, "detail": False}),
         ("test_rat_3d", (17, 26, 40), {"stem_stride": (1, 2, 4), "group_first": True}),
     ],

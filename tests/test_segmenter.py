@@ -391,11 +391,12 @@ def test_a_saved_segmenter_comes_back(name, decoder, tmp_path):
 
 @torch.no_grad()
 def test_a_folder_of_the_former_layout_opens(tmp_path):
-    """As it was saved: `stem_pool` did not exist, and None stood for windows of 7."""
-    model = Segmenter("rat_tiny", num_classes=2, embed_dim=32, depths=(1, 1, 1, 1), **FORMER).eval()
+    """As it was saved: `stem_pool` did not exist, None stood for windows of 7, and True for detail of pixels."""
+    model = Segmenter("rat_tiny", 2, detail="pixels", embed_dim=32, depths=(1, 1, 1, 1), **FORMER).eval()
     config = json.loads((model.save(tmp_path / "now") / "config.json").read_text())
     del config["model_args"]["stem_pool"]
     config["model_args"]["attn_kernel_size"] = None
+    config["segmenter"]["detail"] = True
     (tmp_path / "then").mkdir()
     write(model, config, tmp_path / "then")
     again, x = Segmenter.load(tmp_path / "then"), torch.randn(1, 3, 64, 80)
@@ -457,7 +458,7 @@ def test_what_cannot_be_made_again_is_not_saved(tmp_path):
         "num_classes": 3,
         "decoder": "fpn",
         "width": 32,
-        "detail": True,
+        "detail": "contrast",
         "context": False,
         "class_names": None,
     }

@@ -44,6 +44,7 @@ class Rat(nn.Module):
             spacing=task.scaled(alone),
             spatial_dims=axes,
             context=True,
+            detail="pixels",  # as when the results were measured
             **options,
         )
 
@@ -85,7 +86,7 @@ class Muvit(nn.Module):
         )
         self.pyramid = SimplePyramid(self.encoder.dim, patch)
         self.decoder = DECODERS["fpn"](self.pyramid.dims, width, axes)
-        self.detail = DetailLevels(1, width, [2 if stride >= 2 else 1 for stride in self.pyramid.strides])
+        self.detail = DetailLevels(1, width, self.pyramid.strides, "pixels")
         self.classifier = CONVS[axes](self.detail.dims, len(task.classes), 3, padding=1)
 
     def forward(self, batch: Batch) -> Tensor:

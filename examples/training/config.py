@@ -33,7 +33,7 @@ class Config:
         decoder: Of segmentation and instances, see `rat_timm.dense.Segmenter`.
         width: Of that decoder, or of the maps of a detector. Of masked images: of the blocks that predict pixels, a
             multiple of 32.
-        detail: Whether that decoder has two more levels of convolutions at strides 1 and 2.
+        detail: Of segmentation and instances, see `rat_timm.dense.Segmenter`.
         detector: Of detection.
         depth: Of masked images: how many blocks predict pixels.
         stages: Of images without labels and a hierarchical model: how many stages, counted from the last, pixels are
@@ -120,7 +120,7 @@ class Config:
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     decoder: Literal["fpn", "groups"] = "fpn"
     width: int = 64
-    detail: bool = True
+    detail: bool | Literal["contrast", "pixels"] = "contrast"
     detector: Literal["fcos", "mask_rcnn"] = "fcos"
     depth: int = 2
     stages: int = 2

@@ -140,6 +140,35 @@ DECODERS: dict[str, type[Decoder]] = {"fpn": FpnDecoder, "groups": GroupDecoder}
 """The decoders by name."""
 
 
+DETAILS = ("contrast", "pixels")
+"""What the levels of fine detail may see."""
+
+
+class ContrastConv(nn.Module):
+    """A convolution of what is finer than a backbone's maps: pixels, less the mean of those around them.
+
+    How bright a place is, is left to the maps, which see what it is part of. A convolution of pixels learns it within
+    a few steps, as the shortest way to tell a cell from what is around it, and goes wrong where others are brighter.
+
+    Args:
+        conv: The convolution.
+        cells: Pixels, per axis, whose mean is taken; between their centres it is interpolated.
+    """
+
+    def __init__(self, conv: ConvNorm, cells: Sequence[int]) -> None:
+        super().__init__()
+        self.conv, self.cells = conv, tuple(cells)
+
+    def forward(self, image: Tokens) -> Tokens:
+        """``[B, *size, in_chans]`` -> ``[B, *size, dims]``."""
+        return self.conv(image._replace(x=contrast(image, self.cells)))
+
+
+def contrast(image: Tokens, cells: Sequence[int]) -> Tensor:
+    """Returns how pixels differ from the mean of the valid ones around them, ``[B, *size, C]``; see `ContrastConv`."""
+    return image.x - sample_at(average_cells(image, cells), image.grid, BEYOND).x
+
+
 class DetailLevels(nn.Module):
     """Two cheap convolutional levels, of the image's own pixels and of two per axis, under a decoder's map.
 
@@ -148,14 +177,18 @@ class DetailLevels(nn.Module):
     Args:
         in_chans: Number of image channels.
         width: Width of the decoder's map; that of the levels is a half and a quarter of it, and ``dims`` the latter.
-        step: Stride of the second level per axis.
+        strides: Pixels per place of the finest map, per axis.
+        sees: One of `DETAILS`: "contrast", how pixels differ from those around them (`ContrastConv`), or "pixels".
     """
 
-    def __init__(self, in_chans: int, width: int, step: Sequence[int]) -> None:
+    def __init__(self, in_chans: int, width: int, strides: Sequence[float], sees: str = "contrast") -> None:
         super().__init__()
-        self.dims, half = max(1, width // 4), max(1, width // 2)
-        ones = (1,) * len(step)
-        self.conv_1 = ConvNorm(in_chans, self.dims, ones, norm=False)
+        self.dims, half, self.sees = max(1, width // 4), max(1, width // 2), sees
+        step, ones = [2 if stride >= 2 else 1 for stride in strides], (1,) * len(strides)
+        first = ConvNorm(in_chans, self.dims, ones, norm=False)
+        cells = [round(stride) for stride in strides]
+        cells = cells if max(cells) > 1 else [2] * len(cells)  # where the maps are as fine as the image
+        self.conv_1 = ContrastConv(first, cells) if sees == "contrast" else first
         self.conv_2 = ConvNorm(self.dims, half, step)
         self.to_2, self.to_1 = _linear(width, half), _linear(half, self.dims)
         self.fuse_2, self.fuse_1 = ConvNorm(half, half, ones), ConvNorm(self.dims, self.dims, ones)
@@ -204,7 +237,7 @@ class SimplePyramid(nn.Module):
 
     def forward(self, tokens: Tokens, is_context: bool = False) -> list[Tokens]:
         """``[B, *grid, dim]`` -> four maps, finest first; for context without the finest one."""
-        maps = [self.finer(tokens), tokens, average_cells(tokens)]
+        maps = [self.finer(tokens), tokens, average_cells(tokens, (2,) * len(self.strides))]
         if is_context:
             return maps
         finest = self.finest_1(tokens)
@@ -244,25 +277,24 @@ def refined(grid: Grid, factors: Sequence[int]) -> Grid:
     )
 
 
-def average_cells(tokens: Tokens) -> Tokens:
-    """Averages the valid places of cells of two per axis, ``[B, *grid, C]`` -> ``[B, *ceil(grid / 2), C]``.
+def average_cells(tokens: Tokens, factors: Sequence[int]) -> Tokens:
+    """Averages the valid places of cells, ``[B, *grid, C]`` -> ``[B, *ceil(grid / factors), C]``.
 
-    The last cell of an axis may be cut off; its place is then half a fine place further out than its only column.
+    The last cell of an axis may be cut off; its place is where it would be of a whole one.
     """
-    two = (2,) * len(tokens.grid.shape)
-    ends = [n % 2 for n in tokens.grid.shape]
+    ends = [-n % f for n, f in zip(tokens.grid.shape, factors, strict=True)]
     shape = tuple(n + end for n, end in zip(tokens.grid.shape, ends, strict=True))
     mask = torch.ones_like(tokens.x[..., 0], dtype=torch.bool) if tokens.mask is None else tokens.mask
     padding = [part for end in reversed(ends) for part in (0, end)]
     x, valid = F.pad(tokens.filled(), [0, 0, *padding]), F.pad(mask, padding)
-    count, total = (_sum_cells(part) for part in (valid.unsqueeze(-1).to(x.dtype), x))
-    grid = tokens.grid._replace(shape=shape).conv(two, two, [0] * len(two))
+    count, total = (_sum_cells(part, factors) for part in (valid.unsqueeze(-1).to(x.dtype), x))
+    grid = tokens.grid._replace(shape=shape).conv(factors, factors, [0] * len(factors))
     return Tokens(total / count.clamp(min=1), grid, None if tokens.mask is None else count[..., 0] > 0)
 
 
-def _sum_cells(x: Tensor) -> Tensor:
-    for axis in range(1, x.ndim - 1):
-        x = x.unflatten(axis, (-1, 2)).sum(dim=axis + 1)
+def _sum_cells(x: Tensor, factors: Sequence[int]) -> Tensor:
+    for axis, factor in enumerate(factors, start=1):
+        x = x.unflatten(axis, (-1, factor)).sum(dim=axis + 1)
     return x
 
 

@@ -57,6 +57,8 @@ def load_segmenter(folder: str | Path) -> tuple[Checkpoint, dict[str, Any]]:
             f"{CONFIG} in {folder} must hold keywords of {type(backbone).__name__} and of Segmenter {OPTION_NAMES}, "
             f"got {unknown} and {sorted(options)}"
         )
+    if options.get("detail") is True:  # before there were two kinds
+        options = options | {"detail": "pixels"}
     return found._replace(model_args=upgrade(str(found.architecture), found.model_args)), options
 
 
@@ -69,7 +71,7 @@ def _describe(model: Any) -> dict[str, Any]:
         model.num_classes,
         model.decoder_name,
         model.width,
-        model.detail is not None,
+        False if model.detail is None else model.detail.sees,
         model.class_names,
         model.context,
     )

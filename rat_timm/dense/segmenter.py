@@ -15,7 +15,7 @@ from ..geometry.types import ImageOrPyramid, MaskLike, OriginLike, SpacingLike
 from ..layers.grouping import CONVS
 from ..models import RatVit, ResolutionAwareTransformer
 from .backbone import in_parts, make_backbone, parts_for, plain_maps, read_for
-from .decoders import BEYOND, DECODERS, Decoder, DetailLevels, LevelMaps, SimplePyramid, add_context
+from .decoders import BEYOND, DECODERS, DETAILS, Decoder, DetailLevels, LevelMaps, SimplePyramid, add_context
 from .saving import load_segmenter, save_segmenter
 
 SHARE = 1e-3  # of valid pixels in a place, linearly; rounding makes less of a neighbour's
@@ -35,10 +35,10 @@ class Segmenter(nn.Module):
             `rat_timm.dense.decoders`. A plain RAT has one map, of which the feature pyramid of ViTDet makes four, and
             no groupings.
         width: Width of the decoder.
-        detail: Whether two convolutional levels, at strides 1 and 2, bring in what is finer than the backbone's maps.
-            They see the image as the backbone does: at the reference spacing where its stem is physical. They make
-            outlines sharper, but may learn no more than how bright objects are: where those of other images are
-            brighter, or touch, a model without them can find more (``examples/cells/README.md``).
+        detail: What two convolutional levels, at strides 1 and 2, see of the image, to bring in what is finer than the
+            backbone's maps, at the reference spacing where its stem is physical: "contrast" (or True), how pixels
+            differ from those around them; "pixels", as former versions did, which learn how bright objects are, and
+            are wrong where those of other images are brighter (``examples/cells/README.md``). False: there are none.
         context: Whether the other levels of a pyramid reach level 0's pixels by their positions too
             (`rat_timm.dense.decoders.add_context`), and not by attention alone; for models trained on pyramids.
         in_chans: Number of image channels. Default: the backbone's.
@@ -58,7 +58,7 @@ class Segmenter(nn.Module):
         num_classes: int,
         decoder: Literal["fpn", "groups"] = "fpn",
         width: int = 64,
-        detail: bool = True,
+        detail: bool | Literal["contrast", "pixels"] = "contrast",
         in_chans: int | None = None,
         class_names: Sequence[str] | None = None,
         *,
@@ -71,6 +71,9 @@ class Segmenter(nn.Module):
             raise ValueError(f"num_classes and width must be positive, got {num_classes}, {width}")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names must be {num_classes} strings, one per class, got {class_names!r}")
+        sees = "contrast" if detail is True else detail
+        if sees not in (False, *DETAILS):
+            raise ValueError(f"detail must be a bool or one of {DETAILS}, got {detail!r}")
         self.num_classes, self.width = int(num_classes), int(width)
         self.class_names = None if class_names is None else list(class_names)
         self.backbone = cast(Any, make_backbone(backbone, in_chans, backbone_kwargs))
@@ -84,8 +87,7 @@ class Segmenter(nn.Module):
             self.pyramid = SimplePyramid(dims[-1], strides)  # type: ignore[arg-type]
             dims, strides = self.pyramid.dims, self.pyramid.strides
         self.decoder: Decoder = DECODERS[self.decoder_name](dims, width, self.spatial_dims)
-        step = [2 if stride >= 2 else 1 for stride in strides]
-        self.detail = DetailLevels(self.in_chans, width, step) if detail else None
+        self.detail = DetailLevels(self.in_chans, width, strides, sees) if sees else None
         self.classifier = CONVS[self.spatial_dims](self.num_features, num_classes, 3, padding=1)
         nn.init.zeros_(self.classifier.get_parameter("bias"))
 

@@ -17,6 +17,7 @@ from math import lcm
 
 from torch import nn
 
+from ..dense.decoders import ContrastConv, refined
 from ..dense.segmenter import Segmenter
 from ..geometry.box import Box, places_around
 from ..geometry.grid import Grid
@@ -126,6 +127,8 @@ def total_stride(model: nn.Module, stage: int = -1, spacing: Sequence[float] | N
     steps = [here.total_stride for here in _stages(backbone, stage)]
     if isinstance(model, Segmenter) and model.detail is not None:
         steps.append(model.detail.conv_2.stride)
+        if isinstance(model.detail.conv_1, ContrastConv):
+            steps.append(model.detail.conv_1.cells)
     return tuple(lcm(*along) for along in zip(*steps, strict=True))
 
 
@@ -158,8 +161,6 @@ def map_grid(model: nn.Module, grid: Grid, stage: int = -1) -> Grid:
     if not isinstance(model, Segmenter):
         return patches
     assert model.pyramid is not None
-    from ..dense.decoders import refined
-
     factors = [a * b for a, b in zip(model.pyramid.finest_1.factors, model.pyramid.finest_2.factors, strict=True)]
     return refined(patches, factors)
 
@@ -213,8 +214,12 @@ def _before_detail(model: Segmenter, grid: Grid, finest: Grid, box: Box) -> tupl
     half = grid.conv(*conv) if max(step) > 1 else grid
     fine = _conv_3(box, grid)  # of fuse_1
     halves = _conv_3(places_around(fine, grid, half), half)  # of fuse_2
-    fine = fine | _before_conv(halves, grid.shape, *conv)
-    return _conv_3(fine, grid), places_around(halves, half, finest)
+    fine = _conv_3(fine | _before_conv(halves, grid.shape, *conv), grid)
+    if isinstance(model.detail.conv_1, ContrastConv):
+        cells = model.detail.conv_1.cells
+        means = (cells, cells, [0] * len(cells))
+        fine = fine | _before_conv(places_around(fine, grid, grid.conv(*means)), grid.shape, *means)
+    return fine, places_around(halves, half, finest)
 
 
 def _before_decoder(model: Segmenter, grids: Sequence[Grid], box: Box) -> list[Box | None]:
