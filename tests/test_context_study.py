@@ -413,6 +413,7 @@ def test_quick_results_are_not_taken_for_the_studys(monkeypatch, capfd):
     assert "--quick needs --output" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_study_runs_and_goes_on(tmp_path, monkeypatch, capfd):
     arguments = ["--quick", "--output", tmp_path, "--cache", tmp_path / "cache"]
     call("run_context_study.py", *arguments, patch=monkeypatch, capture=capfd)

@@ -70,6 +70,7 @@ def test_figures_of_segmentation(quickly, tmp_path, monkeypatch, capfd):
     assert {file.name for file in tmp_path.iterdir()} == {"images.csv", "all.csv", "factors.png", "prediction.png"}
 
 
+@pytest.mark.slow
 def test_figures_of_instances_at_other_pixel_sizes(quickly, tmp_path, monkeypatch, capfd):
     output = quickly("instances")
     options = ("--trained", output, "--output", tmp_path, "--device", "cpu", "--factors", 1, 2)
@@ -97,6 +98,7 @@ def test_figures_of_instances_at_other_pixel_sizes(quickly, tmp_path, monkeypatc
             assert said == pytest.approx(average_precision(pairs, threshold), abs=0.02 if factor == 2 else 1e-9)
 
 
+@pytest.mark.slow
 def test_figures_of_detection(quickly, tmp_path, monkeypatch, capfd):
     output = quickly("detection")
     options = ("--trained", output, "--output", tmp_path, "--device", "cpu", "--factors", 0.5, 1)

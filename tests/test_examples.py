@@ -82,7 +82,7 @@ def test_the_test_weights_are_trained(run, tmp_path):
     timm.create_model("test_rat", pretrained=True, pretrained_cfg_overlay=overlay)
 
 
-@pytest.mark.parametrize("name", ["test_rat", "test_rat_3d"])
+@pytest.mark.parametrize("name", ["test_rat", slow("test_rat_3d")])
 def test_shipped_weights_are_as_good_as_their_card_says(name):
     example = importlib.import_module("pretrain_test_weights")
     file = Path(timm.create_model(name).pretrained_cfg["file"])
@@ -112,6 +112,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["scan"].spacing == (0.5, 0.25)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_models(run, tmp_path):
     image = pytest.importorskip("matplotlib.image")
     sizes = ["--size", "64+32", "--batch", "1", "--runs", "2"]

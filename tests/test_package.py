@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 CHECK = """
 import pathlib, sys
@@ -17,6 +19,7 @@ for name in ("test_rat", "test_rat_3d"):
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_is_small_and_holds_the_weights(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)

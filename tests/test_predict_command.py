@@ -251,6 +251,7 @@ def test_an_interrupt_is_one_line(tmp_path, image, saved, monkeypatch, capsys):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_paths_may_be_relative_where_workers_began_elsewhere(tmp_path, image, saved, monkeypatch):
     """Workers of a cluster that runs began in folders of their own."""
     distributed = pytest.importorskip("distributed")

@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("filelock")
 pytest.importorskip("tensorboard")
 
-from helpers import call, losses, places, read_events
+from helpers import call, losses, places, read_events, slow
 from rat_timm import hub
 from rat_timm.dense import Segmenter
 from rat_timm.geometry.grid import Grid, Tokens
@@ -120,7 +120,7 @@ def check_the_same(config, whole):
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("task", ["masked", "distillation"])
+@pytest.mark.parametrize("task", ["masked", slow("distillation")])
 def test_a_run_goes_on_as_if_it_had_not_been_interrupted(tmp_path, monkeypatch, task):
     options = {"size": [64, 64], "epochs": 2, **TAUGHT}
     whole = short(tmp_path / "whole", task, **options)

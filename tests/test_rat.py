@@ -12,7 +12,7 @@ import timm
 import torch
 
 import rat_timm
-from helpers import lively, slow
+from helpers import lively
 from rat_timm import RatConfig, ResolutionAwareTransformer
 from rat_timm.models.rat import checkpoint_filter_fn
 
@@ -362,7 +362,8 @@ def test_each_size_is_a_program_of_constants():
     assert symbols == [set()] * 3
 
 
-@pytest.mark.parametrize("train", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True])
 def test_programs_do_not_grow_with_depth(train):
     """Blocks of a stage, and iterations of a grouping, are calls of one program that is compiled once."""
     if "max_reuse_entries" not in inspect.signature(torch.compiler.nested_compile_region).parameters:
@@ -407,6 +408,7 @@ def test_compiled_once_for_all_spacings():
             torch.testing.assert_close(compiled(x, spacing=spacing), model(x, spacing=spacing))
 
 
+@pytest.mark.slow
 def test_compiled_training_without_graph_breaks():
     # images are in test_invariances.py, as masked pyramids
     torch._dynamo.reset()

@@ -81,6 +81,7 @@ def test_the_trained_model_is_made_again(uninterrupted):
     assert model.pretrained_cfg["label_names"] == ["3", "5", "8", "9"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(uninterrupted, tmp_path):
     process = start("train.py", "--output", tmp_path, "--checkpoint_every", 3, *OPTIONS)
     wait_for_checkpoint(tmp_path, process)
@@ -95,6 +96,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(uninterrupted, tmp_pa
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "deepspeed2", "deepspeed3"])
 def test_two_processes_do_what_one_does(uninterrupted, tmp_path, parallel):
     if parallel != "ddp":
