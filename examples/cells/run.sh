@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=$1
 rat="{embed_dim: 32}"
-deeper="{embed_dim: 32, depths: [2, 2, 6, 2], stem_kernel_size: [7]}"
+deeper="{embed_dim: 32, depths: [2, 2, 6, 2]}"
 layout="mlp_ratio: 3, block_types: attention, attn_kernel_size: 7, group_attn_width: coarse, stem_kernel_size: [3, 3]"
 former="{embed_dim: 32, depths: [2, 3, 8, 3], stem_pool: false, $layout}"
 none="{embed_dim: 32, depths: [2, 3, 8, 3], stem_pool: false, $layout, sga_attention_type: none}"

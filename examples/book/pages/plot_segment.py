@@ -91,7 +91,7 @@ for axes, factor in zip(row, (0.5, 1, 2), strict=True):
 # %%
 # Those are figures of a part of one frame, where nuclei lie apart, after a training of seconds or minutes. What larger
 # networks reach, beside a U-Net that is given resized images, is :doc:`measured </measured/cells/README>`: as many
-# nuclei, outlines a little worse, and of bacteria that touch far fewer.
+# nuclei, and as many bacteria that touch.
 #
 # Your own images
 # ---------------

@@ -166,7 +166,7 @@ def _nats(arch: str, images: str, volumes: str) -> dict[str, Variant]:
 
 
 VARIANTS = {
-    "rat_tiny": _images("Tiny, 27.3 M parameters.", replace(_LAYOUT, embed_dim=96, depths=(2, 2, 6, 2))),
+    "rat_tiny": _images("Tiny, 26.9 M parameters.", replace(_LAYOUT, embed_dim=96, depths=(1, 1, 6, 2))),
     "rat_small": _images("Small, 51.7 M parameters.", replace(_LAYOUT, embed_dim=96, depths=(3, 4, 18, 3))),
     "rat_base": _images("Base, 91.4 M parameters.", replace(_LAYOUT, embed_dim=128, depths=(3, 4, 18, 3))),
     "rat_large": _images("Large, 205 M parameters.", replace(_LAYOUT, embed_dim=192, depths=(3, 4, 18, 3))),
