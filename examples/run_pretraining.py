@@ -49,7 +49,12 @@ from training.conditions import Condition, Evaluation
 from training.config import Config
 from training.trainer import train
 
-MODEL = {"model": "rat_tiny", "model_args": {**FORMER, "embed_dim": 32, "depths": [1, 1, 2, 1]}, "pretrained": False}
+MODEL = {
+    "model": "rat_tiny",
+    "model_args": {**FORMER, "embed_dim": 32, "depths": [1, 1, 2, 1]},
+    "pretrained": False,
+    "detail": "pixels",  # like the layout, as when the results were measured
+}
 SIZE = [96, 96]
 STEPS = 120  # of fine-tuning, four crops in each
 QUICK = "discs"

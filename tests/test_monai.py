@@ -43,7 +43,7 @@ def image(axes, spacing=None, **meta):
 
 def segmenter(axes):
     name = {2: "test_rat", 3: "test_rat_3d"}[axes]
-    return lively(Segmenter(name, 2, in_chans=1, width=8)).eval()
+    return lively(Segmenter(name, 2, in_chans=1, width=32)).eval()  # a norm of 2 channels would be all but a sign
 
 
 @pytest.fixture(params=[2, 3])

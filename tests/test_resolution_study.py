@@ -302,6 +302,7 @@ def test_quick_results_are_not_taken_for_the_studys(monkeypatch, capfd):
     assert "--quick needs --output" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_study_runs_learns_and_goes_on(tmp_path, monkeypatch, capfd):
     arguments = ["--quick", "--jobs", 2, "--output", tmp_path, "--cache", tmp_path / "cache"]
     call("run_resolution_study.py", *arguments, patch=monkeypatch, capture=capfd)

@@ -424,6 +424,7 @@ def test_other_channels(channels):
     torch.testing.assert_close(augmented[0].image, torch.full((channels, 8, 8), (1 - mean) / std))
 
 
+@pytest.mark.slow
 def test_volumes(tmp_path):
     config = Config(tmp_path, model="test_rat_3d", quick=True, workers=0, flip=True, intensity="sample")
     trainer.train(config)

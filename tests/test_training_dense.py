@@ -64,6 +64,7 @@ def test_the_trained_model_is_made_again(quickly):
     assert model(torch.zeros(1, 1, 40, 50), spacing=0.5).shape == (1, 2, 40, 50)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(quickly, tmp_path, monkeypatch):
     task = "instances"
     finished = trainer.Trainer._finish

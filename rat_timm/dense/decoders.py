@@ -283,13 +283,18 @@ def average_cells(tokens: Tokens, factors: Sequence[int]) -> Tokens:
     The last cell of an axis may be cut off; its place is where it would be of a whole one.
     """
     ends = [-n % f for n, f in zip(tokens.grid.shape, factors, strict=True)]
-    shape = tuple(n + end for n, end in zip(tokens.grid.shape, ends, strict=True))
     mask = torch.ones_like(tokens.x[..., 0], dtype=torch.bool) if tokens.mask is None else tokens.mask
     padding = [part for end in reversed(ends) for part in (0, end)]
     x, valid = F.pad(tokens.filled(), [0, 0, *padding]), F.pad(mask, padding)
     count, total = (_sum_cells(part, factors) for part in (valid.unsqueeze(-1).to(x.dtype), x))
-    grid = tokens.grid._replace(shape=shape).conv(factors, factors, [0] * len(factors))
-    return Tokens(total / count.clamp(min=1), grid, None if tokens.mask is None else count[..., 0] > 0)
+    mean = total / count.clamp(min=1)
+    return Tokens(mean, cell_grid(tokens.grid, factors), None if tokens.mask is None else count[..., 0] > 0)
+
+
+def cell_grid(grid: Grid, factors: Sequence[int]) -> Grid:
+    """Returns where the cells of `average_cells` are."""
+    shape = tuple(n + -n % f for n, f in zip(grid.shape, factors, strict=True))
+    return grid._replace(shape=shape).conv(factors, factors, [0] * len(factors))
 
 
 def _sum_cells(x: Tensor, factors: Sequence[int]) -> Tensor:

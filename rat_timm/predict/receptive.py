@@ -17,7 +17,7 @@ from math import lcm
 
 from torch import nn
 
-from ..dense.decoders import ContrastConv, refined
+from ..dense.decoders import ContrastConv, cell_grid, refined
 from ..dense.segmenter import Segmenter
 from ..geometry.box import Box, places_around
 from ..geometry.grid import Grid
@@ -217,8 +217,8 @@ def _before_detail(model: Segmenter, grid: Grid, finest: Grid, box: Box) -> tupl
     fine = _conv_3(fine | _before_conv(halves, grid.shape, *conv), grid)
     if isinstance(model.detail.conv_1, ContrastConv):
         cells = model.detail.conv_1.cells
-        means = (cells, cells, [0] * len(cells))
-        fine = fine | _before_conv(places_around(fine, grid, grid.conv(*means)), grid.shape, *means)
+        means = places_around(fine, grid, cell_grid(grid, cells))
+        fine = fine | _before_conv(means, grid.shape, cells, cells, [0] * len(cells))
     return fine, places_around(halves, half, finest)
 
 
