@@ -156,8 +156,7 @@ def map_grid(model: nn.Module, grid: Grid, stage: int = -1) -> Grid:
         maps = _stage_grids(backbone.cfg, grid)
         return maps[0] if isinstance(model, Segmenter) else maps[_index(backbone, stage)]
     step = total_stride(model, spacing=grid.spacing[0].tolist())
-    size = [n + -n % s for n, s in zip(grid.shape, step, strict=True)]
-    patches = grid._replace(shape=tuple(size)).conv(step, step, [0] * len(step))
+    patches = cell_grid(grid, step)
     if not isinstance(model, Segmenter):
         return patches
     assert model.pyramid is not None
