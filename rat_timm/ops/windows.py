@@ -207,6 +207,7 @@ class Tiles(NamedTuple):
             queries, keys]``; one past the last where the key is not in the window. None if there is no such bias.
         added: What `attend_in_tiles` adds to logits of a batch, ``[B * tiles, 1, queries, keys]``; in exports alone,
             where several calls share it.
+        is_whole: Whether there is one tile, in whose order places are the grid's, and every query sees every key.
     """
 
     queries: Gather
@@ -219,6 +220,7 @@ class Tiles(NamedTuple):
     overlaps: Overlaps | None
     entries: Tensor | None = None
     added: Tensor | None = None
+    is_whole: bool = False
 
     @classmethod
     def create(
@@ -246,16 +248,18 @@ class Tiles(NamedTuple):
         once = np.unique(queries, return_index=True)[1]
         repeated = np.ones(queries.shape, bool)
         repeated.flat[once] = False
+        kinds = outer_and([each if reach is None else each >= 0 for each in patterns])
         return cls(
             queries=Gather.create(queries, shape, device),
             keys=Gather.create(keys, key_shape, device),
             once=RowIndex.create(once, queries.size, device),
             repeated=tensor_of(repeated, device) if repeated.any() else None,
-            kinds=tensor_of(outer_and([each if reach is None else each >= 0 for each in patterns]), device),
+            kinds=tensor_of(kinds, device),
             kind=tensor_of(kind[order], device),
             counts=tuple(np.bincount(kind).tolist()),
             overlaps=Overlaps.create(keys, key_shape, device) if with_overlaps else None,
             entries=None if reach is None else tensor_of(outer_entries(patterns, [2 * n + 1 for n in reach]), device),
+            is_whole=len(kind) == 1 and shape == key_shape and bool(kinds.all()),
         )
 
     def untile(self, *parts: Tensor) -> Tensor:
@@ -331,7 +335,8 @@ class Tiles(NamedTuple):
 
     def share_bias(self, x: Tensor) -> "Tiles":
         """Returns the tiles with what several calls with a batch like ``x`` ``[B, ...]`` add to their logits."""
-        return Tiles(*self[:-1], added=self.batch_bias(x.shape[0], x.dtype))  # dynamo traces no _replace
+        # dynamo traces no _replace
+        return self if self.is_whole else Tiles(*self[:-2], added=self.batch_bias(x.shape[0], x.dtype))
 
     def of_tiles(self, x: Tensor) -> Tensor:
         """``[kinds, ...]`` -> ``[tiles, ...]``, without a copy if the tiles are of one kind."""
@@ -369,6 +374,8 @@ def attend_in_tiles(
     if mask is not None:
         valid = mask[..., None, None]
         key, value = torch.where(valid, key, 0.0), torch.where(valid, value, 0.0)
+    if tiles.is_whole and table is None:
+        return _attend_to_all(query, key, value, mask, dropout_p)
     if torch.compiler.is_compiling() or is_transformed():
         if table is not None:
             return _attend_in_program_by_head(query, key, value, tiles, mask, dropout_p, table)
@@ -387,6 +394,13 @@ def attend_in_tiles(
         for out, (q, k, v, m) in zip(outs, calls, strict=True):
             out.append(_attend(q, k, v, part, bias, m, dropout_p))
     return tiles.untile(*outs[0]) if len(outs) == 1 else torch.cat([tiles.untile(*parts) for parts in outs])
+
+
+def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    """Attends from every place of a grid to every place: one tile as it lies, without a gather or a bias."""
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # [B, heads, N, d]
+    allowed = None if mask is None else mask.flatten(1)[:, None, None]
+    return masked_attention(q, k, v, allowed, dropout_p).transpose(1, 2).unflatten(1, query.shape[1:-2])
 
 
 def _attend(
@@ -432,11 +446,7 @@ def _attend_in_program(
         bias = tiles.added
         if bias is None or bias.dtype != q.dtype:
             bias = tiles.batch_bias(query.shape[0], q.dtype)
-        if not torch.compiler.is_exporting():
-            return tiles.untile_in_program(attention(q, k, v, bias, dropout_p))
-        scale = q.shape[-1] ** -0.5  # the default, which ONNX would work out of sizes
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
-        return tiles.untile_in_program(out)
+        return tiles.untile_in_program(attention(q, k, v, bias, dropout_p))
     valid = tiles.keys.take_in_program(mask[..., None, None]).transpose(2, 3)  # [B * tiles, 1, 1, keys]
     allowed = tiles.allowed().expand(query.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1) & valid
     return tiles.untile_in_program(masked_attention(q, k, v, allowed, dropout_p))
@@ -480,9 +490,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
     is_explicit = query.numel() == 0 or (
         dropout_p == 0.0 and query.requires_grad and _explicit_is_best(query, key, bias)
     )
+    scale = query.shape[-1] ** -0.5  # the default, which ONNX would work out of sizes
     if not is_explicit:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
-    logits = (query * query.shape[-1] ** -0.5) @ key.mT
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    logits = (query * scale) @ key.mT
     logits = logits if bias is None else logits + bias
     return logits.softmax(dim=-1) @ value
 
