@@ -1,4 +1,6 @@
+import contextlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import references
+from rat_timm.geometry import plans
 from rat_timm.geometry.grid import Grid, Tokens
 from rat_timm.layers import (
     DenseSpatialGroupingAttention,
@@ -13,10 +16,28 @@ from rat_timm.layers import (
     grouping_attention,
     local_grouping_attention,
 )
+from rat_timm.ops import grouping as operations
 from rat_timm.ops.grouping import MASK_VALUE, log_sum_exp
 from test_neighborhood import gradients
 
 GRIDS = [((9,), 2, 3), ((7, 9), 2, 3), ((11, 6), (3, 2), 3), ((5, 20), 2, (5, 1)), ((5, 7, 4), 2, 3), ((1, 1), 2, 3)]
+
+
+@contextlib.contextmanager
+def cut_into_tiles(is_cut):
+    """Sparse grouping in several tiles even of a small grid, or as it comes: in one."""
+    with contextlib.ExitStack() as stack:
+        if is_cut:
+            stack.enter_context(mock.patch.object(operations, "_FEW", 0))
+            stack.callback(plans.forget)
+            plans.forget()
+        yield
+
+
+@pytest.fixture(params=[False, True], ids=["one tile", "tiles"])
+def tiled(request):
+    with cut_into_tiles(request.param):
+        yield
 
 
 def as_tuple(value, axes):
@@ -109,6 +130,7 @@ def test_without_gradients_dense_is_fused(masked, width, dtype, tolerance, monke
 
 @pytest.mark.parametrize(("fine", "stride", "window"), GRIDS)
 @pytest.mark.parametrize("masked", ["nothing", "tokens", "groups and tokens"])
+@pytest.mark.usefixtures("tiled")
 def test_sparse_agrees_with_explicit_matrices(fine, stride, window, masked):
     tensors = local_inputs(fine, stride)
     mask = torch.rand(2, *fine) > 0.4 if "tokens" in masked else None
@@ -123,16 +145,30 @@ def test_sparse_agrees_with_explicit_matrices(fine, stride, window, masked):
     st.integers(1, 4),
     st.sampled_from([1, 3, 5]),
     st.integers(0, 2**31),
+    st.booleans(),
 )
-def test_sparse_on_any_grid(fine, stride, window, seed):
+def test_sparse_on_any_grid(fine, stride, window, seed, is_cut):
     torch.manual_seed(seed)
     tensors = local_inputs(tuple(fine), stride, batch=1, heads=1, width=2)
     expected = local_reference(*tensors, stride, window)
-    torch.testing.assert_close(local_grouping_attention(*tensors, stride, window), expected, rtol=0, atol=1e-10)
+    with cut_into_tiles(is_cut):
+        out = local_grouping_attention(*tensors, stride, window)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (17, 16), (4, 8, 8), (16, 8, 8)])
+def test_few_pairs_are_one_tile(shape):
+    coarse = coarse_shape(shape, 2)
+    tiles = operations.local_tiles(shape, (2,) * len(shape), (3,) * len(shape), torch.device("cpu"))
+    assert (tiles.queries.tiles == 1) == (math.prod(shape) * math.prod(coarse) <= 1 << 14)
+    if tiles.queries.tiles == 1:  # the order in which tokens and groups are taken as they lie
+        assert tiles.queries.rows.row.tolist() == list(range(math.prod(shape)))
+        assert tiles.keys.rows.row.tolist() == list(range(math.prod(coarse)))
 
 
 @pytest.mark.parametrize("fine", [(13, 10), (5, 6, 7)])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.usefixtures("tiled")
 def test_a_window_over_the_grid_is_dense(fine, masked):
     query, key, value = local_inputs(fine, 2)
     mask = torch.rand(2, *fine) > 0.4 if masked else None
@@ -142,6 +178,7 @@ def test_a_window_over_the_grid_is_dense(fine, masked):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("tiled")
 def test_masked_tokens_may_hold_anything(poison):
     query, key, value = local_inputs((9, 12), 2)
     mask = torch.rand(2, 9, 12) > 0.4
@@ -155,6 +192,7 @@ def test_masked_tokens_may_hold_anything(poison):
     assert all(torch.equal(a, b) for a, b in zip(both(), clean, strict=True))
 
 
+@pytest.mark.usefixtures("tiled")
 def test_groups_without_valid_tokens_are_zero_with_finite_gradients():
     tensors, mask = local_inputs((8, 12), 2), torch.zeros(2, 8, 12, dtype=torch.bool)
     out, grads = gradients(local_grouping_attention, tensors, 2, 3, mask)
@@ -172,6 +210,7 @@ def test_autocast_gives_one_dtype_whatever_the_chunks():
 
 
 @pytest.mark.parametrize("grids", [[(6, 9), (8, 5)], [(4, 5, 6), (5, 3, 4)]])
+@pytest.mark.usefixtures("tiled")
 def test_a_compiled_sparse_grouping_takes_another_size(grids):
     torch._dynamo.reset()
     compiled = torch.compile(local_grouping_attention, fullgraph=True, backend="eager")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..geometry.grid import Positions, Tokens, axis_values, field_center, fill, integers
 from ..ops.assignment import Assignment
-from ..ops.grouping import DenseGrouping, ExportedGrouping, LocalGrouping, local_tiles
+from ..ops.grouping import DenseGrouping, LocalGrouping, local_tiles, sparse_grouping
 from ..ops.masking import pool_mask
 from ..ops.windows import Tiles
 from .rose import RotarySpatialEmbedding, Rotation, check_heads
@@ -281,8 +281,7 @@ class SparseSpatialGroupingAttention(SpatialGroupingAttention):
         if tiles is None:
             fine = key.shape[1:-2]
             tiles = local_tiles(fine, self.stride, self._window(fine), key.device)
-        grouping = LocalGrouping if tiles.once.order is not None else ExportedGrouping
-        return grouping.create(key, value, tiles, mask, group_mask)
+        return sparse_grouping(key, value, tiles, mask, group_mask)
 
     def _window(self, coarse: Sequence[int]) -> tuple[int, ...]:
         return integers(self.neighborhood_kernel, "neighborhood_kernel", len(coarse))

@@ -31,6 +31,7 @@ MASK_VALUE = torch.finfo(torch.float32).min / 4
 """The logarithm that stands for zero: finite, so that no difference of two of them is NaN."""
 
 _CHUNK_ELEMENTS = 1 << 22  # logits that dense grouping holds at a time
+_FEW = 1 << 14  # pairs of a token and a group up to which one tile, most of whose pairs are left out, is faster
 
 
 def grouping_attention(
@@ -73,19 +74,24 @@ def _take_dense(
     mask: Tensor | None,
     group_mask: Tensor | None,
     chunk_size: int | None = None,
+    near: Tensor | None = None,
 ) -> Tensor:
-    allowed = None if mask is None and group_mask is None else _dense_pairs(mask, group_mask)
+    """Does `grouping_attention`; with ``near`` ``[1, 1, N, M]`` a token and a group interact only where it is True."""
+    allowed = None
+    if mask is not None or group_mask is not None:
+        allowed = _dense_pairs(mask, group_mask, near)
+        value = torch.where(allowed.any(dim=-1, keepdim=True), value, 0.0)
+    elif near is not None:
+        allowed = near
     if mask is not None:
         key = torch.where(mask[:, None, :, None], key, 0.0)
-    if allowed is not None:
-        value = torch.where(allowed.any(dim=-1, keepdim=True), value, 0.0)
     chunk_size = chunk_size or _chunk_size(query)
     if chunk_size >= key.shape[2]:
         attention = logits_of(query, key, allowed).log_softmax(dim=-2)  # log A transposed
         if allowed is not None:
             attention = attention.masked_fill(~allowed, MASK_VALUE)
         return attention.softmax(dim=-1).to(value.dtype).mT @ value
-    if _fused_can_run(query, key, value):
+    if near is None and _fused_can_run(query, key, value):
         lower = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if lower else value.dtype  # as of the products below
         return _fused(query, key, value, mask, group_mask).to(dtype)
@@ -152,9 +158,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, less: Tensor, valid: Tens
     return out[..., :width], sums
 
 
-def _dense_pairs(mask: Tensor | None, group_mask: Tensor | None) -> Tensor:
+def _dense_pairs(mask: Tensor | None, group_mask: Tensor | None, near: Tensor | None) -> Tensor:
     """Returns which token and group may interact, broadcastable to ``[B, 1, N, M]``."""
-    parts = []
+    parts = [] if near is None else [near]
     if mask is not None:
         parts.append(mask[:, None, :, None])
     if group_mask is not None:
@@ -199,31 +205,40 @@ def _chunk_take(query: Tensor, key: Tensor, allowed: Tensor | None, log_sum: Ten
 
 
 class DenseGrouping(NamedTuple):
-    """The tokens of a dense grouping: the arguments of `grouping_attention`.
+    """The tokens of a dense grouping, the arguments of `grouping_attention`; or of a sparse one that is one tile.
 
     Attributes:
         key: ``[B, heads, N, d]``.
         value: Same shape.
         mask: ``[B, N]``.
         group_mask: ``[B, M]``.
+        near: Which token and group interact, ``[1, 1, N, M]``; None if all do.
     """
 
     key: Tensor
     value: Tensor
     mask: Tensor | None
     group_mask: Tensor | None
+    near: Tensor | None = None
 
     @classmethod
-    def create(cls, key: Tensor, value: Tensor, mask: Tensor | None, group_mask: Tensor | None) -> "DenseGrouping":
+    def create(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        group_mask: Tensor | None,
+        near: Tensor | None = None,
+    ) -> "DenseGrouping":
         """Takes tokens ``[B, *fine, heads, d]``; masks ``[B, *fine]`` and ``[B, *coarse]``."""
         mask = None if mask is None else mask.flatten(1)
         group_mask = None if group_mask is None else group_mask.flatten(1)
-        return cls(key.flatten(1, -3).transpose(1, 2), value.flatten(1, -3).transpose(1, 2), mask, group_mask)
+        return cls(key.flatten(1, -3).transpose(1, 2), value.flatten(1, -3).transpose(1, 2), mask, group_mask, near)
 
     def take(self, query: Tensor) -> Tensor:
         """Takes values into groups ``[B, *coarse, heads, d]``."""
         groups = query.flatten(1, -3).transpose(1, 2)
-        taken = _take_dense(groups, self.key, self.value, self.mask, self.group_mask)
+        taken = _take_dense(groups, self.key, self.value, self.mask, self.group_mask, near=self.near)
         return taken.transpose(1, 2).unflatten(1, query.shape[1:-2])
 
 
@@ -270,7 +285,17 @@ def local_grouping_attention(
     """
     steps, cells = _check_local(query, key, value, stride, window, mask, group_mask)
     tiles = local_tiles(key.shape[1:-2], steps, cells, key.device)
-    return LocalGrouping.create(key, value, tiles, mask, group_mask).take(query)
+    return sparse_grouping(key, value, tiles, mask, group_mask).take(query)
+
+
+def sparse_grouping(
+    key: Tensor, value: Tensor, tiles: Tiles, mask: Tensor | None, group_mask: Tensor | None
+) -> "DenseGrouping | LocalGrouping | ExportedGrouping":
+    """Makes tokens ready for sparse grouping in `local_tiles`; see `local_grouping_attention`."""
+    if tiles.queries.tiles == 1:  # tokens and groups as they lie
+        return DenseGrouping.create(key, value, mask, group_mask, tiles.allowed().unsqueeze(1))
+    grouping = LocalGrouping if tiles.once.order is not None else ExportedGrouping
+    return grouping.create(key, value, tiles, mask, group_mask)
 
 
 class LocalGrouping(NamedTuple):
@@ -401,13 +426,15 @@ def local_tiles(fine: Sequence[int], stride: tuple[int, ...], window: tuple[int,
 @torch.compiler.assume_constant_result
 @plans.per_geometry
 def _tiles(fine: tuple[int, ...], stride: tuple[int, ...], window: tuple[int, ...], device: torch.device) -> Tiles:
-    axes = [_axis_tiles(n, s, w // 2) for n, s, w in zip(fine, stride, window, strict=True)]
+    coarse = [-(-n // s) for n, s in zip(fine, stride, strict=True)]
+    is_small = math.prod(fine) * math.prod(coarse) <= _FEW
+    axes = [_axis_tiles(n, s, w // 2, is_small) for n, s, w in zip(fine, stride, window, strict=True)]
     return Tiles.create(axes, device, with_overlaps=True)
 
 
-def _axis_tiles(tokens: int, stride: int, reach: int) -> AxisTiles:
+def _axis_tiles(tokens: int, stride: int, reach: int, is_one: bool) -> AxisTiles:
     groups = -(-tokens // stride)
-    count = -(-groups // max(2, 2 * reach))
+    count = 1 if is_one else -(-groups // max(2, 2 * reach))
     cell = np.arange(tokens) // stride
     first, last = np.maximum(cell - reach, 0), np.minimum(cell + reach, groups - 1)
     return AxisTiles.create(first, last, -(-groups // count) * stride)
