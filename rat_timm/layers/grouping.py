@@ -217,7 +217,7 @@ class SpatialGroupingAttention(nn.Module):
             key, value = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)  # [B, *fine, heads, d]
         else:
             key, value = split_heads_in_export(kv, 2, self.num_heads)
-        key = self.temp.to(key.dtype) * self.rose(key, fine)
+        key = self.rose(key, fine)
         groups = self.norm1(self._stride(x))
         grouping = self.prepare(key, value, mask, group_mask, tiles)
         compiles = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
@@ -291,7 +291,8 @@ def _iterate(
     sga: SpatialGroupingAttention, groups: Tensor, rotation: Rotation | None, grouping: Grouping
 ) -> tuple[Tensor, Tensor]:
     query = sga.q(groups).unflatten(-1, (sga.num_heads, -1))  # [B, *coarse, heads, d]
-    query = query if rotation is None else rotation(query)
+    # there are fewer groups than tokens to multiply by the temperature
+    query = sga.temp.to(query.dtype) * (query if rotation is None else rotation(query))
     taken = grouping.take(query).flatten(-2)
     groups = groups + sga.norm2(taken if sga.proj is None else sga.proj(taken))
     return groups + sga.norm3(sga.mlp(groups)), query
