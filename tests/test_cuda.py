@@ -15,7 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; determ
 import pytest
 import timm
 import torch
-from test_grouping import coarse_shape, flat, local_inputs, local_reference
+from test_grouping import coarse_shape, flat, local_inputs, local_reference, tiled  # noqa: F401, a fixture
 from test_rat import lively
 from test_rose import positions
 
@@ -189,6 +189,7 @@ def test_many_samples_are_attended_to():
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("fine", "stride", "window"), [((7, 9), 2, 3), ((11, 6), (3, 2), 3), ((5, 7, 4), 2, 3)])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.usefixtures("tiled")
 def test_local_grouping_follows_its_definition(fine, stride, window, masked, dtype, atol):
     tensors = [t.float().double() for t in local_inputs(fine, stride)]
     mask = torch.rand(2, *fine) > 0.4 if masked else None

@@ -250,6 +250,27 @@ def test_a_torchscript_trace_gives_what_the_layer_gives(layer, grid):
     torch.testing.assert_close(traced(*given), function(*given), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("grid", "kernel"), [((5, 7), (5, 7)), ((4, 3), 15), ((2, 3, 4), 5), ((1,), 3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_window_as_wide_as_its_grid_needs_no_index(grid, kernel, masked, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda *_: pytest.fail("an index was used"))
+    query, key, value = torch.randn(3, 2, *grid, 3, 4, dtype=torch.float64)
+    mask = torch.rand(2, *grid) > 0.4 if masked else None
+    if masked:
+        mask[0] = False
+    out = neighborhood_attention(query, key, value, kernel, mask)
+    weights = torch.einsum("bqhd,bkhd->bhqk", query.flatten(1, -3), key.flatten(1, -3)).div(2).exp()
+    weights = weights if mask is None else weights * mask.flatten(1)[:, None, None]
+    weights = torch.nan_to_num(weights / weights.sum(-1, keepdim=True))
+    expected = torch.einsum("bhqk,bkhd->bqhd", weights, value.flatten(1, -3)).view_as(out)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(("grid", "kernel", "whole"), [((5, 7), 7, True), ((8, 7), 7, False), ((3, 4, 9), 8, False)])
+def test_tiles_know_that_every_query_sees_every_key(grid, kernel, whole):
+    assert neighborhood_plan(grid, (kernel,) * len(grid), CPU).is_whole == whole
+
+
 @pytest.mark.parametrize("places", [3, 300])  # either side of what is few
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_agrees_with_its_definition(places, biased):

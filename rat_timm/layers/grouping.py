@@ -26,7 +26,7 @@ from .tracing import compiled_once, split_heads_in_export
 
 CONVS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
-_FEWER = 8
+_FEWER = 24
 """A convolution rearranges its weights for the layout of its input. An input of so many times fewer numbers than the
 weights is rearranged instead, which is faster on CPUs."""
 

@@ -174,7 +174,7 @@ def log_sum_exp(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
     # PyTorch's exponential takes ten times as long on the CPU where its result is subnormal or zero. Beside the peak's
     # one, results do not show that are lifted to about 1e-37
     least = math.log(torch.finfo(x.dtype).tiny) + 1
-    total = peak + (x - peak).clamp(min=least).exp_().sum(dim, keepdim=True).log()
+    total = peak + (x - peak).clamp_(min=least).exp_().sum(dim, keepdim=True).log()
     return total if keepdim else total.squeeze(dim)
 
 

@@ -110,41 +110,21 @@ class Gather(NamedTuple):
         tiles: Number of tiles.
         places: Number of places in a tile.
         shape: The grid.
-        blocks: The numbers of tiles and of places in one, for each axis, where tiles stand side by side in order, and
-            no place in two of them: they are taken without an index.
     """
 
     rows: RowIndex
     tiles: int
     places: int
     shape: tuple[int, ...]
-    blocks: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
-    def create(
-        cls,
-        place: Array,
-        shape: tuple[int, ...],
-        device: torch.device,
-        blocks: tuple[tuple[int, int], ...] | None = None,
-    ) -> "Gather":
+    def create(cls, place: Array, shape: tuple[int, ...], device: torch.device) -> "Gather":
         """Takes places of the flat grid, ``[tiles, places]``."""
-        rows = RowIndex.create(place.ravel(), math.prod(shape), device)
-        return cls(rows, len(place), place.shape[1], shape, blocks)
+        return cls(RowIndex.create(place.ravel(), math.prod(shape), device), len(place), place.shape[1], shape)
 
     def take(self, x: Tensor) -> Tensor:
-        """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``, in memory ``[tiles, places, B, heads, d]``.
-
-        With ``blocks`` it is in memory as it is named.
-        """
+        """``[B, *grid, heads, d]`` -> ``[tiles, B, heads, places, d]``, in memory ``[tiles, places, B, heads, d]``."""
         sizes = x.shape[0], *x.shape[-2:]
-        if self.blocks is not None:
-            axes = len(self.blocks)
-            for axis in reversed(range(axes)):
-                x = x.unflatten(1 + axis, self.blocks[axis])  # [B, T, b, T', b', ..., heads, d]
-            tiles, places = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
-            x = x.permute(*tiles, 0, -2, *places, -1)
-            return x.reshape(self.tiles, sizes[0], sizes[1], self.places, sizes[2])
         x = x.flatten(1, -3).transpose(0, 1).flatten(1)  # [N, B * heads * d]
         return self.rows.take(x).view(self.tiles, self.places, *sizes).permute(0, 2, 3, 1, 4)
 
@@ -220,7 +200,7 @@ class Tiles(NamedTuple):
         once: Where each query stands in the first tile that has it, over ``tiles x queries``.
         repeated: Whether an earlier tile has a query, ``[tiles, queries]``; None if none does.
         kinds: The distinct patterns of which key lies in which query's window, ``[kinds, queries, keys]``, bool.
-        kind: Which of them a tile has, ``[tiles]``; ascending, unless queries stand in blocks.
+        kind: Which of them a tile has, ``[tiles]``, ascending.
         counts: How many tiles have each kind.
         overlaps: Where each key stands in the tiles, if asked for.
         entries: Of a table with a bias per relative position, the entry of each query and key of a kind, ``[kinds,
@@ -255,18 +235,14 @@ class Tiles(NamedTuple):
         Args:
             axes: How each is cut.
             device: Where indices are.
-            with_overlaps: Whether to work out where each key stands; such tiles are never `split`, and where queries
-                fill them evenly they stay in order.
+            with_overlaps: Whether to work out where each key stands.
             reach: The most places along each axis from a query to a key that a bias per relative position knows; None
                 if there is no such bias.
         """
         steps = None if reach is None else [axis.steps(most) for axis, most in zip(axes, reach, strict=True)]
         patterns, pattern = zip(*map(distinct, steps or [axis.allowed for axis in axes]), strict=True)
         kind = ravel(pattern, [len(each) for each in patterns])
-        shape, key_shape = zip(*(axis.lengths for axis in axes), strict=True)
-        blocks = tuple((int(n), int(size)) for n, size in (axis.queries.shape for axis in axes))
-        is_even = with_overlaps and all(n * size == length for (n, size), length in zip(blocks, shape, strict=True))
-        order = np.arange(len(kind)) if is_even else kind.argsort(kind="stable")
+        order, (shape, key_shape) = kind.argsort(kind="stable"), zip(*(axis.lengths for axis in axes), strict=True)
         queries = ravel([axis.queries for axis in axes], shape).reshape(len(kind), -1)[order]
         keys = ravel([axis.keys for axis in axes], key_shape).reshape(len(kind), -1)[order]
         once = np.unique(queries, return_index=True)[1]
@@ -274,7 +250,7 @@ class Tiles(NamedTuple):
         repeated.flat[once] = False
         kinds = outer_and([each if reach is None else each >= 0 for each in patterns])
         return cls(
-            queries=Gather.create(queries, shape, device, blocks if is_even else None),
+            queries=Gather.create(queries, shape, device),
             keys=Gather.create(keys, key_shape, device),
             once=RowIndex.create(once, queries.size, device),
             repeated=tensor_of(repeated, device) if repeated.any() else None,
