@@ -41,6 +41,11 @@ def test_table_and_picture(name, expected, run, tmp_path, monkeypatch):
     check_picture(tmp_path / "picture.png")
 
 
+def test_layouts_are_drawn(run, tmp_path):
+    run("layouts.py", "--output", tmp_path / "layouts.png")
+    check_picture(tmp_path / "layouts.png")
+
+
 def test_explanations_are_drawn(run, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("pytorch_grad_cam")

@@ -40,7 +40,7 @@ html_show_sphinx = html_copy_source = False
 exclude_patterns = ["pages/*"]
 myst_heading_anchors = 3
 suppress_warnings = ["config.cache"]  # of the functions below
-MEASURED = ("cells/README.md", "context_study/README.md", "resolution_study/README.md", "benchmarks.md")
+MEASURED = ("cells/README.md", "context_study/README.md", "resolution_study/README.md", "benchmarks.md", "layouts.png")
 LOOK = {
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
